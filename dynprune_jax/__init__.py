@@ -1,0 +1,1 @@
+"""Convolutional networks that decide per input which channels and columns to compute."""

@@ -1,0 +1,1 @@
+"""Data sets through TensorFlow Datasets, and augmentation on the device."""

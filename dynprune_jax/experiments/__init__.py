@@ -1,0 +1,1 @@
+"""Experiments around a trained network, each a function of (config, workdir)."""

@@ -1,0 +1,1 @@
+"""Architectures, one file each; nothing here knows of pruning or of a config."""
