@@ -1,0 +1,238 @@
+"""The architectures: shapes, parameters, MACs, shortcuts and modes."""
+
+import math
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynprune_jax import models
+from dynprune_jax.models.resnet import BasicUnit, BottleneckUnit
+from dynprune_jax.models.resnet_cifar import option_a_shortcut
+
+SMALLEST = {
+    "vgg16": 32,
+    "vgg16_imagenet": 32,
+    "vgg_digits": 8,
+    "resnet20": 4,
+    "resnet56": 4,
+    "resnet110": 4,
+    "resnet18": 32,
+    "resnet50": 32,
+}
+BLOCKS = {"vgg16": 5, "vgg16_imagenet": 5, "resnet18": 4, "resnet50": 4}
+
+
+def abstract(name, num_classes=10, **kwargs):
+    """Returns the model with shapes in the place of its arrays."""
+    factory = getattr(models, name)
+    return nnx.eval_shape(lambda: factory(num_classes, rngs=nnx.Rngs(0), **kwargs))
+
+
+def forward(model, image_shape, dtype=jnp.float32):
+    """Returns a pure function of (state, images) and abstract arguments for it."""
+    model.eval()
+    graphdef, state = nnx.split(model)
+
+    def apply(state, images):
+        return nnx.merge(graphdef, state)(images)
+
+    return apply, (state, jax.ShapeDtypeStruct(image_shape, dtype))
+
+
+def count_parameters(model):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def count_macs(jaxpr):
+    """Returns the multiply-accumulates of the convolutions and of the matrix products."""
+    convolutions = products = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            spec = eqn.params["dimension_numbers"].rhs_spec  # (out, in / groups, *spatial)
+            kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+            convolutions += math.prod(out) * math.prod(kernel) // kernel[spec[0]]
+        elif eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            products += math.prod(eqn.outvars[0].aval.shape) * math.prod(
+                left[i] for i in contracted
+            )
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            more = count_macs(inner)
+            convolutions, products = convolutions + more[0], products + more[1]
+    return convolutions, products
+
+
+def test_every_factory_is_listed():
+    assert sorted(models.__all__) == sorted(SMALLEST)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shapes_and_dtypes(name, dtype):
+    model = abstract(name, num_classes=7, in_channels=2, image_size=SMALLEST[name], dtype=dtype)
+    assert len(model.blocks) == BLOCKS.get(name, 3)
+    stored = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype(jnp.float32)}
+
+    apply, arguments = forward(model, (3, SMALLEST[name], SMALLEST[name], 2))
+    logits = jax.eval_shape(apply, *arguments)
+    assert logits.shape == (3, 7)
+    assert logits.dtype == jnp.float32
+    convolutions = [
+        eqn.outvars[0].aval.dtype
+        for eqn in jax.make_jaxpr(apply)(*arguments).eqns
+        if eqn.primitive.name == "conv_general_dilated"
+    ]
+    assert convolutions
+    assert set(convolutions) == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_an_image_too_small_is_refused(name):
+    small = SMALLEST[name] - 1
+    message = f"^image_size {small} pools to nothing: {name} needs at least {SMALLEST[name]}$"
+    with pytest.raises(ValueError, match=message):
+        getattr(models, name)(10, image_size=small, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "millions", "tolerance"),
+    [
+        ("resnet20", 10, 0.27, 0.005),
+        ("resnet56", 10, 0.85, 0.005),
+        ("resnet110", 10, 1.7, 0.05),
+        ("resnet18", 1000, 11.69, 0.005),
+        ("resnet50", 1000, 25.56, 0.005),
+        ("vgg16_imagenet", 1000, 138.36, 0.01),
+    ],
+)
+def test_parameters_agree_with_the_literature(name, num_classes, millions, tolerance):
+    assert count_parameters(abstract(name, num_classes)) / 1e6 == pytest.approx(
+        millions, abs=tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "macs", "with_head"),
+    [
+        ("vgg16", 32, 313.2e6, True),
+        ("resnet56", 32, 125.5e6, True),
+        ("vgg16_imagenet", 224, 15.35e9, False),
+        ("resnet18", 224, 1.814e9, True),
+        ("resnet50", 224, 4.089e9, True),
+    ],
+)
+def test_dense_macs_agree_with_the_literature(name, size, macs, with_head):
+    model = abstract(name, num_classes=10 if size == 32 else 1000)
+    apply, arguments = forward(model, (1, size, size, 3))
+    convolutions, products = count_macs(jax.make_jaxpr(apply)(*arguments).jaxpr)
+    assert convolutions + with_head * products == pytest.approx(macs, rel=1e-3)
+
+
+def test_layer_paths():
+    def convolutions(name):
+        return {
+            "/".join(map(str, path))
+            for path, module in nnx.iter_modules(abstract(name))
+            if isinstance(module, nnx.Conv)
+        }
+
+    vgg = convolutions("vgg16")
+    assert len(vgg) == 13
+    assert {"blocks/0/layers/0/conv", "blocks/4/layers/2/conv"} <= vgg
+    cifar = convolutions("resnet56")
+    assert len(cifar) == 55
+    assert {"stem", "blocks/1/layers/4/conv2"} <= cifar
+    bottleneck = convolutions("resnet50")
+    assert len(bottleneck) == 53
+    assert {"stem", "blocks/0/layers/0/shortcut", "blocks/3/layers/2/conv3"} <= bottleneck
+
+
+def test_option_a_shortcut():
+    x = np.random.default_rng(0).normal(size=(2, 5, 6, 3)).astype(np.float32)
+    expected = np.zeros((2, 3, 3, 8), np.float32)
+    expected[..., :3] = x[:, [0, 2, 4]][:, :, [0, 2, 4]]
+    np.testing.assert_array_equal(option_a_shortcut(jnp.asarray(x), 8, 2), expected)
+    np.testing.assert_array_equal(option_a_shortcut(jnp.asarray(x), 3, 1), x)
+
+
+def test_residual_branch_of_imagenet_units_starts_as_nothing():
+    for unit in (BasicUnit, BottleneckUnit):
+        x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4 * unit.expansion))
+        identity = unit(4 * unit.expansion, 4, stride=1, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        assert not identity.projects
+        np.testing.assert_array_equal(identity(x), nnx.relu(x))
+        projected = unit(4 * unit.expansion, 8, stride=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(
+            projected(x), nnx.relu(projected.shortcut_norm(projected.shortcut(x)))
+        )
+
+
+def test_kernels_are_he_normal_by_fan_out():
+    kernel = models.vgg_digits(10, rngs=nnx.Rngs(0)).blocks[2].layers[0].conv.kernel[...]
+    assert kernel.shape == (3, 3, 64, 128)
+    assert float(kernel.std()) == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("name", "channels"), [("vgg_digits", 1), ("resnet20", 3)])
+def test_training_updates_the_statistics_and_evaluation_uses_them(name, channels, dtype):
+    model = getattr(models, name)(10, image_size=8, dtype=dtype, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, channels)) + 1.0
+
+    @nnx.jit
+    def call(model, images):
+        return model(images)
+
+    start = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+    model.eval()
+    before = call(model, images)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, start, nnx.state(model, nnx.BatchStat)))
+
+    model.train()
+    training = call(model, images)
+    trained = nnx.state(model, nnx.BatchStat)
+    assert not jax.tree.all(jax.tree.map(jnp.array_equal, start, trained))
+    # The first convolution sees the images as they are, so its mean can be told from outside.
+    first = model.blocks[0].layers[0] if name == "vgg_digits" else model
+    conv, norm = (first.conv, first.norm) if name == "vgg_digits" else (first.stem, first.stem_norm)
+    expected = 0.1 * conv(images).astype(jnp.float32).mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(norm.mean[...], expected, rtol=1e-3, atol=1e-4)
+
+    model.eval()
+    after = call(model, images)
+    assert not jnp.array_equal(before, after)
+    assert not jnp.array_equal(training, after)
+    # In evaluation an example's logits do not depend on its batch.
+    np.testing.assert_allclose(call(model, images[:1])[0], after[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("name", "channels"), [("vgg_digits", 1), ("resnet20", 3)])
+def test_the_first_gradient_is_finite(name, channels, dtype):
+    model = getattr(models, name)(10, image_size=8, dtype=dtype, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, channels))
+
+    @nnx.jit
+    def gradient(model):
+        return nnx.grad(lambda model: -jax.nn.log_softmax(model(images))[:, 0].mean())(model)
+
+    for leaf in jax.tree.leaves(gradient(model)):
+        assert leaf.dtype == jnp.float32
+        assert jnp.isfinite(leaf).all()
+        assert jnp.any(leaf != 0)
+
+
+def test_dropout_of_the_imagenet_head_follows_the_mode():
+    model = abstract("vgg16_imagenet", image_size=32)
+    layers = [x for x in model.head.layers if isinstance(x, nnx.Dropout)]
+    assert [x.rate for x in layers] == [0.5, 0.5]
+    model.eval()
+    assert all(x.deterministic for x in layers)
+    model.train()
+    assert not any(x.deterministic for x in layers)
