@@ -1,0 +1,371 @@
+"""Data sets by name: random access to square uint8 images and their labels."""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, SupportsIndex, TypedDict
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Int, Int32, UInt8
+
+from dynprune_jax.data.cifar import Cifar10, Cifar100
+from dynprune_jax.data.class_folders import ClassFolders
+from dynprune_jax.data.digits import Digits
+from dynprune_jax.data.imagenet100 import class_wnids, new_labels, scan_labels
+from dynprune_jax.data.images import UndecodableImageError, decode_square
+from dynprune_jax.data.records import chunks, data_root, prepare
+from dynprune_jax.errors import UserError
+
+READ_THREADS = 4
+SUBSET_SEED = 0
+
+
+class Example(TypedDict):
+    """One image, `(side, side, channels)` uint8, and its label."""
+
+    image: UInt8[np.ndarray, "side side channels"]
+    label: np.int32
+
+
+class Split:
+    """Random access to one split; a data source in grain's sense.
+
+    Args:
+        name: the split's name, for messages.
+        records: a TFDS data source with the keys `image` (bytes) and `label`.
+        side: height and width of the images to return, in pixels.
+        channels: 1 or 3.
+        indices: which records to use, in which order; None for all.
+        relabel: the label to return for each stored one; None to leave them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        records: Any,
+        *,
+        side: int,
+        channels: int,
+        indices: Int[np.ndarray, " examples"] | None = None,
+        relabel: Int[np.ndarray, " classes"] | None = None,
+    ):
+        self.name = name
+        self.side = side
+        self.channels = channels
+        self._records = records
+        self._indices = np.arange(len(records)) if indices is None else indices
+        self._relabel = relabel
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __repr__(self) -> str:
+        return f"Split({self.name!r}, {len(self)} images of {self.side}x{self.side})"
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        images, labels = self.read([index.__index__()])
+        return {"image": images[0], "label": labels[0]}
+
+    def read(
+        self, indices: Sequence[int] | Int[np.ndarray, " batch"]
+    ) -> tuple[UInt8[np.ndarray, "batch side side channels"], Int32[np.ndarray, " batch"]]:
+        """Reads and decodes the examples at these places.
+
+        Raises:
+            IndexError: an index is outside the split.
+            UserError: an image cannot be decoded, an example has no label, or the prepared
+                data are damaged.
+        """
+        keys = self._indices[np.asarray(indices, np.int64)].tolist()
+        images = np.empty((len(keys), self.side, self.side, self.channels), np.uint8)
+        labels = np.empty(len(keys), np.int32)
+        for row, record in enumerate(self._fetch(keys)):
+            try:
+                images[row] = decode_square(record["image"], self.side, self.channels)
+            except UndecodableImageError as error:
+                raise UserError(
+                    f"{self._place(int(indices[row]), record)}: the image cannot be decoded "
+                    f"({error}); repair its source and prepare the data set again"
+                ) from error
+            label = int(record["label"])
+            if label < 0:
+                raise UserError(
+                    f"{self._place(int(indices[row]), record)} has no label; choose a labelled "
+                    "split with config.data.train_split or config.data.test_split"
+                )
+            labels[row] = label if self._relabel is None else self._relabel[label]
+        return images, labels
+
+    def read_all(
+        self, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[UInt8[np.ndarray, "n side side channels"], Int32[np.ndarray, " n"]]:
+        """Reads the whole split to memory, in its order.
+
+        Args:
+            progress: called with (examples done, all examples) after each chunk.
+
+        Raises:
+            UserError: as `read`.
+        """
+        images = np.empty((len(self), self.side, self.side, self.channels), np.uint8)
+        labels = np.empty(len(self), np.int32)
+
+        def fill(chunk: range) -> int:
+            where = slice(chunk.start, chunk.stop)
+            images[where], labels[where] = self.read(chunk)
+            return chunk.stop
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for done in pool.map(fill, chunks(len(self), 1024)):
+                if progress is not None:
+                    progress(done, len(self))
+        return images, labels
+
+    def _fetch(self, keys: list[int]) -> Sequence[Mapping[str, Any]]:
+        try:
+            return self._records.__getitems__(keys)
+        except Exception as error:  # array_record and protobuf have their own types
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"split {self.name!r}: the prepared data cannot be read ({reason}); delete "
+                "their folder and prepare them again"
+            ) from error
+
+    def _place(self, index: int, record: Mapping[str, Any]) -> str:
+        name = record.get("file_name", record.get("id", b""))
+        shown = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+        return f"split {self.name!r}, index {index}" + (f" ({shown})" if shown else "")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set: `class_names[label]` is the name of a label."""
+
+    name: str
+    class_names: tuple[str, ...]
+    channels: int
+    train: Split
+    test: Split
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Where a data set comes from: the fields of `config.data` of the same names."""
+
+    name: str
+    path: str
+    archive: str
+    root: str
+
+
+def load_dataset(
+    name: str,
+    *,
+    image_size: int,
+    stored_size: int = 0,
+    path: str = "",
+    archive: str = "",
+    data_dir: str = "",
+    train_split: str = "train",
+    test_split: str = "test",
+    train_examples: int = 0,
+    test_examples: int = 0,
+) -> Dataset:
+    """Opens a data set; the package's own ones prepare themselves on first use.
+
+    Args:
+        name: `digits`, `cifar10`, `cifar100`, `class_folders`, `imagenet100`, or the name of a
+            data set that TFDS has prepared as array_record, such as `imagenet2012` or
+            `my_set/my_config:1.0.0`.
+        image_size: height and width of the network's input, in pixels.
+        stored_size: height and width of the images to return; 0 for `image_size`. Larger than
+            `image_size` leaves room for crops.
+        path: the folder of `class_folders`.
+        archive: the local archive of `cifar10` and `cifar100`; empty to download it.
+        data_dir: the folder of prepared data; empty for `TFDS_DATA_DIR` or TFDS's default.
+        train_split: the split to train on, in TFDS's notation (`train[:90%]`).
+        test_split: the split to test on.
+        train_examples: if positive, use a fixed random subset of this many training examples.
+        test_examples: the same of the test examples.
+
+    Returns:
+        The data set, with both splits open and nothing read yet.
+
+    Raises:
+        UserError: the data cannot be had or a setting does not fit; the message says what to do.
+    """
+    _check_sizes(image_size, stored_size)
+    if path and name != "class_folders":
+        raise UserError(
+            f"config.data.path={path} is only for config.data.name=class_folders, not {name}"
+        )
+    if archive and name not in ("cifar10", "cifar100"):
+        raise UserError(
+            f"config.data.archive={archive} is only for config.data.name=cifar10 or cifar100, "
+            f"not {name}"
+        )
+    open_builder = _OPENERS.get(name, _open_prepared)
+    builder = open_builder(_Request(name, path, archive, data_root(data_dir)))
+    channels, class_names = _check_features(name, builder)
+    relabel = None
+    if name == "imagenet100":
+        relabel, class_names = new_labels(class_names), class_wnids()
+
+    def open_split(field: str, split: str, examples_field: str, examples: int) -> Split:
+        records = _open_records(name, builder, field, split)
+        indices = np.arange(len(records))
+        if relabel is not None:
+            stored = scan_labels(records, Path(builder.data_path), split)
+            # A label of -1 marks an unlabelled image: of no class.
+            indices = np.flatnonzero((stored >= 0) & (relabel[stored] >= 0))
+        if not len(indices):
+            raise UserError(f"config.data.{field}={split}: this split of {name} holds no example")
+        return Split(
+            split,
+            records,
+            side=stored_size or image_size,
+            channels=channels,
+            indices=_subset(indices, examples_field, examples),
+            relabel=relabel,
+        )
+
+    return Dataset(
+        name=name,
+        class_names=class_names,
+        channels=channels,
+        train=open_split("train_split", train_split, "train_examples", train_examples),
+        test=open_split("test_split", test_split, "test_examples", test_examples),
+    )
+
+
+def _check_sizes(image_size: int, stored_size: int) -> None:
+    if image_size < 1:
+        raise UserError(f"config.data.image_size={image_size}: it must be at least 1")
+    if stored_size != 0 and stored_size < image_size:
+        raise UserError(
+            f"config.data.stored_size={stored_size}: it must be 0 or at least "
+            f"config.data.image_size={image_size}"
+        )
+
+
+def _subset(
+    indices: Int[np.ndarray, " all"], field: str, examples: int
+) -> Int[np.ndarray, " some"]:
+    """Returns a fixed random choice of that many indices, or all of them for 0."""
+    if not 0 <= examples <= len(indices):
+        raise UserError(
+            f"config.data.{field}={examples}: the split holds {len(indices)} examples; "
+            "0 takes them all"
+        )
+    if examples == 0:
+        return indices
+    order = np.random.default_rng(SUBSET_SEED).permutation(len(indices))
+    return indices[order[:examples]]
+
+
+def _open_digits(request: _Request) -> tfds.core.DatasetBuilder:
+    return prepare(lambda: Digits(data_dir=request.root))
+
+
+def _open_cifar10(request: _Request) -> tfds.core.DatasetBuilder:
+    _check_archive(request.archive)
+    return prepare(lambda: Cifar10(data_dir=request.root, archive=request.archive))
+
+
+def _open_cifar100(request: _Request) -> tfds.core.DatasetBuilder:
+    _check_archive(request.archive)
+    return prepare(lambda: Cifar100(data_dir=request.root, archive=request.archive))
+
+
+def _check_archive(archive: str) -> None:
+    # Also when the data are prepared already and the archive would not be read.
+    if archive and not os.path.isfile(os.path.expanduser(archive)):
+        raise UserError(f"config.data.archive={archive}: there is no such file")
+
+
+def _open_class_folders(request: _Request) -> tfds.core.DatasetBuilder:
+    return prepare(lambda: ClassFolders(data_dir=request.root, path=request.path))
+
+
+def _open_imagenet100(request: _Request) -> tfds.core.DatasetBuilder:
+    return _open_prepared(request, "imagenet2012")
+
+
+def _open_prepared(request: _Request, stored_name: str = "") -> tfds.core.DatasetBuilder:
+    """Opens a data set that TFDS has prepared; never downloads.
+
+    Args:
+        request: what the user asked for.
+        stored_name: the data set's name on disk, if it is not the name asked for.
+
+    Raises:
+        UserError: it is not there.
+    """
+    stored_name = stored_name or request.name
+    builder = None
+    with contextlib.suppress(Exception):  # TFDS raises many types, with misleading messages
+        builder = tfds.builder(stored_name, data_dir=request.root)
+    if builder is None or not (builder.data_path.exists() and builder.is_prepared()):
+        own = ", ".join(own_name for own_name in _OPENERS if own_name != "imagenet100")
+        raise UserError(
+            f"config.data.name={request.name}: no data set {stored_name} is prepared in "
+            f"{request.root}; set config.data.data_dir or TFDS_DATA_DIR to the folder that holds "
+            f"it, prepare it there (tfds build {stored_name} --file_format=array_record, which "
+            f"needs TensorFlow), or choose one that prepares itself: {own}"
+        )
+    return builder
+
+
+_OPENERS: Mapping[str, Callable[[_Request], tfds.core.DatasetBuilder]] = MappingProxyType(
+    {
+        "digits": _open_digits,
+        "cifar10": _open_cifar10,
+        "cifar100": _open_cifar100,
+        "class_folders": _open_class_folders,
+        "imagenet100": _open_imagenet100,
+    }
+)
+
+
+def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, tuple[str, ...]]:
+    """Returns the number of channels and the class names of an image classification set."""
+    features: Any = builder.info.features
+    is_dict = isinstance(features, tfds.features.FeaturesDict)
+    found: dict[str, Any] = dict(features.items()) if is_dict else {}
+    if not (
+        isinstance(found.get("image"), tfds.features.Image)
+        and isinstance(found.get("label"), tfds.features.ClassLabel)
+    ):
+        raise UserError(
+            f"config.data.name={name}: it needs the features image (Image) and label "
+            f"(ClassLabel); it has {', '.join(found) or 'none by name'}"
+        )
+    return (1 if found["image"].shape[-1] == 1 else 3), tuple(found["label"].names)
+
+
+def _open_records(name: str, builder: tfds.core.DatasetBuilder, field: str, split: str) -> Any:
+    """Opens a TFDS data source whose images stay encoded."""
+    # TFDS's decorators hide the signature of this method from the type checker.
+    open_source: Any = builder.as_data_source
+    try:
+        return open_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:
+        raise UserError(
+            f"config.data.name={name}: {builder.data_dir} is not in the array_record format; "
+            "prepare it in another config.data.data_dir with file_format=array_record"
+        ) from error
+    except Exception as error:  # an unknown split, a bad slice, an empty one: many types
+        raise UserError(
+            f"config.data.{field}={split}: no such split of {name}; it has "
+            f"{', '.join(builder.info.splits)} (and slices such as train[:90%])"
+        ) from error
