@@ -1,0 +1,125 @@
+"""The dynamic convolution: a gate in front of a convolution, per input."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynprune_jax.pruning import masks as masks_lib
+from dynprune_jax.pruning.attention import (
+    Criterion,
+    attention,
+    channel_attention,
+    column_attention,
+)
+from dynprune_jax.pruning.masks import Masks
+
+
+class PruneRatio(nnx.Variable):
+    """The prune ratio of one gate on one axis: a float32 scalar in [0, 1), free to be traced."""
+
+
+class DynamicConv(nnx.Conv):
+    """A 2-D convolution that, per input, skips the channels and columns that matter least.
+
+    It takes over an existing convolution: the very same parameters under the very same names,
+    so that a checkpoint of the dense model is one of the dynamic model too. The gate ranks the
+    convolution's own input (AntiDote, arXiv 2008.06543) and is free of parameters; its ratios
+    are `PruneRatio` variables, so a change of ratio never recompiles a step they are passed to.
+
+    A grouped convolution keeps or skips whole groups of channels (depthwise: each channel is a
+    group), ranked by the group's mean attention; its columns are as any other's.
+
+    Modes, set with `model.set_attributes(...)`, `model.train()` and `model.eval()`:
+      gated: False runs the plain convolution, at the plain convolution's cost.
+      deterministic: False (training) drops each target with `drop_probability` only.
+
+    Args:
+      conv: the convolution to take over; it must be an `nnx.Conv` with a 2-D kernel.
+      channel_ratio: prune ratio over channels in [0, 1), or None for no gate on channels.
+      column_ratio: prune ratio over columns in [0, 1), or None for no gate on columns.
+      criterion: turns attention into the scores to rank, see `attention.CRITERIA`.
+      drop_probability: in training, the chance of a target to be dropped, in (0, 1].
+      rngs: draws for the criterion `random` and for a `drop_probability` below 1.
+
+    Raises:
+      ValueError: for a ratio or a probability out of its range, or another kind of layer.
+    """
+
+    def __init__(
+        self,
+        conv: nnx.Conv,
+        *,
+        channel_ratio: float | None = None,
+        column_ratio: float | None = None,
+        criterion: Criterion = attention,
+        drop_probability: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        if type(conv) not in (nnx.Conv, DynamicConv) or len(conv.kernel_size) != 2:
+            raise ValueError(
+                f"only an nnx.Conv with a 2-D kernel can be made dynamic, not {type(conv).__name__}"
+                f" with kernel size {getattr(conv, 'kernel_size', None)}"
+            )
+        if not 0.0 < drop_probability <= 1.0:
+            raise ValueError(f"drop_probability is {drop_probability}; it must be in (0, 1]")
+        for name, value in vars(conv).items():
+            if not name.startswith("_"):  # names with an underscore belong to NNX's own machinery
+                setattr(self, name, value)
+        self.channel_ratio = nnx.data(prune_ratio(channel_ratio, "channel_ratio"))
+        self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
+        self.criterion = criterion
+        self.drop_probability = drop_probability
+        self.gated = True
+        self.deterministic = False
+        self.rngs = nnx.RngStream(rngs(), tag="gate")
+
+    def __call__(
+        self, x: Float[Array, "*batch height width channels"]
+    ) -> Float[Array, "*batch out_height out_width features"]:
+        """Convolves what the gate keeps of `x`."""
+        return self.convolve(x, self.masks(x))
+
+    def masks(self, x: Float[Array, "*batch height width channels"]) -> Masks:
+        """What this input keeps: of each map `kept_count(ratio, n)` channels and columns."""
+        if not self.gated:
+            return Masks()
+        channels = columns = None
+        if self.channel_ratio is not None:
+            scores = channel_attention(x)
+            if self.feature_group_count > 1:
+                groups = scores.reshape(*scores.shape[:-1], self.feature_group_count, -1)
+                kept = self._keep(jnp.mean(groups, axis=-1), self.channel_ratio)
+                channels = jnp.repeat(kept, groups.shape[-1], axis=-1)
+            else:
+                channels = self._keep(scores, self.channel_ratio)
+        if self.column_ratio is not None:
+            scores = column_attention(x)
+            flat = scores.reshape(*scores.shape[:-2], -1)
+            columns = self._keep(flat, self.column_ratio).reshape(scores.shape)
+        return Masks(channels, columns)
+
+    def convolve(
+        self, x: Float[Array, "*batch height width channels"], masks: Masks
+    ) -> Float[Array, "*batch out_height out_width features"]:
+        """Convolves the kept part of `x`: every way of executing it must equal this one."""
+        return super().__call__(masks.apply(x))
+
+    def _keep(self, scores, ratio: PruneRatio):
+        count = masks_lib.kept_count(ratio[...], scores.shape[-1])
+        mask = masks_lib.keep_highest(self.criterion(scores, self.rngs), count)
+        if self.deterministic or self.drop_probability == 1.0:
+            return mask
+        return masks_lib.drop_targets(self.rngs(), mask, self.drop_probability)
+
+
+def prune_ratio(ratio: float | None, name: str) -> PruneRatio | None:
+    """Wraps a ratio after checking it; None stays None.
+
+    Raises:
+      ValueError: for a ratio that is not in [0, 1).
+    """
+    if ratio is None:
+        return None
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"{name} is {ratio}; a prune ratio must be in [0, 1)")
+    return PruneRatio(jnp.asarray(ratio, jnp.float32))

@@ -1,0 +1,294 @@
+"""Multiply-accumulates (MACs), dense and effective, from geometry and masks; 1 MAC = 2 FLOPs.
+
+Three figures, all per image:
+
+* *dense*: `H_out * W_out * K_h * K_w * C_in / groups * C_out`, the literature's convention.
+  Taps on the padding count.
+* *conventional* effective: dense x kept channel share x kept column share, comparable with
+  papers.
+* *executed*: the exact number of taps that fall inside the map on a kept column, times the kept
+  channels, times the outputs each feeds. With nothing pruned it is the dense figure without the
+  taps on the padding.
+
+Devices count in int32, which a network outgrows; so what comes off the device are small exact
+counts per input, and the MACs are multiplied out in int64 on the host.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.masks import Leaf, Masks
+
+
+def _static() -> Any:
+    return dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerUsage:
+    """What one layer computed for each input of a batch. A pytree: `jit` may return it.
+
+    Attributes:
+      kept_channels: input channels kept, `(*batch)`.
+      kept_columns: input columns kept, `(*batch)`.
+      kept_taps: (output position, kernel position) pairs that fall inside the map on a kept
+        column, `(*batch)`.
+      masks: the masks themselves.
+      name: the layer's path in the model.
+      order: place in the order of execution.
+      dense_macs: of the layer, per image, taps on the padding included.
+      dense_taps: `kept_taps` with every column kept.
+      fan_out: outputs that one input channel feeds at one tap, `C_out / groups`.
+      channels: input channels.
+      columns: input columns, `height * width`.
+    """
+
+    kept_channels: Int[Leaf, "*batch"]
+    kept_columns: Int[Leaf, "*batch"]
+    kept_taps: Int[Leaf, "*batch"]
+    masks: Masks
+    name: str = _static()
+    order: int = _static()
+    dense_macs: int = _static()
+    dense_taps: int = _static()
+    fan_out: int = _static()
+    channels: int = _static()
+    columns: int = _static()
+
+    @property
+    def dense_executed_macs(self) -> int:
+        """Per image, with nothing pruned: the dense MACs without the taps on the padding."""
+        return self.dense_taps * self.channels * self.fan_out
+
+    @property
+    def macs(self) -> Float[np.ndarray, "*batch"]:
+        """Conventional effective MACs of each input."""
+        channel_share = np.asarray(self.kept_channels, np.float64) / self.channels
+        return self.dense_macs * channel_share * np.asarray(self.kept_columns) / self.columns
+
+    @property
+    def executed_macs(self) -> Int[np.ndarray, "*batch"]:
+        """Executed MACs of each input, exact."""
+        taps = np.asarray(self.kept_taps, np.int64)
+        return taps * np.asarray(self.kept_channels, np.int64) * self.fan_out
+
+    @property
+    def gate_operations(self) -> Int[np.ndarray, "*batch"]:
+        """The gate's own cost for each input, kept apart from the MACs.
+
+        For each axis on which this input lost something: one addition per value of the map
+        (the mean) and `n * ceil(log2(n))` comparisons (the ranking).
+        """
+        cost = np.zeros(np.shape(self.kept_channels), np.int64)
+        for kept, n in ((self.kept_channels, self.channels), (self.kept_columns, self.columns)):
+            ranking = n * math.ceil(math.log2(n)) if n > 1 else 0
+            cost += (np.asarray(kept) < n) * (self.channels * self.columns + ranking)
+        return cost
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a whole network computed for each input of a batch. A pytree: `jit` may return it.
+
+    The figures are NumPy, worked out on the host: read them outside of `jit`.
+
+    Attributes:
+      layers: one `LayerUsage` for each call of a layer, in the order of execution.
+      other_macs: per image, products outside of convolution and linear layers (attention, a raw
+        `lax.conv`, ...), found in the traced program; they count as dense everywhere.
+    """
+
+    layers: tuple[LayerUsage, ...]
+    other_macs: int = _static()
+
+    @property
+    def dense_macs(self) -> int:
+        """Dense MACs per image."""
+        return self.other_macs + sum(layer.dense_macs for layer in self.layers)
+
+    @property
+    def dense_executed_macs(self) -> int:
+        """Per image, with nothing pruned: the dense MACs without the taps on the padding."""
+        return self.other_macs + sum(layer.dense_executed_macs for layer in self.layers)
+
+    @property
+    def macs(self) -> Float[np.ndarray, " batch"]:
+        """Conventional effective MACs of each image."""
+        return self.other_macs + sum((x.macs for x in self.layers), np.zeros(()))
+
+    @property
+    def executed_macs(self) -> Int[np.ndarray, " batch"]:
+        """Executed MACs of each image, exact."""
+        return self.other_macs + sum((x.executed_macs for x in self.layers), np.zeros((), np.int64))
+
+    @property
+    def gate_operations(self) -> Int[np.ndarray, " batch"]:
+        """Additions and comparisons of all gates, for each image."""
+        return sum((x.gate_operations for x in self.layers), np.zeros((), np.int64))
+
+    @property
+    def mac_reduction(self) -> float:
+        """Mean over the batch of `1 - effective / dense`, conventional, whole network."""
+        return float(1.0 - np.mean(self.macs) / self.dense_macs)
+
+    @property
+    def executed_mac_reduction(self) -> float:
+        """Mean over the batch of `1 - executed / executed by the unpruned network`."""
+        return float(1.0 - np.mean(self.executed_macs) / self.dense_executed_macs)
+
+
+def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: Any) -> LayerUsage:
+    """Counts one call of a convolution under masks of its input.
+
+    Args:
+      conv: the convolution; any kernel, stride, padding, dilation and grouping.
+      shape: of its input, `(*batch, height, width, channels)`.
+      masks: what is kept of the input.
+      **place: `name` and `order` of the layer.
+    """
+    *batch, height, width, channels = shape
+
+    def taps(columns):
+        """Sums in int32, so a map of any size counts exactly."""
+        counts = ones(columns.astype(jnp.float32)[..., None])
+        return jnp.sum(counts.astype(jnp.int32), axis=(-3, -2, -1))
+
+    with jax.ensure_compile_time_eval():  # the dense count is a number, also under jit
+        # A convolution of the same geometry, with one channel and a kernel of ones, counts for
+        # each output position the taps that fall on a kept column.
+        ones = nnx.Conv(
+            1,
+            1,
+            conv.kernel_size,
+            conv.strides,
+            padding=conv.padding,
+            input_dilation=conv.input_dilation,
+            kernel_dilation=conv.kernel_dilation,
+            use_bias=False,
+            kernel_init=nnx.initializers.ones,
+            rngs=nnx.Rngs(0),
+        )
+        every_column = jnp.ones((1, height, width), bool)
+        positions = jax.eval_shape(ones, jnp.zeros((1, height, width, 1))).size
+        dense_taps = int(taps(every_column)[0])
+    fan_out = conv.out_features // conv.feature_group_count
+    return LayerUsage(
+        kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
+        kept_columns=_kept(masks.columns, batch, height * width, axes=(-2, -1)),
+        kept_taps=jnp.full(batch, dense_taps, jnp.int32)
+        if masks.columns is None
+        else taps(masks.columns),
+        masks=masks,
+        dense_macs=positions * math.prod(conv.kernel_size) * channels * fan_out,
+        dense_taps=dense_taps,
+        fan_out=fan_out,
+        channels=channels,
+        columns=height * width,
+        **place,
+    )
+
+
+def linear_usage(linear: nnx.Linear, shape: tuple[int, ...], **place: Any) -> LayerUsage:
+    """Counts one call of a linear layer: nothing of it is skipped.
+
+    Args:
+      linear: the layer.
+      shape: of its input, `(batch, *positions, features)`.
+      **place: `name` and `order` of the layer.
+    """
+    batch, positions = shape[:1], math.prod(shape[1:-1])
+    return LayerUsage(
+        kept_channels=jnp.full(batch, linear.in_features, jnp.int32),
+        kept_columns=jnp.full(batch, positions, jnp.int32),
+        kept_taps=jnp.full(batch, positions, jnp.int32),
+        masks=Masks(),
+        dense_macs=positions * linear.in_features * linear.out_features,
+        dense_taps=positions,
+        fan_out=linear.out_features,
+        channels=linear.in_features,
+        columns=positions,
+        **place,
+    )
+
+
+def program_macs(function: Callable[..., Any], *args: Any) -> int:
+    """Dense MACs of every convolution and matrix product in a traced function.
+
+    It reads the program that JAX traces, not the model, so nothing is overlooked; the body of a
+    `scan` counts once per turn, a `while` loop once, the dearest branch of a `cond`.
+
+    Args:
+      function: any function of arrays.
+      *args: its arguments; only shapes and dtypes count.
+
+    Returns:
+      MACs of the whole call, not per image.
+    """
+    return _jaxpr_macs(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _jaxpr_macs(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel, spec = shapes[1], eqn.params["dimension_numbers"].rhs_spec
+            # The kernel's first spec axis is the outputs, and an output costs all the others.
+            total += eqn.outvars[0].aval.size * (math.prod(kernel) // kernel[spec[0]])
+        elif eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += eqn.outvars[0].aval.size * math.prod(shapes[0][axis] for axis in contracted)
+        else:
+            values = jax.tree.leaves(list(eqn.params.values()))
+            bodies = [getattr(value, "jaxpr", value) for value in values]
+            inner = [_jaxpr_macs(body) for body in bodies if hasattr(body, "eqns")]
+            if eqn.primitive.name == "cond":
+                total += max(inner)
+            else:
+                total += sum(inner) * eqn.params.get("length", 1)
+    return total
+
+
+def _kept(mask: Array | None, batch: list[int], n: int, axes: tuple[int, ...]) -> Array:
+    if mask is None:
+        return jnp.full(batch, n, jnp.int32)
+    return jnp.sum(mask, axis=axes, dtype=jnp.int32)
+
+
+class Meter(nnx.Module):
+    """Stands in for a layer in a throw-away copy of a model and sows its `LayerUsage`."""
+
+    def __init__(self, layer: nnx.Conv | nnx.Linear, name: str, clock: Callable[[], int]):
+        self.layer = layer
+        self.name = name
+        self.clock = clock
+
+    def __call__(self, x: Array) -> Array:
+        """Runs the layer as it would run without the meter."""
+        place = {"name": self.name, "order": self.clock()}
+        if isinstance(self.layer, DynamicConv):
+            masks = self.layer.masks(x)
+            self.sow(nnx.Intermediate, "usage", conv_usage(self.layer, x.shape, masks, **place))
+            return self.layer.convolve(x, masks)
+        if isinstance(self.layer, nnx.Conv):
+            self.sow(nnx.Intermediate, "usage", conv_usage(self.layer, x.shape, Masks(), **place))
+        else:
+            self.sow(nnx.Intermediate, "usage", linear_usage(self.layer, x.shape, **place))
+        return self.layer(x)
+
+    def __getattr__(self, name: str) -> Any:
+        """A model that reads its layer's own attributes finds them."""
+        if name.startswith("_") or name in ("layer", "usage"):
+            raise AttributeError(name)
+        return getattr(self.layer, name)

@@ -1,0 +1,194 @@
+"""Surgery on any NNX model: make its convolutions dynamic, set their prune ratios."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dynprune_jax.pruning.attention import Criterion, attention
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio, prune_ratio
+
+Ratios = float | Sequence[float] | Mapping[str, float] | None
+Layers = str | Sequence[str] | Callable[[str, nnx.Conv], bool]
+Model = TypeVar("Model", bound=nnx.Module)
+
+# A convolution with at most this many input channels sees the image (grey, RGB, RGBA).
+_IMAGE_CHANNELS = 4
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A layer's name: the keys on the way to it, joined, such as `blocks/1/layers/0/conv`."""
+    return "/".join(map(str, path))
+
+
+def gateable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
+    """Every 2-D convolution by name, in order, but those that see the image."""
+    found = {
+        path_name(path): module
+        for path, module in nnx.iter_modules(model)
+        if type(module) in (nnx.Conv, DynamicConv)
+        and len(module.kernel_size) == 2
+        and module.in_features > _IMAGE_CHANNELS
+    }
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def dynamic_layers(model: nnx.Module) -> dict[str, DynamicConv]:
+    """Every dynamic convolution by name, in order."""
+    return {k: v for k, v in gateable_layers(model).items() if isinstance(v, DynamicConv)}
+
+
+def make_dynamic(
+    model: Model,
+    channel_ratio: Ratios = None,
+    column_ratio: Ratios = None,
+    *,
+    layers: Layers = "*",
+    criterion: Criterion = attention,
+    drop_probability: float = 1.0,
+    rngs: nnx.Rngs | None = None,
+) -> Model:
+    """Returns the model with a gate in front of its convolutions.
+
+    The model that is given keeps its structure. The result shares its parameters: the same
+    `nnx.Param` objects under the same paths, so training one trains both. Build the optimizer
+    after the surgery. A convolution that is dynamic already gets a new gate.
+
+    Args:
+      model: any NNX model, with `nnx.Conv` layers in attributes, `nnx.List`, `nnx.Dict` or
+        `nnx.Sequential`.
+      channel_ratio: prune ratio over channels, in [0, 1): one number for every gate; or a
+        sequence, one for each entry of `model.blocks`; or a mapping from patterns of layer
+        names to ratios, of which the last that matches counts (`{"*": 0.3, "blocks/4/*": 0.9}`).
+        None, or no match: no gate on channels.
+      column_ratio: the same over columns.
+      layers: which convolutions to gate: a pattern of layer names as in `fnmatch`
+        (`"blocks/*/conv2"`), several of them, or a function of the name and the convolution.
+        By default every 2-D convolution but the one that sees the image, which is told by its
+        at most 4 input channels.
+      criterion: what to rank by, see `attention.CRITERIA`.
+      drop_probability: of targeted dropout in training, in (0, 1].
+      rngs: seeds the random criterion and stochastic dropout; `nnx.Rngs(0)` by default.
+
+    Raises:
+      ValueError: for a pattern that matches no layer, a sequence that does not fit the blocks, a
+        ratio out of [0, 1), or no ratio at all.
+    """
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    names = list(gateable_layers(model))
+    chosen = _select(model, layers)
+    if channel_ratio is None and column_ratio is None:
+        raise ValueError("give channel_ratio, column_ratio or both")
+    channel = _ratio_of_each(model, names, channel_ratio, "channel_ratio")
+    column = _ratio_of_each(model, names, column_ratio, "column_ratio")
+
+    def gate(path: tuple, node: Any) -> Any:
+        name = path_name(path)
+        if name not in chosen or not isinstance(node, nnx.Conv):
+            return node
+        if channel.get(name) is None and column.get(name) is None:
+            return node
+        return DynamicConv(
+            node,
+            channel_ratio=channel.get(name),
+            column_ratio=column.get(name),
+            criterion=criterion,
+            drop_probability=drop_probability,
+            rngs=rngs,
+        )
+
+    return nnx.recursive_map(gate, model)
+
+
+def set_ratios(
+    model: nnx.Module, channel_ratio: Ratios = None, column_ratio: Ratios = None
+) -> None:
+    """Sets the prune ratios of a dynamic model's gates, in place; None leaves an axis as it is.
+
+    The ratios are variables, so a function that takes the model's state as an argument is not
+    compiled again.
+
+    Args:
+      model: a model from `make_dynamic`.
+      channel_ratio: as in `make_dynamic`.
+      column_ratio: as in `make_dynamic`.
+
+    Raises:
+      ValueError: as in `make_dynamic`, and where a layer has no gate on that axis.
+    """
+    gates = dynamic_layers(model)
+    for axis, ratios in (("channel_ratio", channel_ratio), ("column_ratio", column_ratio)):
+        for name, ratio in _ratio_of_each(model, list(gates), ratios, axis).items():
+            if ratio is None:
+                continue
+            variable: PruneRatio | None = getattr(gates[name], axis)
+            if variable is None and ratio > 0.0:
+                raise ValueError(f"{axis} of {name} cannot be set: it has no gate on that axis")
+            if variable is not None:
+                prune_ratio(ratio, f"{axis} of {name}")
+                variable[...] = jnp.asarray(ratio, jnp.float32)
+
+
+def _select(model: nnx.Module, layers: Layers) -> set[str]:
+    """The names of the convolutions that `layers` asks for."""
+    candidates = gateable_layers(model)
+    if not candidates:
+        raise ValueError(
+            f"{type(model).__name__} has no 2-D nnx.Conv with more than {_IMAGE_CHANNELS} channels"
+        )
+    if callable(layers):
+        chosen = {name for name, conv in candidates.items() if layers(name, conv)}
+        if not chosen:
+            raise ValueError("the function given as layers selects no convolution")
+        return chosen
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    return set().union(*(_matches(pattern, list(candidates)) for pattern in patterns))
+
+
+def _matches(pattern: str, names: Sequence[str]) -> list[str]:
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+        raise ValueError(
+            f"the layer pattern {pattern!r} matches none of the {len(names)} convolutions"
+            + (f"; one of them is {close[0]!r}" if close else "")
+        )
+    return found
+
+
+def _ratio_of_each(
+    model: nnx.Module, names: Sequence[str], ratios: Ratios, field: str
+) -> dict[str, float | None]:
+    """Spells out, for each layer, one number, a number per block, or a mapping of patterns."""
+    if ratios is None:
+        return dict.fromkeys(names)
+    if isinstance(ratios, int | float):
+        ratios = {"*": float(ratios)}
+    if not isinstance(ratios, Mapping):
+        blocks = len(getattr(model, "blocks", ()))
+        if len(ratios) != blocks:
+            raise ValueError(
+                f"{field} has {len(ratios)} values; this model has {blocks} blocks"
+                + ("" if blocks else ", so give one number or a mapping of layer patterns")
+            )
+        # A block may hold no gateable layer of its own, so only those that do are patterns.
+        ratios = {
+            f"blocks/{i}/*": ratio
+            for i, ratio in enumerate(ratios)
+            if any(name.startswith(f"blocks/{i}/") for name in names)
+        }
+    spelled: dict[str, float | None] = dict.fromkeys(names)
+    for pattern, ratio in ratios.items():
+        if not 0.0 <= ratio < 1.0:
+            raise ValueError(f"{field} is {ratio} for {pattern}; it must be in [0, 1)")
+        for name in _matches(pattern, names):
+            spelled[name] = float(ratio)
+    return spelled
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorts `blocks/10` after `blocks/9`."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split("/")]

@@ -1,0 +1,38 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dynprune_jax.pruning import attention
+
+
+def test_attention_is_the_mean_over_the_other_axes():
+    x = jnp.arange(2 * 2 * 2 * 3, dtype=jnp.float32).reshape(2, 2, 2, 3)
+    np.testing.assert_array_equal(
+        attention.channel_attention(x), [[4.5, 5.5, 6.5], [16.5, 17.5, 18.5]]
+    )
+    np.testing.assert_array_equal(
+        attention.column_attention(x), [[[1, 4], [7, 10]], [[13, 16], [19, 22]]]
+    )
+
+
+def test_bfloat16_maps_are_ranked_in_float32():
+    # 1 and 1 + 1/1024 are the same number in a bfloat16 mean, and different ones in float32.
+    x = jnp.ones((1, 32, 32, 2), jnp.bfloat16).at[0, 0, 0, 1].set(2.0)
+    scores = attention.channel_attention(x)
+    assert scores.dtype == jnp.float32
+    assert scores[0, 1] > scores[0, 0]
+    assert attention.column_attention(x).dtype == jnp.float32
+
+
+def test_controls_invert_and_draw_afresh():
+    rngs = nnx.RngStream(0, tag="gate")
+    scores = jnp.asarray([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    np.testing.assert_array_equal(attention.attention(scores, rngs), scores)
+    np.testing.assert_array_equal(attention.inverse(scores, rngs), -scores)
+    first, second = attention.random(scores, rngs), attention.random(scores, rngs)
+    assert first.shape == scores.shape
+    assert not np.array_equal(first[0], first[1])  # per input
+    assert not np.array_equal(first, second)  # per call
+    assert set(attention.CRITERIA) == {"attention", "random", "inverse"}
+    assert jax.tree.all(jax.tree.map(callable, attention.CRITERIA))

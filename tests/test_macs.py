@@ -1,0 +1,115 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynprune_jax.pruning.macs import conv_usage, linear_usage, program_macs
+from dynprune_jax.pruning.masks import Masks
+
+PLACE = {"name": "conv", "order": 0}
+
+
+def slow_executed_macs(conv, x_shape, channels, columns):
+    """Walks over every output, every tap and every input channel of one image."""
+    height, width, c_in = x_shape
+    (k_h, k_w), (s_h, s_w), (d_h, d_w) = conv.kernel_size, conv.strides, conv.kernel_dilation
+    if conv.padding == "VALID":
+        pads = ((0, 0), (0, 0))
+    elif conv.padding == "SAME":
+        pads = []
+        for n, k, s, d in ((height, k_h, s_h, d_h), (width, k_w, s_w, d_w)):
+            total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            pads.append((total // 2, total - total // 2))
+    else:
+        pads = conv.padding
+    (top, bottom), (left, right) = pads
+    out_h = (height + top + bottom - (k_h - 1) * d_h - 1) // s_h + 1
+    out_w = (width + left + right - (k_w - 1) * d_w - 1) // s_w + 1
+    fan_out = conv.out_features // conv.feature_group_count
+    executed = dense = 0
+    for i, j, a, b in itertools.product(range(out_h), range(out_w), range(k_h), range(k_w)):
+        dense += c_in * fan_out
+        h, w = i * s_h - top + a * d_h, j * s_w - left + b * d_w
+        if 0 <= h < height and 0 <= w < width and columns[h, w]:
+            for c in range(c_in):
+                executed += fan_out if channels[c] else 0
+    return executed, dense
+
+
+sizes = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@given(
+    kernel=sizes,
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.sampled_from(["SAME", "VALID", ((0, 2), (1, 0)), ((3, 3), (2, 1))]),
+    groups=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=30, deadline=None)
+def test_macs_equal_a_walk_over_every_tap(kernel, strides, dilation, padding, groups, seed):
+    random = np.random.default_rng(seed)
+    shape = (int(random.integers(7, 10)), int(random.integers(7, 10)), 4)
+    conv = nnx.Conv(
+        4, 8, kernel, strides, padding=padding, kernel_dilation=dilation,
+        feature_group_count=groups, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    channels = random.random((2, 4)) < 0.6
+    columns = random.random((2, *shape[:2])) < 0.6
+    usage = conv_usage(
+        conv, (2, *shape), Masks(jnp.asarray(channels), jnp.asarray(columns)), **PLACE
+    )
+    for image in range(2):
+        executed, dense = slow_executed_macs(conv, shape, channels[image], columns[image])
+        assert usage.executed_macs[image] == executed
+        assert usage.dense_macs == dense
+        share = channels[image].mean() * columns[image].mean()
+        np.testing.assert_allclose(usage.macs[image], dense * share)
+    everything = slow_executed_macs(conv, shape, np.ones(4), np.ones(shape[:2]))
+    assert usage.dense_executed_macs == everything[0]
+    assert program_macs(conv, jnp.zeros((1, *shape))) == usage.dense_macs
+
+
+def test_a_figure_beyond_32_bits_is_exact():
+    conv = nnx.eval_shape(lambda: nnx.Conv(4096, 4096, (3, 3), rngs=nnx.Rngs(0)))
+    usage = conv_usage(conv, (1, 64, 64, 4096), Masks(), **PLACE)
+    assert usage.dense_macs == 64 * 64 * 9 * 4096**2
+    assert usage.executed_macs[0] == (3 * 64 - 2) ** 2 * 4096**2
+    assert usage.executed_macs.dtype == np.int64
+
+
+def test_circular_padding_wraps_onto_kept_columns():
+    conv = nnx.Conv(2, 3, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0))
+    usage = conv_usage(conv, (1, 4, 4, 2), Masks(), **PLACE)
+    assert usage.dense_executed_macs == usage.dense_macs == 16 * 9 * 2 * 3
+
+
+def test_linear_layers_count_and_positions_multiply():
+    linear = nnx.Linear(5, 7, rngs=nnx.Rngs(0))
+    usage = linear_usage(linear, (3, 2, 5), **PLACE)
+    assert usage.dense_macs == 2 * 5 * 7
+    np.testing.assert_array_equal(usage.macs, [70, 70, 70])
+    np.testing.assert_array_equal(usage.executed_macs, [70, 70, 70])
+    np.testing.assert_array_equal(usage.gate_operations, [0, 0, 0])
+
+
+def test_the_cost_of_a_gate_by_hand():
+    conv = nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+    channels = jnp.asarray([[True, True, False, False], [True] * 4])
+    usage = conv_usage(conv, (2, 3, 3, 4), Masks(channels), **PLACE)
+    # 36 additions for the means, 4 * log2(4) comparisons; nothing where nothing is pruned.
+    np.testing.assert_array_equal(usage.gate_operations, [36 + 8, 0])
+
+
+def test_program_macs_finds_products_inside_loops_and_branches():
+    def f(x, w):
+        x, _ = jax.lax.scan(lambda c, _: (c @ w, None), x, length=3)
+        x = jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
+        return jax.jit(lambda x: jnp.einsum("ij,kj->ik", x, x))(x)
+
+    assert program_macs(f, jnp.ones((2, 4)), jnp.ones((4, 4))) == (3 + 2) * 2 * 16 + 2 * 2 * 4

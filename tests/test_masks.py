@@ -1,0 +1,86 @@
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dynprune_jax.pruning.masks import Masks, drop_targets, keep_highest, kept_count
+
+
+@pytest.mark.parametrize(
+    ("ratio", "n", "kept"),
+    [(0.29, 100, 71), (0.0, 7, 7), (0.5, 7, 4), (0.999, 4, 1), (0.9, 512, 52), (0.1, 9, 9)],
+)
+def test_kept_count_by_hand(ratio, n, kept):
+    assert int(kept_count(ratio, n)) == kept
+    assert int(jax.jit(kept_count, static_argnums=1)(ratio, n)) == kept
+
+
+@given(st.integers(1, 224 * 224), st.data())
+def test_a_ratio_of_p_over_n_prunes_p(n, data):
+    pruned = data.draw(st.integers(0, n - 1))
+    assert int(kept_count(pruned / n, n)) == n - pruned
+
+
+@given(st.integers(0, 999), st.integers(1, 2048))
+def test_decimal_ratios_prune_what_exact_arithmetic_says(thousandths, n):
+    exact = n - math.floor(Fraction(thousandths, 1000) * n)
+    assert int(kept_count(thousandths / 1000, n)) == max(exact, 1)
+
+
+def slow_mask(scores, count):
+    """Keeps the highest by repeatedly taking the first of the best."""
+    mask = np.zeros(scores.shape, bool)
+    for row, kept in zip(scores, mask, strict=True):
+        left = [(-math.inf if math.isnan(value) else value) for value in row.tolist()]
+        order = sorted(range(len(left)), key=lambda i: (-left[i], i))
+        kept[order[:count]] = True
+    return mask
+
+
+few_values = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.5, 1.0, np.nan])
+
+
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=few_values), st.data()
+)
+def test_keep_highest_equals_the_slow_way_ties_and_nan_included(scores, data):
+    count = data.draw(st.integers(1, scores.shape[1]))
+    traced = jax.jit(keep_highest)(jnp.asarray(scores), count)
+    np.testing.assert_array_equal(traced, slow_mask(scores, count))
+    assert (np.sum(traced, axis=1) == count).all()
+
+
+def test_ties_go_to_the_lower_index():
+    mask = keep_highest(jnp.asarray([[1.0, 2.0, 1.0, 1.0, 2.0]]), 3)
+    np.testing.assert_array_equal(mask, [[True, True, False, False, True]])
+
+
+def test_no_gradient_flows_through_the_ranking():
+    def f(x):
+        return jnp.sum(jnp.where(keep_highest(x, 2), x, 0.0))
+
+    np.testing.assert_array_equal(jax.grad(f)(jnp.asarray([[3.0, 1.0, 2.0]])), [[1.0, 0.0, 1.0]])
+
+
+def test_targets_are_dropped_with_their_probability_and_nothing_else():
+    mask = jnp.tile(jnp.asarray([True, False]), (20_000, 1))
+    np.testing.assert_array_equal(drop_targets(jax.random.key(0), mask, 1.0), mask)
+    kept = drop_targets(jax.random.key(0), mask, 0.7)
+    assert kept[:, 0].all()
+    assert abs(float(kept[:, 1].mean()) - 0.3) < 0.02  # 6 standard deviations
+
+
+def test_masks_zero_what_is_not_kept():
+    x = jnp.arange(1.0, 9.0).reshape(1, 2, 2, 2)
+    channels = jnp.asarray([[True, False]])
+    columns = jnp.asarray([[[True, False], [True, True]]])
+    expected = [[[[1, 0], [0, 0]], [[5, 0], [7, 0]]]]
+    np.testing.assert_array_equal(Masks(channels, columns).apply(x), expected)
+    assert Masks().apply(x) is x
+    assert Masks(channels).apply(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16

@@ -1,0 +1,160 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynprune_jax import make_dynamic, measure, models
+from dynprune_jax.pruning.attention import random
+
+
+class Small(nnx.Module):
+    """Convolutions in attributes, in a list and in a Sequential; one product of its own."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.convs = nnx.List([nnx.Conv(8, 8, (3, 3), rngs=rngs) for _ in range(2)])
+        self.tail = nnx.Sequential(nnx.relu, nnx.Conv(8, 16, (3, 3), strides=2, rngs=rngs))
+        self.mix = nnx.Param(jnp.eye(16))
+        self.head = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for conv in self.convs:
+            x = conv(nnx.relu(x))
+        return self.head(self.tail(x).mean((1, 2)) @ self.mix[...])
+
+
+@pytest.fixture
+def model():
+    return make_dynamic(Small(nnx.Rngs(0)), 0.5, {"convs/*": 0.25})
+
+
+@pytest.fixture
+def images():
+    return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+
+
+def test_totals_by_hand(model, images):
+    logits, usage = measure(model, images)
+    np.testing.assert_array_equal(logits, model(images))
+    dense = {
+        "stem": 64 * 27 * 8,
+        "convs/0": 64 * 72 * 8,
+        "convs/1": 64 * 72 * 8,
+        "tail/layers/1": 16 * 72 * 16,
+        "head": 160,
+    }
+    assert {layer.name: layer.dense_macs for layer in usage.layers} == dense
+    assert usage.other_macs == 16 * 16  # the product that is no layer
+    assert usage.dense_macs == sum(dense.values()) + 256
+    kept = dense["stem"] + 2 * dense["convs/0"] * 0.5 * 0.75 + dense["tail/layers/1"] * 0.5 + 416
+    np.testing.assert_allclose(usage.macs, [kept] * 4)
+    assert usage.mac_reduction == pytest.approx(1 - kept / usage.dense_macs)
+    assert usage.executed_macs.shape == (4,)
+    assert (usage.executed_macs < usage.dense_executed_macs).all()
+    assert (usage.gate_operations > 0).all()
+
+
+def test_nothing_is_left_behind_and_jit_agrees(model, images):
+    graph, state = nnx.split(model)
+    traces = []
+
+    @jax.jit
+    def jitted(state, images):
+        traces.append(1)
+        return measure(nnx.merge(graph, state), images)
+
+    before = jax.tree.structure(nnx.split(model))
+    _, eager = measure(model, images)
+    assert jax.tree.structure(nnx.split(model)) == before
+    for _ in range(3):
+        logits, usage = jitted(state, images)
+    assert len(traces) == 1
+    np.testing.assert_allclose(logits, model(images), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(usage.executed_macs, eager.executed_macs)
+    assert [layer.name for layer in usage.layers] == [layer.name for layer in eager.layers]
+
+
+def test_a_plain_model_is_measured_too(images):
+    plain = Small(nnx.Rngs(0))
+    logits, usage = measure(plain, images)
+    np.testing.assert_array_equal(logits, plain(images))
+    assert usage.mac_reduction == 0.0
+    assert usage.executed_mac_reduction == 0.0
+    np.testing.assert_array_equal(usage.macs, [usage.dense_macs] * 4)
+
+
+def test_random_gates_draw_anew_for_each_input(images):
+    model = make_dynamic(Small(nnx.Rngs(0)), 0.5, criterion=random)
+    _, usage = measure(model, jnp.tile(images[:1], (8, 1, 1, 1)))
+    masks = usage.layers[1].masks.channels
+    assert masks is not None
+    assert len({tuple(row) for row in np.asarray(masks).tolist()}) > 1
+
+
+def test_a_layer_called_twice_counts_twice(images):
+    class Twice(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 3, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            return self.conv(self.conv(x)).mean((1, 2))
+
+    _, usage = measure(Twice(nnx.Rngs(0)), images)
+    assert [layer.name for layer in usage.layers] == ["conv", "conv"]
+    assert usage.dense_macs == 2 * 64 * 81
+
+
+def test_rematerialised_blocks_are_measured(images):
+    class Remat(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+            self.block = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            return nnx.remat(lambda block, x: block(x))(self.block, self.conv(x)).mean((1, 2))
+
+    _, usage = measure(make_dynamic(Remat(nnx.Rngs(0)), 0.5), images)
+    assert usage.dense_macs == 64 * 27 * 8 + 64 * 72 * 8
+    np.testing.assert_array_equal(usage.macs, [64 * 27 * 8 + 64 * 72 * 4] * 4)
+
+
+def test_more_maps_than_images_is_refused(images):
+    class Crops(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            return self.conv(jnp.concatenate([x, x])).mean((1, 2))
+
+    with pytest.raises(ValueError, match="conv sees maps of the shape"):
+        measure(Crops(nnx.Rngs(0)), images)
+
+
+@pytest.mark.parametrize(
+    ("factory", "image_size", "classes", "convolutions_only", "millions"),
+    [
+        ("vgg16", 32, 10, False, 313.2),
+        ("resnet56", 32, 10, False, 125.5),
+        ("vgg16_imagenet", 224, 100, True, 15_350),
+    ],
+)
+def test_the_dense_figures_of_the_literature(
+    factory, image_size, classes, convolutions_only, millions
+):
+    make = getattr(models, factory)
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: make(classes, image_size=image_size, rngs=nnx.Rngs(0)))
+    )
+
+    def run(state, images):
+        model = nnx.merge(graph, state)
+        model.eval()
+        return measure(model, images)
+
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    _, usage = jax.eval_shape(run, state, images)
+    layers = [x for x in usage.layers if not (convolutions_only and x.name.startswith("head"))]
+    assert sum(layer.dense_macs for layer in layers) / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert usage.other_macs == 0

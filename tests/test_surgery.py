@@ -1,0 +1,145 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dynprune_jax
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.surgery import dynamic_layers, make_dynamic, set_ratios
+
+
+class Block(nnx.Module):
+    """A residual unit with its convolutions in plain attributes."""
+
+    def __init__(self, features, rngs):
+        self.conv1 = nnx.Conv(features, features, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(features, features, (3, 3), rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.conv2(nnx.relu(self.conv1(x)))
+
+
+class Zoo(nnx.Module):
+    """Convolutions in an attribute, a list, a dict, a Sequential, and one that is shared."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.blocks = nnx.List([Block(8, rngs), nnx.Sequential(Block(8, rngs), nnx.relu)])
+        self.tail = nnx.Sequential(nnx.Conv(8, 12, (1, 1), strides=2, rngs=rngs), nnx.relu)
+        self.named = nnx.Dict(depthwise=nnx.Conv(12, 12, (3, 3), feature_group_count=12, rngs=rngs))
+        self.shared = self.blocks[0].conv1
+        self.head = nnx.Linear(12, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        x = self.named["depthwise"](self.tail(self.shared(x)))
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.fixture
+def zoo():
+    return Zoo(nnx.Rngs(0))
+
+
+@pytest.fixture
+def images():
+    return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+
+
+def test_every_convolution_but_the_first_becomes_dynamic(zoo):
+    model = make_dynamic(zoo, 0.5, 0.25)
+    assert list(dynamic_layers(model)) == [
+        "blocks/0/conv1",
+        "blocks/0/conv2",
+        "blocks/1/layers/0/conv1",
+        "blocks/1/layers/0/conv2",
+        "named/depthwise",
+        "tail/layers/0",
+    ]
+    assert type(model.stem) is nnx.Conv
+    assert model.shared is model.blocks[0].conv1
+    assert not dynamic_layers(zoo)  # the model given is as it was
+
+
+def test_ratio_zero_is_bit_identical_to_the_original(zoo, images):
+    model = make_dynamic(zoo, 0.0, 0.0)
+    np.testing.assert_array_equal(model(images), zoo(images))
+    np.testing.assert_array_equal(nnx.jit(model)(images), nnx.jit(zoo)(images))
+    logits, _ = dynprune_jax.measure(model, images)
+    np.testing.assert_array_equal(logits, zoo(images))
+    assert not np.array_equal(make_dynamic(zoo, 0.5)(images), zoo(images))
+
+
+def test_parameters_are_shared_under_their_paths(zoo):
+    model = make_dynamic(zoo, 0.5)
+    before, after = nnx.state(zoo, nnx.Param), nnx.state(model, nnx.Param)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert model.tail.layers[0].kernel is zoo.tail.layers[0].kernel
+
+
+def test_ratios_by_number_by_block_and_by_pattern(zoo):
+    def ratios(model):
+        return {
+            name: (
+                None if gate.channel_ratio is None else round(float(gate.channel_ratio[...]), 3),
+                None if gate.column_ratio is None else round(float(gate.column_ratio[...]), 3),
+            )
+            for name, gate in dynamic_layers(model).items()
+        }
+
+    assert set(ratios(make_dynamic(zoo, 0.5)).values()) == {(0.5, None)}
+    assert ratios(make_dynamic(zoo, (0.1, 0.2), layers="*conv2")) == {
+        "blocks/0/conv2": (0.1, None),
+        "blocks/1/layers/0/conv2": (0.2, None),
+    }
+    mixed = make_dynamic(zoo, {"*": 0.3, "blocks/1/*": 0.6}, {"tail/*": 0.5})
+    assert ratios(mixed)["blocks/0/conv1"] == (0.3, None)
+    assert ratios(mixed)["blocks/1/layers/0/conv2"] == (0.6, None)
+    assert ratios(mixed)["tail/layers/0"] == (0.3, 0.5)
+    chosen = make_dynamic(zoo, 0.5, layers=lambda name, conv: conv.feature_group_count > 1)
+    assert list(ratios(chosen)) == ["named/depthwise"]
+
+
+def test_set_ratios_changes_the_masks_in_place(zoo, images):
+    model = make_dynamic(zoo, 0.0)
+    set_ratios(model, {"blocks/0/conv1": 0.5})
+    kept = {
+        layer.name: int(layer.kept_channels[0])
+        for layer in dynprune_jax.measure(model, images)[1].layers
+    }
+    assert kept["blocks/0/conv1"] == 4
+    assert kept["blocks/0/conv2"] == 8
+    with pytest.raises(ValueError, match="column_ratio of blocks/0/conv1 cannot be set"):
+        set_ratios(model, column_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"channel_ratio": 1.0}, r"channel_ratio is 1.0 .* \[0, 1\)"),
+        ({"column_ratio": (0.5, -0.1)}, r"column_ratio is -0.1 for blocks/1/\*"),
+        ({"channel_ratio": (0.5,)}, "channel_ratio has 1 values; this model has 2 blocks"),
+        ({"channel_ratio": {"block/*": 0.5}}, r"'block/\*' matches none of the 6 convolutions"),
+        ({"channel_ratio": 0.5, "layers": "conv9"}, "'conv9' matches none.*blocks/0/conv"),
+        ({"channel_ratio": 0.5, "layers": lambda *_: False}, "selects no convolution"),
+        ({}, "give channel_ratio, column_ratio or both"),
+    ],
+)
+def test_mistakes_are_refused(zoo, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_dynamic(zoo, **kwargs)
+
+
+def test_a_model_without_convolutions_is_refused():
+    with pytest.raises(ValueError, match=r"Sequential has no 2-D nnx\.Conv"):
+        make_dynamic(nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), 0.5)
+
+
+def test_a_lone_convolution_can_be_the_model(images):
+    conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    assert isinstance(make_dynamic(conv, 0.5), DynamicConv)
+    x = jnp.ones((1, 4, 4, 8))
+    np.testing.assert_array_equal(make_dynamic(conv, 0.0)(x), conv(x))
