@@ -20,7 +20,7 @@ from dynprune_jax.data.records import RecordBuilder, chunks
 from dynprune_jax.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Below a split's folder name, what it may also be called.
+# Split → the names its folder may have, the first one present wins.
 SPLIT_FOLDERS = (("train", ("train",)), ("test", ("test", "val")))
 THREADS = 4
 
@@ -87,14 +87,14 @@ def _list_split(
         raise UserError(f"config.data.path={root}: it has no {' or '.join(folders)} folder")
     folder = present[0]
     classes: dict[str, list[tuple[str, int, int]]] = {}
-    for entry in os.scandir(os.path.join(root, folder)):
-        if entry.name.startswith(".") or not entry.is_dir():
+    for entry in _visible(os.path.join(root, folder)):
+        if not entry.is_dir():
             continue
         # Not recursive, so a loop of symbolic links has no end to miss.
         images = [
             (f"{folder}/{entry.name}/{file.name}", *_size_and_time(file))
-            for file in os.scandir(entry.path)
-            if not file.name.startswith(".") and file.name.lower().endswith(SUFFIXES)
+            for file in _visible(entry.path)
+            if file.name.lower().endswith(SUFFIXES)
         ]
         if not images:
             raise UserError(
@@ -104,6 +104,15 @@ def _list_split(
     if not classes:
         raise UserError(f"{os.path.join(root, folder)} holds no class folder ({split} split)")
     return classes
+
+
+def _visible(folder: str) -> list[os.DirEntry[str]]:
+    """Lists what is not hidden in a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def _size_and_time(file: os.DirEntry[str]) -> tuple[int, int]:

@@ -109,6 +109,13 @@ def prepare(make_builder: Callable[[], RecordBuilder]) -> RecordBuilder:
     return builder
 
 
+def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
+    """Opens a TFDS data source of a split, in which `image` stays the bytes of its file."""
+    # TFDS's decorators hide the signature of this method from type checkers.
+    open_source: Any = builder.as_data_source
+    return open_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
 def chunks(count: int, size: int) -> Iterator[range]:
     """Yields `range(count)` in consecutive pieces of `size`, the last one shorter."""
     for start in range(0, count, size):

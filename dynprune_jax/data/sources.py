@@ -12,13 +12,14 @@ from typing import Any, SupportsIndex, TypedDict
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, Int32, UInt8
+from tensorflow_datasets.core.read_only_builder import builder_from_files
 
 from dynprune_jax.data.cifar import Cifar10, Cifar100
 from dynprune_jax.data.class_folders import ClassFolders
 from dynprune_jax.data.digits import Digits
 from dynprune_jax.data.imagenet100 import class_wnids, new_labels, scan_labels
 from dynprune_jax.data.images import UndecodableImageError, decode_square
-from dynprune_jax.data.records import chunks, data_root, prepare
+from dynprune_jax.data.records import chunks, data_root, encoded_records, prepare
 from dynprune_jax.errors import UserError
 
 READ_THREADS = 4
@@ -314,8 +315,10 @@ def _open_prepared(request: _Request, stored_name: str = "") -> tfds.core.Datase
     stored_name = stored_name or request.name
     builder = None
     with contextlib.suppress(Exception):  # TFDS raises many types, with misleading messages
-        builder = tfds.builder(stored_name, data_dir=request.root)
-    if builder is None or not (builder.data_path.exists() and builder.is_prepared()):
+        # From the files and not from TFDS's own code of that name: the features and class names
+        # are those that the data were prepared with.
+        builder = builder_from_files(stored_name, data_dir=request.root)
+    if builder is None:
         own = ", ".join(own_name for own_name in _OPENERS if own_name != "imagenet100")
         raise UserError(
             f"config.data.name={request.name}: no data set {stored_name} is prepared in "
@@ -354,11 +357,9 @@ def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, 
 
 
 def _open_records(name: str, builder: tfds.core.DatasetBuilder, field: str, split: str) -> Any:
-    """Opens a TFDS data source whose images stay encoded."""
-    # TFDS's decorators hide the signature of this method from the type checker.
-    open_source: Any = builder.as_data_source
+    """Opens a split's records, turning TFDS's exceptions into the user's."""
     try:
-        return open_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        return encoded_records(builder, split)
     except NotImplementedError as error:
         raise UserError(
             f"config.data.name={name}: {builder.data_dir} is not in the array_record format; "

@@ -1,0 +1,153 @@
+"""Batches: from device memory, from a stream, and for evaluation."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Int32, Key, UInt8
+
+from dynprune_jax.data.records import chunks
+from dynprune_jax.data.sources import Split
+from dynprune_jax.errors import UserError
+
+
+def check_batch_size(batch_size: int, examples: int) -> None:
+    """Raises UserError unless a batch of that size can be drawn from that many examples."""
+    if not 1 <= batch_size <= examples:
+        raise UserError(
+            f"config.batch_size={batch_size}: it must be between 1 and the number of training "
+            f"examples, {examples}"
+        )
+
+
+def device_batch(
+    key: Key[Array, ""],
+    step: Int[Array, ""] | int,
+    images: UInt8[Array, "n height width channels"],
+    labels: Int32[Array, " n"],
+    batch_size: int,
+) -> tuple[UInt8[Array, "batch height width channels"], Int32[Array, " batch"]]:
+    """Draws training batch number `step` from arrays in device memory.
+
+    A pure function of key and step, so that resuming needs no state. Each epoch of
+    `n // batch_size` steps has its own order; the examples left over at its end are not used
+    in that epoch.
+
+    Args:
+        key: of the orders; the same for the whole run.
+        step: counted from 0; may be traced.
+        images: all training images.
+        labels: their labels.
+        batch_size: number of examples to draw.
+
+    Raises:
+        UserError: the batch is larger than the set.
+    """
+    count = images.shape[0]
+    check_batch_size(batch_size, count)
+    per_epoch = count // batch_size
+    step = jnp.asarray(step, jnp.int32)
+    epoch_key = jax.random.fold_in(key, step // per_epoch)
+    # One sort of random numbers; `jax.random.permutation` sorts twice to break up the rare ties.
+    order = jnp.argsort(jax.random.bits(epoch_key, (count,)))
+    first = (step % per_epoch) * batch_size
+    chosen = jax.lax.dynamic_slice(order, (first,), (batch_size,))
+    return images[chosen], labels[chosen]
+
+
+def stream_batches(
+    split: Split, batch_size: int, seed: int, *, threads: int = 4, skip: int = 0
+) -> grain.DatasetIterator:
+    """Streams shuffled training batches without end, decoding in threads ahead of the caller.
+
+    Each pass over the split is shuffled anew and holds every example once; batches run across
+    the border of two passes. What comes is determined by the seed and the position alone.
+    Save the position with `get_state()` and restore it with `set_state(state)`, or through
+    `grain.checkpoint.CheckpointSave` and `CheckpointRestore`. Call `close()` to end the threads.
+
+    Args:
+        split: where the examples come from.
+        batch_size: number of examples in each batch.
+        seed: of the orders.
+        threads: how many batches are decoded at the same time; 0 decodes when asked. As many
+            are kept ready.
+        skip: how many batches to leave out at the start. A saved position counts from there:
+            restore it into a stream with the same `skip`.
+
+    Returns:
+        An iterator of `{"image": uint8 (batch, side, side, channels), "label": int32 (batch,)}`.
+
+    Raises:
+        UserError: the batch is larger than the split; while iterating, as `Split.read`.
+    """
+    check_batch_size(batch_size, len(split))
+
+    def read(
+        indices: Int[np.ndarray, " batch"],
+    ) -> dict[str, np.ndarray]:
+        images, labels = split.read(indices)
+        return {"image": images, "label": labels}
+
+    order = grain.MapDataset.range(len(split)).seed(seed).shuffle().repeat()
+    # Batches of indices, so that a batch is one read of the records. An endless stream has no
+    # remainder; asking to drop it keeps grain from rounding its length up past an integer.
+    batches = order.batch(batch_size, drop_remainder=True).map(read)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    return iter(batches[skip:].to_iter_dataset(options))
+
+
+def eval_batches(
+    examples: Split | tuple[UInt8[np.ndarray, "n height width channels"], Int32[np.ndarray, " n"]],
+    batch_size: int,
+) -> Iterator[
+    tuple[
+        UInt8[np.ndarray, "batch height width channels"],
+        Int32[np.ndarray, " batch"],
+        Bool[np.ndarray, " batch"],
+    ]
+]:
+    """Yields all examples once and in order, in batches of one fixed shape.
+
+    Args:
+        examples: a split, which is decoded one batch ahead, or (images, labels) in memory.
+        batch_size: number of examples in each batch, padding included.
+
+    Yields:
+        Images, labels and which of them are valid. The last batch is padded with zeros, whose
+        `valid` is False.
+    """
+    count = len(examples) if isinstance(examples, Split) else len(examples[1])
+
+    def load(
+        chunk: range,
+    ) -> tuple[UInt8[np.ndarray, "some height width channels"], Int32[np.ndarray, " some"]]:
+        if isinstance(examples, Split):
+            return examples.read(chunk)
+        where = slice(chunk.start, chunk.stop)
+        return examples[0][where], examples[1][where]
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for chunk in [*chunks(count, batch_size), None]:
+            following = pool.submit(load, chunk) if chunk is not None else None
+            if waiting is not None:
+                yield _padded(*waiting.result(), batch_size)
+            waiting = following
+
+
+def _padded(
+    images: UInt8[np.ndarray, "some height width channels"],
+    labels: Int32[np.ndarray, " some"],
+    batch_size: int,
+) -> tuple[
+    UInt8[np.ndarray, "batch height width channels"],
+    Int32[np.ndarray, " batch"],
+    Bool[np.ndarray, " batch"],
+]:
+    missing = batch_size - len(labels)
+    images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    labels = np.pad(labels, (0, missing))
+    return images, labels, np.arange(batch_size) < batch_size - missing
