@@ -11,7 +11,7 @@ from flax import nnx
 
 from dynprune_jax import models
 from dynprune_jax.models.resnet import BasicUnit, BottleneckUnit
-from dynprune_jax.models.resnet_cifar import option_a_shortcut
+from dynprune_jax.models.resnet_cifar import CifarResNet, option_a_shortcut
 
 SMALLEST = {
     "vgg16": 32,
@@ -161,16 +161,21 @@ def test_option_a_shortcut():
     np.testing.assert_array_equal(option_a_shortcut(jnp.asarray(x), 3, 1), x)
 
 
-def test_residual_branch_of_imagenet_units_starts_as_nothing():
-    for unit in (BasicUnit, BottleneckUnit):
-        x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4 * unit.expansion))
-        identity = unit(4 * unit.expansion, 4, stride=1, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        assert not identity.projects
-        np.testing.assert_array_equal(identity(x), nnx.relu(x))
-        projected = unit(4 * unit.expansion, 8, stride=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        np.testing.assert_allclose(
-            projected(x), nnx.relu(projected.shortcut_norm(projected.shortcut(x)))
-        )
+@pytest.mark.parametrize("unit", [BasicUnit, BottleneckUnit])
+def test_imagenet_units_start_as_their_shortcut(unit):
+    @nnx.jit
+    def start(x):
+        inputs = 4 * unit.expansion
+        same = unit(inputs, 4, stride=1, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        half = unit(inputs, 8, stride=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        assert not same.projects
+        assert half.projects
+        return same(x), half(x), nnx.relu(half.shortcut_norm(half.shortcut(x)))
+
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4 * unit.expansion))
+    same, half, shortcut = start(x)
+    np.testing.assert_array_equal(same, nnx.relu(x))
+    np.testing.assert_allclose(half, shortcut, rtol=1e-5, atol=1e-6)
 
 
 def test_kernels_are_he_normal_by_fan_out():
@@ -179,53 +184,86 @@ def test_kernels_are_he_normal_by_fan_out():
     assert float(kernel.std()) == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.02)
 
 
+def small_vgg(dtype):
+    return models.vgg_digits(10, in_channels=3, image_size=8, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def small_resnet(dtype):
+    return CifarResNet(1, 10, in_channels=3, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+@nnx.jit
+def call(model, images):
+    return model(images)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("name", "channels"), [("vgg_digits", 1), ("resnet20", 3)])
-def test_training_updates_the_statistics_and_evaluation_uses_them(name, channels, dtype):
-    model = getattr(models, name)(10, image_size=8, dtype=dtype, rngs=nnx.Rngs(0))
-    images = jax.random.normal(jax.random.key(1), (4, 8, 8, channels)) + 1.0
+@pytest.mark.parametrize("build", [small_vgg, small_resnet])
+def test_training_updates_the_statistics_and_evaluation_uses_them(build, dtype):
+    model = nnx.jit(lambda: build(dtype))()
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3)) + 1.0
 
-    @nnx.jit
-    def call(model, images):
-        return model(images)
+    def statistics():
+        return jax.tree.map(np.array, nnx.state(model, nnx.BatchStat))
 
-    start = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+    def unchanged(old):
+        return jax.tree.map(np.array_equal, old, statistics())
+
+    start = statistics()
     model.eval()
     before = call(model, images)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, start, nnx.state(model, nnx.BatchStat)))
+    assert jax.tree.all(unchanged(start))
 
     model.train()
     training = call(model, images)
-    trained = nnx.state(model, nnx.BatchStat)
-    assert not jax.tree.all(jax.tree.map(jnp.array_equal, start, trained))
+    assert not any(jax.tree.leaves(unchanged(start)))
     # The first convolution sees the images as they are, so its mean can be told from outside.
-    first = model.blocks[0].layers[0] if name == "vgg_digits" else model
-    conv, norm = (first.conv, first.norm) if name == "vgg_digits" else (first.stem, first.stem_norm)
-    expected = 0.1 * conv(images).astype(jnp.float32).mean(axis=(0, 1, 2))
+    if build is small_vgg:
+        conv, norm = model.blocks[0].layers[0].conv, model.blocks[0].layers[0].norm
+    else:
+        conv, norm = model.stem, model.stem_norm
+    expected = 0.1 * np.asarray(conv(images), np.float32).mean(axis=(0, 1, 2))
     np.testing.assert_allclose(norm.mean[...], expected, rtol=1e-3, atol=1e-4)
 
     model.eval()
     after = call(model, images)
-    assert not jnp.array_equal(before, after)
-    assert not jnp.array_equal(training, after)
+    assert not np.allclose(before, after)
+    assert not np.allclose(training, after)
     # In evaluation an example's logits do not depend on its batch.
     np.testing.assert_allclose(call(model, images[:1])[0], after[0], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("build", [small_vgg, small_resnet])
+def test_half_precision_agrees_with_single(build):
+    # Some releases of XLA's CPU compiler drop a bfloat16 relu's result between two convolutions
+    # and return zeros or NaN without a word.
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3)) + 1.0
+
+    @nnx.jit(static_argnums=0)
+    def logits(dtype, images):
+        model = build(dtype)
+        model.eval()
+        return model(images)
+
+    full = logits(jnp.float32, images)
+    assert full.std() > 0.01
+    np.testing.assert_allclose(logits(jnp.bfloat16, images), full, rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("name", "channels"), [("vgg_digits", 1), ("resnet20", 3)])
-def test_the_first_gradient_is_finite(name, channels, dtype):
-    model = getattr(models, name)(10, image_size=8, dtype=dtype, rngs=nnx.Rngs(0))
-    images = jax.random.normal(jax.random.key(1), (4, 8, 8, channels))
-
+@pytest.mark.parametrize("build", [small_vgg, small_resnet])
+def test_the_first_gradient_is_finite(build, dtype):
     @nnx.jit
-    def gradient(model):
-        return nnx.grad(lambda model: -jax.nn.log_softmax(model(images))[:, 0].mean())(model)
+    def gradient(images):
+        def loss(model):
+            return -jax.nn.log_softmax(model(images))[:, 0].mean()
 
-    for leaf in jax.tree.leaves(gradient(model)):
+        return nnx.grad(loss)(build(dtype))
+
+    for leaf in jax.tree.leaves(gradient(jax.random.normal(jax.random.key(1), (4, 8, 8, 3)))):
         assert leaf.dtype == jnp.float32
-        assert jnp.isfinite(leaf).all()
-        assert jnp.any(leaf != 0)
+        assert np.isfinite(leaf).all()
+        assert np.any(leaf)
 
 
 def test_dropout_of_the_imagenet_head_follows_the_mode():

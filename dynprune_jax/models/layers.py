@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
 
 
 def conv(
@@ -47,49 +46,31 @@ def conv(
     )
 
 
-class BatchNorm(nnx.BatchNorm):
-    """Batch normalization computed in float32 that returns the dtype of its input.
+def norm(channels: int, *, zero_scale: bool = False, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """Builds a batch normalization with momentum 0.9 and epsilon 1e-5.
 
-    Momentum is 0.9 and epsilon 1e-5. `model.train()` uses and updates the batch statistics,
-    `model.eval()` uses the stored ones.
+    It returns float32 whatever it is given: statistics of a half-precision map would lose most
+    of their digits. The units below add and rectify in float32 too and round the finished map
+    once, to the compute dtype; XLA fuses all of it into one pass.
 
     Args:
-      num_features: channels of the map.
-      zero_scale: start the scale at zero, so that a residual branch starts as the identity
+      channels: channels of the map.
+      zero_scale: start the scale at zero, so that a residual branch starts as nothing
         (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
-      rngs: source of keys; none is drawn, the initial values are constants.
+      rngs: source of keys; the initial values are constants.
+
+    Returns:
+      The normalization; `train()` makes it use and update the statistics of the batch, `eval()`
+      the stored ones.
     """
-
-    def __init__(self, num_features: int, *, zero_scale: bool = False, rngs: nnx.Rngs):
-        ones_or_zeros = nnx.initializers.zeros if zero_scale else nnx.initializers.ones
-        super().__init__(
-            num_features,
-            momentum=0.9,
-            epsilon=1e-5,
-            # Statistics of a half-precision map would lose most of their digits.
-            dtype=jnp.float32,
-            scale_init=ones_or_zeros,
-            rngs=rngs,
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "batch height width channels"],
-        use_running_average: bool | None = None,
-        *,
-        mask: Bool[Array, "..."] | None = None,
-    ) -> Float[Array, "batch height width channels"]:
-        """Normalizes a feature map.
-
-        Args:
-          x: the map, in any float dtype.
-          use_running_average: overrides the mode set by `train()` and `eval()`.
-          mask: broadcastable to `x`; positions that count in the batch statistics.
-
-        Returns:
-          The normalized map, in the dtype of `x`.
-        """
-        return super().__call__(x, use_running_average, mask=mask).astype(x.dtype)
+    return nnx.BatchNorm(
+        channels,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=jnp.float32,
+        scale_init=nnx.initializers.zeros if zero_scale else nnx.initializers.ones,
+        rngs=rngs,
+    )
 
 
 def check_image_size(name: str, image_size: int, at_least: int) -> None:

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import BatchNorm, check_image_size, conv
+from dynprune_jax.models.layers import check_image_size, conv, norm
 
 
 def stem_pool(
@@ -28,23 +28,24 @@ class BasicUnit(nnx.Module):
         self, in_channels: int, channels: int, *, stride: int, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         self.conv1 = conv(in_channels, channels, stride=stride, dtype=dtype, rngs=rngs)
-        self.norm1 = BatchNorm(channels, rngs=rngs)
+        self.norm1 = norm(channels, rngs=rngs)
         self.conv2 = conv(channels, channels, dtype=dtype, rngs=rngs)
-        self.norm2 = BatchNorm(channels, zero_scale=True, rngs=rngs)
+        self.norm2 = norm(channels, zero_scale=True, rngs=rngs)
         self.projects = stride != 1 or in_channels != channels
         if self.projects:
             self.shortcut = conv(
                 in_channels, channels, kernel_size=1, stride=stride, dtype=dtype, rngs=rngs
             )
-            self.shortcut_norm = BatchNorm(channels, rngs=rngs)
+            self.shortcut_norm = norm(channels, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch out_height out_width out_channels"]:
         """Adds the residual branch to the shortcut, then relu."""
-        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm1(self.conv1(x))).astype(x.dtype)
         y = self.norm2(self.conv2(y))
-        return nnx.relu(y + (self.shortcut_norm(self.shortcut(x)) if self.projects else x))
+        shortcut = self.shortcut_norm(self.shortcut(x)) if self.projects else x.astype(y.dtype)
+        return nnx.relu(y + shortcut).astype(x.dtype)
 
 
 class BottleneckUnit(nnx.Module):
@@ -57,26 +58,27 @@ class BottleneckUnit(nnx.Module):
     ):
         out_channels = channels * self.expansion
         self.conv1 = conv(in_channels, channels, kernel_size=1, dtype=dtype, rngs=rngs)
-        self.norm1 = BatchNorm(channels, rngs=rngs)
+        self.norm1 = norm(channels, rngs=rngs)
         self.conv2 = conv(channels, channels, stride=stride, dtype=dtype, rngs=rngs)
-        self.norm2 = BatchNorm(channels, rngs=rngs)
+        self.norm2 = norm(channels, rngs=rngs)
         self.conv3 = conv(channels, out_channels, kernel_size=1, dtype=dtype, rngs=rngs)
-        self.norm3 = BatchNorm(out_channels, zero_scale=True, rngs=rngs)
+        self.norm3 = norm(out_channels, zero_scale=True, rngs=rngs)
         self.projects = stride != 1 or in_channels != out_channels
         if self.projects:
             self.shortcut = conv(
                 in_channels, out_channels, kernel_size=1, stride=stride, dtype=dtype, rngs=rngs
             )
-            self.shortcut_norm = BatchNorm(out_channels, rngs=rngs)
+            self.shortcut_norm = norm(out_channels, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch out_height out_width out_channels"]:
         """Adds the residual branch to the shortcut, then relu."""
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = nnx.relu(self.norm1(self.conv1(x))).astype(x.dtype)
+        y = nnx.relu(self.norm2(self.conv2(y))).astype(x.dtype)
         y = self.norm3(self.conv3(y))
-        return nnx.relu(y + (self.shortcut_norm(self.shortcut(x)) if self.projects else x))
+        shortcut = self.shortcut_norm(self.shortcut(x)) if self.projects else x.astype(y.dtype)
+        return nnx.relu(y + shortcut).astype(x.dtype)
 
 
 class ResNet(nnx.Module):
@@ -110,7 +112,7 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stem = conv(in_channels, 64, kernel_size=7, stride=2, dtype=dtype, rngs=rngs)
-        self.stem_norm = BatchNorm(64, rngs=rngs)
+        self.stem_norm = norm(64, rngs=rngs)
         blocks = []
         inputs = 64
         for stage, count in enumerate(units):
@@ -128,7 +130,8 @@ class ResNet(nnx.Module):
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
         """Classifies images; the logits are float32 in every compute dtype."""
-        x = nnx.relu(self.stem_norm(self.stem(images)))
+        x = self.stem(images)
+        x = nnx.relu(self.stem_norm(x)).astype(x.dtype)
         x = stem_pool(x)
         for block in self.blocks:
             x = block(x)

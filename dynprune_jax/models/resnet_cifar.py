@@ -5,7 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import BatchNorm, check_image_size, conv
+from dynprune_jax.models.layers import check_image_size, conv, norm
 
 
 def option_a_shortcut(
@@ -41,9 +41,9 @@ class CifarUnit(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.conv1 = conv(in_channels, out_channels, stride=stride, dtype=dtype, rngs=rngs)
-        self.norm1 = BatchNorm(out_channels, rngs=rngs)
+        self.norm1 = norm(out_channels, rngs=rngs)
         self.conv2 = conv(out_channels, out_channels, dtype=dtype, rngs=rngs)
-        self.norm2 = BatchNorm(out_channels, rngs=rngs)
+        self.norm2 = norm(out_channels, rngs=rngs)
         self.out_channels = out_channels
         self.stride = stride
 
@@ -51,9 +51,10 @@ class CifarUnit(nnx.Module):
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch out_height out_width out_channels"]:
         """Adds the residual branch to the shortcut, then relu."""
-        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm1(self.conv1(x))).astype(x.dtype)
         y = self.norm2(self.conv2(y))
-        return nnx.relu(y + option_a_shortcut(x, self.out_channels, self.stride))
+        shortcut = option_a_shortcut(x, self.out_channels, self.stride)
+        return nnx.relu(y + shortcut.astype(y.dtype)).astype(x.dtype)
 
 
 class CifarResNet(nnx.Module):
@@ -85,7 +86,7 @@ class CifarResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stem = conv(in_channels, 16, dtype=dtype, rngs=rngs)
-        self.stem_norm = BatchNorm(16, rngs=rngs)
+        self.stem_norm = norm(16, rngs=rngs)
         self.blocks = nnx.List(
             nnx.Sequential(
                 CifarUnit(inputs, channels, stride=stride, dtype=dtype, rngs=rngs),
@@ -102,7 +103,8 @@ class CifarResNet(nnx.Module):
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch classes"]:
         """Classifies images; the logits are float32 in every compute dtype."""
-        x = nnx.relu(self.stem_norm(self.stem(images)))
+        x = self.stem(images)
+        x = nnx.relu(self.stem_norm(x)).astype(x.dtype)
         for block in self.blocks:
             x = block(x)
         return self.head(jnp.mean(x, axis=(1, 2))).astype(jnp.float32)

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import BatchNorm, check_image_size, conv
+from dynprune_jax.models.layers import check_image_size, conv, norm
 
 # (number of convolutions, their channels) of each block; VGG16 is column D of the paper's table 1.
 _VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -19,13 +19,14 @@ class VGGUnit(nnx.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = conv(in_channels, out_channels, dtype=dtype, rngs=rngs)
-        self.norm = BatchNorm(out_channels, rngs=rngs)
+        self.norm = norm(out_channels, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width out_channels"]:
         """Maps a feature map to the next, of the same resolution."""
-        return nnx.relu(self.norm(self.conv(x)))
+        y = self.conv(x)
+        return nnx.relu(self.norm(y)).astype(y.dtype)
 
 
 def max_pool(
