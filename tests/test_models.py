@@ -1,5 +1,6 @@
 """The architectures: shapes, parameters, MACs, shortcuts and modes."""
 
+import functools
 import math
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 from flax import nnx
 
 from dynprune_jax import models
+from dynprune_jax.models import layers
 from dynprune_jax.models.resnet import BasicUnit, BottleneckUnit
 from dynprune_jax.models.resnet_cifar import CifarResNet, option_a_shortcut
+from dynprune_jax.models.vgg import VGG, global_mean
 
 SMALLEST = {
     "vgg16": 32,
@@ -80,12 +83,12 @@ def test_shapes_and_dtypes(name, dtype):
     assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype(jnp.float32)}
 
     apply, arguments = forward(model, (3, SMALLEST[name], SMALLEST[name], 2))
-    logits = jax.eval_shape(apply, *arguments)
+    closed, logits = jax.make_jaxpr(apply, return_shape=True)(*arguments)
     assert logits.shape == (3, 7)
     assert logits.dtype == jnp.float32
     convolutions = [
         eqn.outvars[0].aval.dtype
-        for eqn in jax.make_jaxpr(apply)(*arguments).eqns
+        for eqn in closed.eqns
         if eqn.primitive.name == "conv_general_dilated"
     ]
     assert convolutions
@@ -179,17 +182,30 @@ def test_imagenet_units_start_as_their_shortcut(unit):
 
 
 def test_kernels_are_he_normal_by_fan_out():
-    kernel = models.vgg_digits(10, rngs=nnx.Rngs(0)).blocks[2].layers[0].conv.kernel[...]
+    kernel = layers.conv(64, 128, rngs=nnx.Rngs(0)).kernel[...]
     assert kernel.shape == (3, 3, 64, 128)
     assert float(kernel.std()) == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.02)
 
 
-def small_vgg(dtype):
-    return models.vgg_digits(10, in_channels=3, image_size=8, dtype=dtype, rngs=nnx.Rngs(0))
+def small_vgg(dtype, rngs):
+    head = nnx.Linear(16, 10, dtype=dtype, rngs=rngs)
+    return VGG(((1, 8), (2, 16)), global_mean, head, in_channels=3, dtype=dtype, rngs=rngs)
 
 
-def small_resnet(dtype):
-    return CifarResNet(1, 10, in_channels=3, dtype=dtype, rngs=nnx.Rngs(0))
+def small_resnet(dtype, rngs):
+    return CifarResNet(1, 10, in_channels=3, dtype=dtype, rngs=rngs)
+
+
+@functools.cache
+def first_state(build):
+    return jax.tree.map(np.array, nnx.state(build(jnp.float32, nnx.Rngs(0))))
+
+
+def concrete(build, dtype):
+    """Returns a freshly initialised model; the keys are drawn once, since they are slow."""
+    model = nnx.eval_shape(lambda: build(dtype, nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(jnp.asarray, first_state(build)))
+    return model
 
 
 @nnx.jit
@@ -200,7 +216,7 @@ def call(model, images):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("build", [small_vgg, small_resnet])
 def test_training_updates_the_statistics_and_evaluation_uses_them(build, dtype):
-    model = nnx.jit(lambda: build(dtype))()
+    model = concrete(build, dtype)
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3)) + 1.0
 
     def statistics():
@@ -235,32 +251,28 @@ def test_training_updates_the_statistics_and_evaluation_uses_them(build, dtype):
 
 @pytest.mark.parametrize("build", [small_vgg, small_resnet])
 def test_half_precision_agrees_with_single(build):
-    # Some releases of XLA's CPU compiler drop a bfloat16 relu's result between two convolutions
-    # and return zeros or NaN without a word.
+    # XLA's CPU compiler of jaxlib 0.12.0 turns a bfloat16 relu between two convolutions into
+    # zeros or NaN without a word, so the units rectify in float32.
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3)) + 1.0
-
-    @nnx.jit(static_argnums=0)
-    def logits(dtype, images):
-        model = build(dtype)
+    logits = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = concrete(build, dtype)
         model.eval()
-        return model(images)
-
-    full = logits(jnp.float32, images)
-    assert full.std() > 0.01
-    np.testing.assert_allclose(logits(jnp.bfloat16, images), full, rtol=0.05, atol=0.02)
+        logits.append(call(model, images))
+    assert logits[0].std() > 0.1
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("build", [small_vgg, small_resnet])
 def test_the_first_gradient_is_finite(build, dtype):
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+
     @nnx.jit
-    def gradient(images):
-        def loss(model):
-            return -jax.nn.log_softmax(model(images))[:, 0].mean()
+    def gradient(model):
+        return nnx.grad(lambda model: -jax.nn.log_softmax(model(images))[:, 0].mean())(model)
 
-        return nnx.grad(loss)(build(dtype))
-
-    for leaf in jax.tree.leaves(gradient(jax.random.normal(jax.random.key(1), (4, 8, 8, 3)))):
+    for leaf in jax.tree.leaves(gradient(concrete(build, dtype))):
         assert leaf.dtype == jnp.float32
         assert np.isfinite(leaf).all()
         assert np.any(leaf)
