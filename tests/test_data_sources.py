@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from dynprune_jax.data.cifar import Cifar10, Cifar100
 from dynprune_jax.data.class_folders import ClassFolders
 from dynprune_jax.data.imagenet100 import class_wnids
-from dynprune_jax.data.images import decode_square, encode_png
+from dynprune_jax.data.images import decode_square, encode_png, open_image
 from dynprune_jax.data.records import RecordBuilder, encoded_records, prepare
 from dynprune_jax.data.sources import load_dataset
 from dynprune_jax.errors import UserError
@@ -173,6 +173,18 @@ def test_shrinking_averages_and_stretching_interpolates():
     np.testing.assert_array_equal(large[0, :, 0], [0, 50, 150, 200])
 
 
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size():
+    stripes = 128 + 100 * np.sin(np.arange(320) / 5) * np.ones((240, 1))
+    image = Image.fromarray(stripes.astype(np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=95)
+    assert open_image(buffer.getvalue(), draft_side=60).size == (80, 60)
+    found = decode_square(buffer.getvalue(), 60, 1)
+    expected = decode_square(encode_png(image), 60, 1)
+    assert expected.std() > 40
+    np.testing.assert_allclose(found.astype(int), expected, atol=25)
+
+
 def test_greyscale_of_16_bits_is_scaled_not_clipped():
     pixels = np.array([[0, 256], [32768, 65535]], np.uint16)
     found = decode_square(encode_png(Image.fromarray(pixels)), 2, 3)
@@ -234,10 +246,13 @@ def test_rgb_files_are_stored_as_they_are(folders, tmp_path):
     root, _ = folders
     jpeg = root / "test" / "cat" / "3.jpg"
     save(jpeg, random_image(), quality=60)
+    save(root / "test" / "cat" / "4.jpg", random_image()[..., 0])
     builder = prepare(lambda: ClassFolders(path=str(root), data_dir=tmp_path / "prepared"))
     records = encoded_records(builder, "test")
     assert records[0]["image"] == jpeg.read_bytes()
     assert records[0]["file_name"] == b"test/cat/3.jpg"
+    grey = Image.open(io.BytesIO(records[2]["image"]))
+    assert (grey.format, grey.mode) == ("PNG", "RGB")
 
 
 def test_a_changed_folder_is_prepared_anew_and_an_unchanged_one_is_not(folders, tmp_path):
