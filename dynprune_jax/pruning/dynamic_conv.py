@@ -1,5 +1,7 @@
 """The dynamic convolution: a gate in front of a convolution, per input."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -74,10 +76,10 @@ class DynamicConv(nnx.Conv):
         self.rngs = nnx.RngStream(rngs(), tag="gate")
 
     def __call__(
-        self, x: Float[Array, "*batch height width channels"]
+        self, inputs: Float[Array, "*batch height width channels"], out_sharding: Any = None
     ) -> Float[Array, "*batch out_height out_width features"]:
-        """Convolves what the gate keeps of `x`."""
-        return self.convolve(x, self.masks(x))
+        """Convolves what the gate keeps of the input."""
+        return self.convolve(inputs, self.masks(inputs), out_sharding)
 
     def masks(self, x: Float[Array, "*batch height width channels"]) -> Masks:
         """What this input keeps: of each map `kept_count(ratio, n)` channels and columns."""
@@ -99,10 +101,13 @@ class DynamicConv(nnx.Conv):
         return Masks(channels, columns)
 
     def convolve(
-        self, x: Float[Array, "*batch height width channels"], masks: Masks
+        self,
+        x: Float[Array, "*batch height width channels"],
+        masks: Masks,
+        out_sharding: Any = None,
     ) -> Float[Array, "*batch out_height out_width features"]:
         """Convolves the kept part of `x`: every way of executing it must equal this one."""
-        return super().__call__(masks.apply(x))
+        return super().__call__(masks.apply(x), out_sharding)
 
     def _keep(self, scores, ratio: PruneRatio):
         count = masks_lib.kept_count(ratio[...], scores.shape[-1])

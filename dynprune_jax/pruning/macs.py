@@ -241,7 +241,7 @@ def program_macs(function: Callable[..., Any], *args: Any) -> int:
 def _jaxpr_macs(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
-        shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
+        shapes: list[Any] = [getattr(v.aval, "shape", ()) for v in eqn.invars]
         if eqn.primitive.name == "conv_general_dilated":
             kernel, spec = shapes[1], eqn.params["dimension_numbers"].rhs_spec
             # The kernel's first spec axis is the outputs, and an output costs all the others.

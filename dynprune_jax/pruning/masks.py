@@ -1,6 +1,7 @@
 """From scores and a prune ratio to masks: exact counts, ties to the lower index."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 _ROUNDING = 2.0**-22
 
 
-# A leaf of a pytree is an array on the device, one on the host, or the shape of one.
-Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
+if TYPE_CHECKING:
+    Leaf = Array
+else:  # a leaf of a pytree is an array on the device, one on the host, or the shape of one
+    Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
 
 
 @jax.tree_util.register_dataclass

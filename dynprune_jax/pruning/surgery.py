@@ -29,7 +29,8 @@ def gateable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
     found = {
         path_name(path): module
         for path, module in nnx.iter_modules(model)
-        if type(module) in (nnx.Conv, DynamicConv)
+        if isinstance(module, nnx.Conv)
+        and type(module) in (nnx.Conv, DynamicConv)  # a subclass may compute something else
         and len(module.kernel_size) == 2
         and module.in_features > _IMAGE_CHANNELS
     }

@@ -1,0 +1,34 @@
+"""A small VGG on scikit-learn's digits: the default run, offline.
+
+Paper: the method of AntiDote (arXiv 2008.06543) on data small enough for any laptop.
+Command: python -m dynprune_jax.main --config=configs/digits_vgg.py --workdir=workdir/digits
+Hardware and time: 2 CPU cores, not measured.
+Result: not measured.
+"""
+
+from dynprune_jax.config import base_config
+
+
+def get_config():
+    config = base_config()
+    config.model = "vgg_digits"
+    config.batch_size = 64
+    config.eval_batch_size = 150
+    config.log_every_steps = 21
+
+    config.data.name = "digits"
+    config.data.image_size = 16
+    config.data.mean = (0.305,)
+    config.data.std = (0.377,)
+    config.data.crop_padding = 1
+
+    config.gate.channel_ratio = (0.2, 0.4, 0.6)
+    config.gate.column_ratio = (0.2, 0.2, 0.2)
+    config.ascent.interval_epochs = 1.0
+
+    config.dense.epochs = 12
+    config.dense.learning_rate = 0.1
+    config.dense.warmup_epochs = 1.0
+    config.prune.epochs = 20
+    config.prune.learning_rate = 0.05
+    return config

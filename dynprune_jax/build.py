@@ -1,0 +1,335 @@
+"""From a config to its data set and its networks; what only they can tell is checked here."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from dynprune_jax import config as config_lib
+from dynprune_jax import models
+from dynprune_jax.checkpoint import Checkpoints
+from dynprune_jax.config import Config
+from dynprune_jax.data import augment
+from dynprune_jax.data.batches import check_batch_size, eval_batches
+from dynprune_jax.data.sources import Dataset, load_dataset
+from dynprune_jax.errors import UserError
+from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
+from dynprune_jax.optim import learning_rate, sgd
+from dynprune_jax.pruning.attention import CRITERIA
+from dynprune_jax.pruning.surgery import make_dynamic
+from dynprune_jax.train_step import Network, TrainState, Values
+from dynprune_jax.writers import write_json
+
+# What may differ between a run and the command that goes on with it: it changes no result.
+FREE_FIELDS = (
+    "data.archive",
+    "data.data_dir",
+    "data.threads",
+    "log_every_steps",
+    "sweep.fractions",
+    "benchmark.repeats",
+)
+
+
+def build_dataset(config: Config) -> Dataset:
+    """Opens the data set; nothing is read yet.
+
+    Raises:
+      UserError: if it cannot be had, or the batch, the mean or the deviation does not fit it.
+    """
+    data = config.data
+    dataset = load_dataset(
+        data.name,
+        image_size=data.image_size,
+        stored_size=data.stored_size,
+        path=data.path,
+        archive=data.archive,
+        data_dir=data.data_dir,
+        train_split=data.train_split,
+        test_split=data.test_split,
+        train_examples=data.train_examples,
+        test_examples=data.test_examples,
+    )
+    check_batch_size(config.batch_size, len(dataset.train))
+    for field in ("mean", "std"):
+        if len(data[field]) not in (1, dataset.channels):
+            raise UserError(
+                f"config.data.{field} has {len(data[field])} values; {data.name} has"
+                f" {dataset.channels} channels: give one value, or one for each"
+            )
+    return dataset
+
+
+def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
+    """The dense model, with weights drawn from the config's seed.
+
+    Raises:
+      UserError: if the model cannot take images of this size.
+    """
+    try:
+        return getattr(models, config.model)(
+            num_classes,
+            in_channels=channels,
+            image_size=config.data.image_size,
+            dtype=jnp.dtype(config.dtype),
+            rngs=nnx.Rngs(config.seed),
+        )
+    except ValueError as error:
+        raise UserError(f"config.data.image_size: {error}") from error
+
+
+def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx.Module:
+    """The model with gates at the config's target ratios; it shares the model's parameters.
+
+    Args:
+      config: a checked config.
+      model: from `build_model`.
+      criterion: in place of the config's.
+
+    Raises:
+      UserError: if ratios or layer patterns do not fit the model.
+    """
+    blocks = len(model.blocks)  # pyright: ignore[reportAttributeAccessIssue]  every model here has them
+    ratios: dict[str, Any] = {}
+    for field in ("channel_ratio", "column_ratio"):
+        given = config.gate[field]
+        if given and len(given) != blocks:
+            raise UserError(
+                f"config.gate.{field} is {given}; {config.model} has {blocks} blocks:"
+                f" give a tuple of {blocks} ratios in [0, 1), or ()"
+            )
+        # A ratio of 0 needs no gate, and a gate not there costs nothing.
+        ratios[field] = {f"blocks/{i}/*": ratio for i, ratio in enumerate(given) if ratio} or None
+    try:
+        return make_dynamic(
+            model,
+            **ratios,
+            layers=config.gate.layers,
+            criterion=CRITERIA[criterion or config.gate.criterion],
+            drop_probability=config.gate.drop_probability,
+            rngs=nnx.Rngs(config.seed),
+        )
+    except ValueError as error:
+        raise UserError(f"config.gate: {error}") from error
+
+
+def evaluation_images(
+    config: Config, images: UInt8[Array, "batch stored stored channels"]
+) -> Float[Array, "batch side side channels"]:
+    """What the network sees of stored images when it is evaluated: the centre, normalised."""
+    data = config.data
+    cropped = augment.center_crop(images, data.image_size)
+    return augment.normalise(cropped, data.mean, data.std, jnp.dtype(config.dtype))
+
+
+def training_images(
+    config: Config, key: Any, images: UInt8[Array, "batch stored stored channels"]
+) -> Float[Array, "batch side side channels"]:
+    """What the network sees of stored images in training: augmented, normalised."""
+    data = config.data
+    augmented = augment.augment(
+        key,
+        images,
+        image_size=data.image_size,
+        crop_padding=data.crop_padding,
+        flip=data.flip,
+        resized_crop=data.resized_crop,
+    )
+    return augment.normalise(augmented, data.mean, data.std, jnp.dtype(config.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked config with its data set and its networks, in its work directory.
+
+    Attributes:
+      config: checked.
+      workdir: of the run; it may not exist yet.
+      dataset: open.
+      model: the dense model with its initial weights.
+      dense: the same as a network.
+      dynamic: the network with gates at their target ratios, or None where nothing is pruned.
+    """
+
+    config: Config
+    workdir: Path
+    dataset: Dataset
+    model: nnx.Module
+    dense: Network
+    dynamic: Network | None
+
+    @classmethod
+    def open(cls, config: Config, workdir: str | os.PathLike) -> "Run":
+        """Checks all that can be checked before anything is written to the work directory.
+
+        Raises:
+          UserError: for any mistake in the config, the data or the work directory.
+        """
+        config_lib.check(config)
+        folder = Path(workdir)
+        _check_workdir(config, folder)
+        dataset = build_dataset(config)
+        model = build_model(config, dataset.num_classes, dataset.channels)
+        dynamic = Network(build_dynamic(config, model)) if config.prune.epochs else None
+        return cls(config, folder, dataset, model, Network(model), dynamic)
+
+    def claim(self) -> None:
+        """Makes the work directory this run's own: writes config.json if it is not there."""
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            if not (self.workdir / "config.json").exists():
+                write_json(self.workdir / "config.json", _as_json(self.config))
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.workdir} cannot be written: {error.strerror}"
+            ) from error
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps in one pass over the training split; its remainder is left out."""
+        return len(self.dataset.train) // self.config.batch_size
+
+    def phase_steps(self, phase: str) -> int:
+        """Training steps of the phase `dense` or `prune`."""
+        if phase == "dense" and self.config.prune.start == "checkpoint":
+            return 0
+        return self.config[phase].epochs * self.steps_per_epoch
+
+    @functools.cached_property
+    def in_memory(self) -> bool:
+        """Whether both splits together, as uint8, stay within `config.data.memory_limit_mb`."""
+        side = self.dataset.train.side
+        images = len(self.dataset.train) + len(self.dataset.test)
+        size = images * side * side * self.dataset.channels
+        return size <= self.config.data.memory_limit_mb * 2**20
+
+    @functools.cached_property
+    def train_arrays(self) -> tuple[Any, Any]:
+        """The training split, read to memory: uint8 images and int32 labels."""
+        return self.dataset.train.read_all()
+
+    @functools.cached_property
+    def _test_examples(self) -> Any:
+        return self.dataset.test.read_all() if self.in_memory else self.dataset.test
+
+    def evaluate(self, network: Network, *values: Mapping[str, Any]) -> Evaluation:
+        """Evaluates a network on the test split.
+
+        Args:
+          network: to evaluate.
+          *values: parameters, batch statistics and, if not the model's own, ratios by name.
+        """
+        evaluator = self._evaluators.get(network)
+        if evaluator is None:
+            prepare = functools.partial(evaluation_images, self.config)
+            evaluator = self._evaluators[network] = make_evaluator(network, prepare)
+        merged = {name: value for given in values for name, value in given.items()}
+        return evaluate(evaluator, merged, self.test_batches())
+
+    @functools.cached_property
+    def _evaluators(self) -> dict[Network, Evaluator]:
+        return {}  # compiled once for each network
+
+    def test_batches(self) -> Any:
+        """The test split in batches of one shape, each example once."""
+        size = min(self.config.eval_batch_size, len(self.dataset.test))
+        return eval_batches(self._test_examples, size)
+
+    def network_with(self, criterion: str) -> Network:
+        """The dynamic network with another criterion in its gates."""
+        return Network(build_dynamic(self.config, self.model, criterion))
+
+    def trained_values(self) -> tuple[Values | None, Values | None]:
+        """Reads the weights of a finished run: dense, and after targeted dropout.
+
+        Returns:
+          Parameters and batch statistics of each phase; None for a phase the run does not have.
+
+        Raises:
+          UserError: if the run is not finished.
+        """
+        dense = None
+        if self.config.prune.start == "checkpoint":
+            dense = self.start_values()
+        elif self.phase_steps("dense"):
+            dense = self._read(self.workdir, "dense", self.phase_steps("dense"))
+        pruned = None
+        if self.dynamic is not None:
+            pruned = self._read(self.workdir, "prune", self.phase_steps("prune"))
+        return dense, pruned
+
+    def start_values(self) -> Values:
+        """Reads the dense weights in `config.prune.checkpoint`.
+
+        Raises:
+          UserError: if there are none, or they are of another model.
+        """
+        return self._read(Path(self.config.prune.checkpoint), "dense")
+
+    def _read(self, workdir: Path, phase: str, step: int | None = None) -> Values:
+        folder = workdir / "checkpoints" / phase
+        if not folder.is_dir():
+            raise UserError(f"{workdir} holds no trained network: there is no {folder}")
+        with Checkpoints(folder) as checkpoints:
+            latest = checkpoints.latest_step()
+            if step is not None and latest != step:
+                raise UserError(
+                    f"the run in {workdir} stands at step {latest} of {step} of its {phase} phase;"
+                    " finish it with --mode=train"
+                )
+            state = TrainState.create(self.dense.weights, self.dense, self.optimizer(phase))
+            return checkpoints.restore(state)[0].values
+
+    def optimizer(self, phase: str) -> optax.GradientTransformation:
+        """The optimizer of a phase."""
+        return sgd(
+            self.learning_rate(phase),
+            momentum=self.config.optim.momentum,
+            weight_decay=self.config.optim.weight_decay,
+        )
+
+    def learning_rate(self, phase: str) -> optax.Schedule:
+        """The learning rate of a phase as a function of its own step."""
+        section = self.config[phase]
+        return learning_rate(
+            section.learning_rate,
+            warmup_steps=round(section.warmup_epochs * self.steps_per_epoch),
+            total_steps=max(self.phase_steps(phase), 1),
+        )
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    return json.loads(config.to_json())
+
+
+def _check_workdir(config: Config, workdir: Path) -> None:
+    """Raises UserError where a work directory cannot be this config's."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; give a folder")
+    path = workdir / "config.json"
+    if not path.exists():
+        if (workdir / "checkpoints").exists():
+            raise UserError(
+                f"--workdir={workdir} holds checkpoints and no config.json; give another"
+            )
+        return
+    try:
+        stored = config_lib.flatten(ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a config; give another --workdir") from error
+    asked = config_lib.flatten(ConfigDict(_as_json(config)))
+    for name in sorted(asked.keys() | stored.keys()):
+        if name not in FREE_FIELDS and asked.get(name) != stored.get(name):
+            raise UserError(
+                f"--workdir={workdir} is of another config: config.{name} is {stored.get(name)!r}"
+                f" there and {asked.get(name)!r} here; give another workdir"
+            )

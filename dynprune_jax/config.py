@@ -1,0 +1,242 @@
+"""Every field of a config with its default, and the one place where configs are checked."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from dynprune_jax import models
+from dynprune_jax.errors import UserError
+from dynprune_jax.pruning.attention import CRITERIA
+
+if TYPE_CHECKING:
+    Config = Any  # ConfigDict declares every field as a union of all that a field can be
+else:
+    Config = ConfigDict
+
+DTYPES = ("float32", "bfloat16")
+STARTS = ("dense", "checkpoint", "scratch")
+
+
+def base_config() -> Config:
+    """Returns a config with every field; the files in `configs/` set what they need of it."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            # Compute dtype; parameters, batch statistics and rankings are always float32.
+            "dtype": "float32",
+            "batch_size": 128,
+            "eval_batch_size": 250,
+            # Training steps run by one call of the compiled step; 0: 1 on CPU, where a
+            # convolution inside a loop is slow, and 50 elsewhere.
+            "steps_per_dispatch": 0,
+            "log_every_steps": 50,
+            "evaluate_every_epochs": 1,
+            "checkpoint_every_epochs": 1,
+            # A factory of dynprune_jax.models.
+            "model": "vgg16",
+            "data": {
+                # digits, cifar10, cifar100, class_folders, imagenet100, or any data set that
+                # TFDS has prepared as array_record.
+                "name": "digits",
+                "path": "",  # the folder of class_folders
+                "archive": "",  # a local archive of cifar10 or cifar100
+                "data_dir": "",  # where prepared sets live; empty: TFDS_DATA_DIR or TFDS's default
+                "train_split": "train",
+                "test_split": "test",
+                "train_examples": 0,  # a fixed random subset of that many; 0: all
+                "test_examples": 0,
+                "image_size": 32,  # side of what the network sees, in pixels
+                "stored_size": 0,  # side of what is decoded, if larger; 0: image_size
+                "mean": (0.5,),  # one value, or one per channel, of images scaled to [0, 1]
+                "std": (0.25,),
+                "crop_padding": 0,  # pixels of zeros around an image before the random crop
+                "flip": False,
+                "resized_crop": False,  # random area and aspect, as for Inception
+                # Images of both splits up to this size are held in memory; larger ones stream.
+                "memory_limit_mb": 4096,
+                "threads": 8,  # decoding a stream
+            },
+            "gate": {
+                # Prune ratios, one for each block of the model; empty: no gate on that axis. A
+                # ratio of 0 leaves that block without a gate on that axis.
+                "channel_ratio": (),
+                "column_ratio": (),
+                "layers": ("*",),  # patterns of layer names: which convolutions are gated
+                "criterion": "attention",  # or a control: random, inverse
+                "drop_probability": 1.0,  # of a target in training; 1: as at test time
+            },
+            # The ratios of phase two: min(target, warmup + increment * number of intervals).
+            "ascent": {"warmup": 0.1, "increment": 0.05, "interval_epochs": 1.0},
+            # Phase one: the dense network. 0 epochs: none.
+            "dense": {"epochs": 10, "learning_rate": 0.1, "warmup_epochs": 0.0},
+            # Phase two: targeted dropout.
+            "prune": {
+                "epochs": 10,
+                "learning_rate": 0.05,
+                "warmup_epochs": 0.0,
+                # dense: from the weights of phase one. checkpoint: from the dense weights in
+                # another workdir, with no phase one. scratch: from new weights.
+                "start": "dense",
+                "checkpoint": "",
+            },
+            "optim": {"momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0},
+            # --mode=sweep: the ratios above times each of these, with every criterion.
+            "sweep": {"fractions": (0.0, 0.25, 0.5, 0.75, 1.0)},
+            # --mode=benchmark: how often each side is timed.
+            "benchmark": {"repeats": 15},
+        }
+    )
+
+
+def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low <= value < math.inf, f"it must be at least {low}"
+
+
+def _above(low: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low < value < math.inf, f"it must be greater than {low}"
+
+
+def _in(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low <= value < high, f"it must be in [{low}, {high})"
+
+
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in choices, f"choose one of {', '.join(choices)}"
+
+
+def _each(
+    rule: tuple[Callable[[Any], bool], str], kind: type | tuple[type, ...] = (int, float)
+) -> tuple[Callable[[Any], bool], str]:
+    holds, text = rule
+    return (
+        lambda value: all(isinstance(x, kind) and x is not True and holds(x) for x in value),
+        f"for each of its values, {text}",
+    )
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"),
+    "dtype": _one_of(*DTYPES),
+    "batch_size": _at_least(1),
+    "eval_batch_size": _at_least(1),
+    "steps_per_dispatch": _at_least(0),
+    "log_every_steps": _at_least(1),
+    "evaluate_every_epochs": _at_least(1),
+    "checkpoint_every_epochs": _at_least(1),
+    "model": _one_of(*sorted(models.__all__)),
+    "data.name": (bool, "it must name a data set, such as digits"),
+    "data.image_size": _at_least(1),
+    "data.stored_size": _at_least(0),
+    "data.train_examples": _at_least(0),
+    "data.test_examples": _at_least(0),
+    "data.mean": _each(_in(0.0, 1.0)),
+    "data.std": _each(_above(0.0)),
+    "data.crop_padding": _at_least(0),
+    "data.memory_limit_mb": _at_least(0),
+    "data.threads": _at_least(0),
+    "gate.channel_ratio": _each(_in(0.0, 1.0)),
+    "gate.column_ratio": _each(_in(0.0, 1.0)),
+    "gate.layers": _each((bool, "it must be a pattern of layer names"), str),
+    "gate.criterion": _one_of(*CRITERIA),
+    "gate.drop_probability": (lambda value: 0 < value <= 1, "it must be in (0, 1]"),
+    "ascent.warmup": _in(0.0, 1.0),
+    "ascent.increment": _above(0.0),
+    "ascent.interval_epochs": _above(0.0),
+    "dense.epochs": _at_least(0),
+    "dense.learning_rate": _above(0.0),
+    "dense.warmup_epochs": _at_least(0.0),
+    "prune.epochs": _at_least(0),
+    "prune.learning_rate": _above(0.0),
+    "prune.warmup_epochs": _at_least(0.0),
+    "prune.start": _one_of(*STARTS),
+    "optim.momentum": _in(0.0, 1.0),
+    "optim.weight_decay": _at_least(0.0),
+    "optim.label_smoothing": _in(0.0, 1.0),
+    "sweep.fractions": _each((lambda value: 0 <= value <= 1, "it must be in [0, 1]")),
+    "benchmark.repeats": _at_least(3),
+}
+
+
+def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name, such as `data.image_size`."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check(config: Config) -> None:
+    """Checks names, types, ranges and combinations of the fields.
+
+    What only the data or the model can tell (the number of blocks, the size of the set) is
+    checked where they are built.
+
+    Raises:
+      UserError: one line that names the field, the value and what is allowed.
+    """
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config returned {type(config).__name__}; it must be a ConfigDict")
+    fields, known = flatten(config), flatten(base_config())
+    for name in fields.keys() - known.keys():
+        raise UserError(f"config.{name} is no field of a config")
+    for name in known.keys() - fields.keys():
+        raise UserError(f"config.{name} is missing; start from dynprune_jax.config.base_config()")
+    for name, default in known.items():
+        _check_type(name, fields[name], default)
+    for name, (holds, text) in _RULES.items():
+        if not holds(fields[name]):
+            raise UserError(f"config.{name} is {fields[name]!r}; {text}")
+    _check_combinations(config)
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    kind = type(default)
+    allowed = (int, float) if kind is float else (kind,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        example = f", such as {default!r}" if default not in ("", ()) else ""
+        raise UserError(f"config.{name} is {value!r}; it must be a {kind.__name__}{example}")
+
+
+def _check_combinations(config: Config) -> None:
+    if not config.gate.layers:
+        raise UserError("config.gate.layers is (); give a pattern of layer names, such as ('*',)")
+    if not config.sweep.fractions:
+        raise UserError("config.sweep.fractions is (); give at least one fraction")
+    if config.dense.epochs + config.prune.epochs == 0:
+        raise UserError("config.dense.epochs and config.prune.epochs are both 0; nothing to train")
+    if config.prune.epochs and config.prune.start == "dense" and not config.dense.epochs:
+        raise UserError(
+            "config.prune.start is 'dense' and config.dense.epochs is 0; train a dense network"
+            " first, or choose checkpoint or scratch"
+        )
+    if (config.prune.start == "checkpoint") != bool(config.prune.checkpoint):
+        raise UserError(
+            f"config.prune.start is {config.prune.start!r} and config.prune.checkpoint is"
+            f" {config.prune.checkpoint!r}; a start from a checkpoint takes both, any other neither"
+        )
+    for phase in ("dense", "prune"):
+        warmup, epochs = config[phase].warmup_epochs, config[phase].epochs
+        if epochs and warmup >= epochs:
+            raise UserError(
+                f"config.{phase}.warmup_epochs is {warmup}; it must be less than"
+                f" config.{phase}.epochs, {epochs}"
+            )
+    if config.prune.epochs and not any((*config.gate.channel_ratio, *config.gate.column_ratio)):
+        raise UserError(
+            "config.gate.channel_ratio and config.gate.column_ratio prune nothing; give a ratio"
+            " above 0, or set config.prune.epochs to 0"
+        )
+    highest = max((*config.gate.channel_ratio, *config.gate.column_ratio), default=0.0)
+    ascent = config.ascent
+    rises = max(0, math.ceil((highest - ascent.warmup) / ascent.increment - 1e-6))
+    if config.prune.epochs and rises * ascent.interval_epochs > config.prune.epochs:
+        raise UserError(
+            f"config.prune.epochs is {config.prune.epochs}; the ratio {highest} is only reached"
+            f" after {rises * ascent.interval_epochs:g} epochs: train longer, or change"
+            " config.ascent.interval_epochs or config.ascent.increment"
+        )

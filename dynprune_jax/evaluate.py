@@ -1,0 +1,97 @@
+"""Accuracy and per-input MACs over a data set, each example exactly once."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from dynprune_jax.pruning.macs import Usage
+from dynprune_jax.pruning.masks import Masks
+from dynprune_jax.pruning.measure import measure
+from dynprune_jax.train_step import Network, Values
+
+# A compiled evaluation of one batch: (values, uint8 images, draw) -> (prediction, usage).
+Evaluator = Callable[[Values, Any, Any], tuple[Any, Usage]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a network did on a data set.
+
+    Attributes:
+      correct: for each example, in the set's order.
+      usage: on the host, for each example; without the masks.
+    """
+
+    correct: Bool[np.ndarray, " examples"]
+    usage: Usage
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the examples classified correctly, in [0, 1]."""
+        return float(np.mean(self.correct))
+
+    def summary(self) -> dict[str, Any]:
+        """Accuracy and MACs as a report holds them; MACs are per image."""
+        usage = self.usage
+        return {
+            "accuracy": self.accuracy,
+            "examples": len(self.correct),
+            "macs_per_image": _spread(usage.macs),
+            "executed_macs_per_image": _spread(usage.executed_macs),
+            "gate_operations_per_image": float(np.mean(usage.gate_operations)),
+            "mac_reduction": usage.mac_reduction,
+            "executed_mac_reduction": usage.executed_mac_reduction,
+        }
+
+
+def make_evaluator(network: Network, prepare: Callable[[Any], Any]) -> Evaluator:
+    """Compiles the evaluation of a batch; ratios among the values are traced.
+
+    Args:
+      network: of a model; it is evaluated in evaluation mode.
+      prepare: uint8 images to what the model takes.
+    """
+
+    @jax.jit
+    def evaluator(values: Values, images: Any, draw: Any) -> tuple[Any, Usage]:
+        model = network.bind(values, draw=draw)
+        model.eval()
+        logits, usage = measure(model, prepare(images))
+        layers = tuple(dataclasses.replace(layer, masks=Masks()) for layer in usage.layers)
+        return jnp.argmax(logits, axis=-1), dataclasses.replace(usage, layers=layers)
+
+    return evaluator
+
+
+def evaluate(
+    evaluator: Evaluator,
+    values: Values,
+    batches: Iterable[tuple[Any, Int[np.ndarray, " batch"], Bool[np.ndarray, " batch"]]],
+) -> Evaluation:
+    """Runs a network over a data set.
+
+    Args:
+      evaluator: from `make_evaluator`.
+      values: parameters, batch statistics and, if not the model's own, prune ratios by name.
+      batches: uint8 images, labels, and which examples are valid; all of one shape.
+    """
+    correct, usages = [], []
+    for draw, (images, labels, valid) in enumerate(batches):
+        prediction, usage = jax.device_get(evaluator(values, images, draw))
+        correct.append((prediction == labels)[valid])
+        usages.append(jax.tree.map(lambda leaf, valid=valid: leaf[valid], usage))
+    usage = jax.tree.map(lambda *leaves: np.concatenate(leaves), *usages)
+    return Evaluation(np.concatenate(correct), usage)
+
+
+def _spread(per_image: np.ndarray) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(per_image)),
+        "min": float(np.min(per_image)),
+        "max": float(np.max(per_image)),
+    }

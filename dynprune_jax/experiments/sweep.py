@@ -1,0 +1,73 @@
+"""Accuracy over a curve of ratios, with attention and with its two controls."""
+
+import os
+from typing import Any
+
+import rich.console
+import rich.table
+
+from dynprune_jax import plots
+from dynprune_jax.build import Run
+from dynprune_jax.config import Config
+from dynprune_jax.errors import UserError
+from dynprune_jax.pruning.attention import CRITERIA
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.writers import write_json
+
+
+def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Evaluates a finished run at fractions of its target ratios, without any training.
+
+    Every gate's ratios are scaled by each of `config.sweep.fractions`, on the weights of the
+    dense phase and on those after targeted dropout, with each criterion. The ratios are traced:
+    a criterion compiles once. Writes `sweep.json` and `sweep.png`.
+
+    Returns:
+      A row for each point: `weights`, `criterion`, `fraction`, `accuracy`, `mac_reduction`,
+      `executed_mac_reduction`.
+
+    Raises:
+      UserError: for a mistake in the config, or if the run is not finished or prunes nothing.
+    """
+    run = Run.open(config, workdir)
+    if run.dynamic is None:
+        raise UserError("config.prune.epochs is 0: this run has no ratios to sweep")
+    dense, pruned = run.trained_values()
+    targets = run.dynamic.values(PruneRatio)
+    rows = []
+    for criterion in CRITERIA:
+        network = run.network_with(criterion)
+        for weights, values in (("dense", dense), ("targeted dropout", pruned)):
+            if values is None:
+                continue
+            for fraction in config.sweep.fractions:
+                ratios = {name: fraction * target for name, target in targets.items()}
+                result = run.evaluate(network, values, ratios)
+                rows.append(
+                    {
+                        "weights": weights,
+                        "criterion": criterion,
+                        "fraction": fraction,
+                        "accuracy": result.accuracy,
+                        "mac_reduction": result.usage.mac_reduction,
+                        "executed_mac_reduction": result.usage.executed_mac_reduction,
+                    }
+                )
+    write_json(run.workdir / "sweep.json", rows)
+    plots.plot_sweep(rows, run.workdir / "sweep.png")
+    _print_table(rows, config)
+    return rows
+
+
+def _print_table(rows: list[dict[str, Any]], config: Config) -> None:
+    table = rich.table.Table(title=f"Accuracy of {config.model} on {config.data.name}")
+    for column in ("weights", "criterion"):
+        table.add_column(column)
+    curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        curves.setdefault((row["weights"], row["criterion"]), []).append(row)
+    for row in next(iter(curves.values())):
+        table.add_column(f"{row['mac_reduction']:.1%} cut", justify="right")
+    for names, points in curves.items():
+        table.add_row(*names, *(f"{point['accuracy']:.4f}" for point in points))
+    rich.console.Console().print(table)

@@ -1,0 +1,31 @@
+"""The optimizer: SGD with Nesterov momentum, a cosine schedule, decay on kernels only."""
+
+import optax
+
+
+def learning_rate(peak: float, *, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Rises linearly from 0 to `peak`, then falls along a cosine to 0 at `total_steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else peak,
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=total_steps,
+    )
+
+
+def sgd(
+    schedule: optax.Schedule, *, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Stochastic gradient descent over a flat dictionary of parameters by name.
+
+    Weight decay is added to the gradient of the kernels; biases and batch-norm scales are left
+    alone, as in He et al. 2018 (arXiv 1812.01187).
+    """
+
+    def kernels(params: dict) -> dict:
+        return {name: name.endswith("kernel") for name in params}
+
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=kernels),
+        optax.sgd(schedule, momentum=momentum, nesterov=True),
+    )

@@ -1,0 +1,181 @@
+"""The end of a run: its evaluation as report.json, as pictures and as one table."""
+
+import platform
+import shlex
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from jaxtyping import UInt8
+
+from dynprune_jax import plots
+from dynprune_jax.build import Run, evaluation_images
+from dynprune_jax.checkpoint import tree_digest
+from dynprune_jax.evaluate import Evaluation
+from dynprune_jax.pruning.attention import CRITERIA
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.measure import measure
+from dynprune_jax.train_step import Network, Values
+from dynprune_jax.writers import read_metrics, write_json
+
+_PACKAGES = ("dynprune_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
+_PICTURED_IMAGES = 6
+
+
+def write_report(
+    run: Run, dense: Values | None, pruned: Values | None, timings: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Evaluates a run's networks; writes report.json and the pictures; prints the table.
+
+    Args:
+      run: the run.
+      dense: parameters and batch statistics after the dense phase, or None without one.
+      pruned: the same after targeted dropout, or None without one.
+      timings: for each phase trained, where its time went; kept from the old report if empty.
+
+    Returns:
+      The content of report.json.
+    """
+    final = pruned if pruned is not None else dense
+    assert final is not None  # config.check has seen to it
+    results: dict[str, Evaluation | None] = dict.fromkeys(
+        ("dense", "pruned", "pruned_without_targeted_dropout")
+    )
+    if dense is not None:
+        results["dense"] = run.evaluate(run.dense, dense)
+    controls: dict[str, Evaluation] = {}
+    if run.dynamic is not None and pruned is not None:
+        results["pruned"] = run.evaluate(run.dynamic, pruned)
+        if dense is not None:
+            results["pruned_without_targeted_dropout"] = run.evaluate(run.dynamic, dense)
+        for criterion in CRITERIA.keys() - {run.config.gate.criterion}:
+            controls[criterion] = run.evaluate(run.network_with(criterion), pruned)
+    shown = results["pruned"] or results["dense"]
+    assert shown is not None
+    report = {
+        **{name: result and result.summary() for name, result in results.items()},
+        "pruned_by_other_criteria": {k: controls[k].summary() for k in sorted(controls)},
+        "dense_macs_per_image": shown.usage.dense_macs,
+        "dense_executed_macs_per_image": shown.usage.dense_executed_macs,
+        "layers": _layers(shown, run.dynamic),
+        "parameters_digest": tree_digest(final),
+        "command": shlex.join(["python", "-m", "dynprune_jax.main", *sys.argv[1:]]),
+        "seed": run.config.seed,
+        "data": {
+            "name": run.config.data.name,
+            "classes": run.dataset.num_classes,
+            "train_examples": len(run.dataset.train),
+            "test_examples": len(run.dataset.test),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in _PACKAGES},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "phases": timings,
+        "seconds": sum(
+            timing[part] for timing in timings.values() for part in timing if part in _SECONDS
+        ),
+    }
+    path = run.workdir / "report.json"
+    write_json(path, report)
+    _draw(run, report, shown, final)
+    _print_table(report, run)
+    return report
+
+
+_SECONDS = ("in_step", "outside_step", "evaluation", "compilation")
+
+
+def _layers(result: Evaluation, network: Network | None) -> list[dict[str, Any]]:
+    ratios = {} if network is None else network.values(PruneRatio)
+    rows = []
+    for layer in result.usage.layers:
+        row = {
+            "name": layer.name,
+            "dense_macs": layer.dense_macs,
+            "dense_executed_macs": layer.dense_executed_macs,
+            "macs": float(np.mean(layer.macs)),
+            "executed_macs": float(np.mean(layer.executed_macs)),
+            "gate_operations": float(np.mean(layer.gate_operations)),
+        }
+        for axis in ("channel_ratio", "column_ratio"):
+            ratio = ratios.get(f"{layer.name}/{axis}")
+            row[axis] = None if ratio is None else round(float(ratio), 6)
+        rows.append(row)
+    return rows
+
+
+def _draw(run: Run, report: dict[str, Any], shown: Evaluation, final: Values) -> None:
+    folder = run.workdir
+    plots.plot_training(read_metrics(folder), folder / "training.png")
+    plots.plot_layer_macs(report["layers"], folder / "layer_macs.png")
+    plots.plot_macs_distribution(
+        shown.usage.executed_macs,
+        shown.usage.dense_executed_macs,
+        folder / "macs_distribution.png",
+    )
+    if run.dynamic is not None:
+        images, _, _ = next(iter(run.test_batches()))
+        masks = kept_columns(run, run.dynamic, final, images[:_PICTURED_IMAGES])
+        plots.plot_kept_columns(images[:_PICTURED_IMAGES], masks, folder / "kept_columns.png")
+
+
+def kept_columns(
+    run: Run,
+    network: Network,
+    values: Values,
+    images: UInt8[np.ndarray, "batch stored stored channels"],
+) -> dict[str, np.ndarray]:
+    """The columns that each layer with a gate on columns keeps: bool (batch, height, width)."""
+    model = network.bind(values)
+    model.eval()
+    _, usage = measure(model, evaluation_images(run.config, jax.numpy.asarray(images)))
+    return {
+        layer.name: np.asarray(layer.masks.columns)
+        for layer in usage.layers
+        if layer.masks.columns is not None
+    }
+
+
+def _print_table(report: dict[str, Any], run: Run) -> None:
+    table = rich.table.Table(
+        title=f"{run.config.model} on {run.config.data.name}: accuracy, and million MACs per image"
+    )
+    for name in ("", "accuracy", "MMACs", "cut", "executed", "min", "max"):
+        table.add_column(name, justify="left" if not name else "right")
+    dense = report["dense"]
+    rows = {
+        "dense": dense,
+        "pruned, dense weights": report["pruned_without_targeted_dropout"],
+        "pruned": report["pruned"],
+        **{
+            f"  by {name} selection": row
+            for name, row in report["pruned_by_other_criteria"].items()
+        },
+    }
+    for name, row in rows.items():
+        if row is None:
+            continue
+        executed = row["executed_macs_per_image"]
+        table.add_row(
+            name,
+            f"{row['accuracy']:.4f}",
+            f"{row['macs_per_image']['mean'] / 1e6:.2f}",
+            f"{row['mac_reduction']:.1%}",
+            *(f"{executed[part] / 1e6:.2f}" for part in ("mean", "min", "max")),
+        )
+    console = rich.console.Console()
+    console.print(table)
+    gates = (report["pruned"] or {}).get("gate_operations_per_image")
+    if gates:
+        console.print(f"The gates themselves cost {gates / 1e6:.3f} M additions and comparisons.")
+    for name, timing in report["phases"].items():
+        console.print(
+            f"{name}: {timing['images_per_second']:,.0f} images/s,"
+            f" {timing['share_outside_step']:.1%} of the time outside the compiled step",
+            highlight=False,
+        )
+    console.print(f"1 MAC = 2 FLOPs. Report, pictures and checkpoints: {run.workdir}")

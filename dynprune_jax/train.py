@@ -1,0 +1,312 @@
+"""The only loop: dense, then targeted dropout, then the evaluation; it owns cadence and order.
+
+Order of a resumed run: the config must be the workdir's own; each phase goes on from its newest
+checkpoint; rows of metrics after that step are taken out; a finished phase is only read back.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynprune_jax import sharding
+from dynprune_jax.build import Run, training_images
+from dynprune_jax.checkpoint import Checkpoints
+from dynprune_jax.config import Config
+from dynprune_jax.data.batches import device_batch, stream_batches
+from dynprune_jax.errors import UserError
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.schedules import ratio_ascent
+from dynprune_jax.report import write_report
+from dynprune_jax.train_step import Network, TrainState, Values, train_step
+from dynprune_jax.writers import Screen, Writers
+
+
+def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Trains both phases, or goes on where the work directory stands, and evaluates.
+
+    Args:
+      config: see `dynprune_jax.config.base_config`.
+      workdir: folder for checkpoints, metrics, pictures and `report.json`.
+
+    Returns:
+      The content of `report.json`.
+
+    Raises:
+      UserError: for a mistake in the config, the data or the work directory, or when the loss
+        is no longer finite.
+    """
+    run = Run.open(config, workdir)
+    sharding.data_mesh(config.batch_size)
+    fresh = run.dense.weights
+    dense = run.start_values() if config.prune.start == "checkpoint" else None
+    run.claim()
+    timings = {}
+    if run.phase_steps("dense"):
+        dense, timings["dense"] = run_phase(run, "dense", run.dense, fresh)
+    pruned = None
+    if run.dynamic is not None:
+        start = fresh if config.prune.start == "scratch" else dense
+        assert start is not None  # config.check has seen to it
+        pruned, timings["prune"] = run_phase(run, "prune", run.dynamic, start)
+    return write_report(run, dense, pruned, timings)
+
+
+def evaluate_workdir(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Evaluates the networks of a finished run again; writes its report and pictures anew.
+
+    Raises:
+      UserError: as `train_and_evaluate`, and if the run is not finished.
+    """
+    run = Run.open(config, workdir)
+    return write_report(run, *run.trained_values(), {})
+
+
+@dataclasses.dataclass
+class Timing:
+    """Where the time of a phase went, in seconds; evaluation and compilation stand apart.
+
+    Attributes:
+      images: trained on while the clocks ran.
+      in_step: from the call of the compiled step until its results were there.
+      outside_step: everything else in the loop: data, logging, checkpoints.
+      evaluation: of the test split along the way.
+      compilation: the first call of the step, its own steps included.
+    """
+
+    images: int = 0
+    in_step: float = 0.0
+    outside_step: float = 0.0
+    evaluation: float = 0.0
+    compilation: float = 0.0
+
+    def summary(self) -> dict[str, float]:
+        """The seconds, the rate and the share of time outside of the compiled step."""
+        loop = self.in_step + self.outside_step
+        return {
+            **dataclasses.asdict(self),
+            "images_per_second": self.images / loop if loop else 0.0,
+            "share_outside_step": self.outside_step / loop if loop else 0.0,
+        }
+
+
+def run_phase(
+    run: Run, name: str, network: Network, start: Values
+) -> tuple[Values, dict[str, float]]:
+    """Trains one phase to its end, from its newest checkpoint if there is one.
+
+    Args:
+      run: the run.
+      name: `dense` or `prune`, a section of the config.
+      network: what to train.
+      start: parameters and batch statistics to begin with.
+
+    Returns:
+      The trained parameters and batch statistics, and where the time went.
+
+    Raises:
+      UserError: if the loss is no longer finite.
+    """
+    config, total = run.config, run.phase_steps(name)
+    offset = run.phase_steps("dense") if name == "prune" else 0
+    mesh = sharding.data_mesh(config.batch_size)
+    schedule = ratio_schedule(run, network)
+    state = TrainState.create(start, network, run.optimizer(name))
+    state = sharding.replicate(state, mesh)
+    timing = Timing()
+    folder = run.workdir / "checkpoints" / name
+    with Checkpoints(folder) as checkpoints, Feed(run, name, network, schedule, mesh) as feed:
+        if checkpoints.latest_step() is not None:
+            state, extra = checkpoints.restore(state, feed.stream)
+            timing = Timing(**extra["timing"])
+        step = int(state.step)
+        if step == total:
+            return jax.device_get(state.values), timing.summary()
+        every_epochs = {
+            "evaluate": config.evaluate_every_epochs * run.steps_per_epoch,
+            "checkpoint": config.checkpoint_every_epochs * run.steps_per_epoch,
+        }
+        with Writers(run.workdir, offset + step) as writers, Screen(name, step, total) as screen:
+            state = feed.place(state)
+            recent: list[dict[str, Any]] = []
+            clock = time.perf_counter()
+            while step < total:
+                ends = [total, *(_next(step, every) for every in every_epochs.values())]
+                ends.append(_next(step, config.log_every_steps))
+                count = min(feed.steps_per_dispatch, min(ends) - step)
+                if count < feed.steps_per_dispatch:
+                    count = 1  # so that at most two programs are ever compiled
+                called = time.perf_counter()
+                state, metrics = feed.advance(state, count)
+                metrics = jax.device_get(metrics)
+                now = time.perf_counter()
+                step += count
+                if feed.compiled(count):
+                    timing.in_step += now - called
+                    timing.outside_step += called - clock
+                    timing.images += count * config.batch_size
+                else:
+                    timing.compilation += now - clock
+                clock = now
+                recent.append(metrics)
+                _stop_if_not_finite(run, name, step, metrics)
+                screen.advance(count, config.batch_size, metrics)
+                if step % config.log_every_steps == 0 or step == total:
+                    writers.write(offset + step, _row(run, name, recent, schedule, step))
+                    recent = []
+                if step % every_epochs["evaluate"] == 0 or step == total:
+                    timing.outside_step += time.perf_counter() - clock
+                    clock = time.perf_counter()
+                    ratios = schedule(jnp.asarray(step - 1))
+                    accuracy = run.evaluate(network, state.values, ratios).accuracy
+                    writers.write(offset + step, {"phase": name, "test_accuracy": accuracy})
+                    screen.say(step, run.steps_per_epoch, accuracy, _mean(ratios))
+                    timing.evaluation += time.perf_counter() - clock
+                    clock = time.perf_counter()
+                if step % every_epochs["checkpoint"] == 0 or step == total:
+                    extra = {"timing": dataclasses.asdict(timing)}
+                    checkpoints.save(step, jax.device_get(state), extra, feed.stream)
+    return jax.device_get(state.values), timing.summary()
+
+
+def ratio_schedule(run: Run, network: Network) -> Callable[[Any], Values]:
+    """The step of a phase to the ratio of every gate, by name; nothing for a dense network."""
+    ascent = run.config.ascent
+    schedules = {
+        name: ratio_ascent(
+            float(target),
+            interval_steps=max(1, math.floor(ascent.interval_epochs * run.steps_per_epoch)),
+            warmup=ascent.warmup,
+            increment=ascent.increment,
+        )
+        for name, target in network.values(PruneRatio).items()
+    }
+    return lambda step: {name: schedule(step) for name, schedule in schedules.items()}
+
+
+class Feed:
+    """Joins the data to the compiled step: from device memory, or from a stream.
+
+    Attributes:
+      stream: the iterator whose position belongs in a checkpoint; None for data in memory,
+        where a batch is a function of the seed and the step.
+      steps_per_dispatch: how many steps one call of the compiled step does, at most.
+
+    Args:
+      run: the run.
+      name: of the phase.
+      network: what is trained.
+      schedule: of its ratios.
+      mesh: the devices.
+    """
+
+    def __init__(self, run: Run, name: str, network: Network, schedule: Any, mesh: Any):
+        self._run = run
+        self._mesh = mesh
+        self._compiled: set[int] = set()
+        phase_key = jax.random.fold_in(jax.random.key(run.config.seed), name == "prune")
+        order_key, augment_key = jax.random.split(phase_key)
+        one = functools.partial(
+            train_step,
+            network=network,
+            optimizer=run.optimizer(name),
+            ratios=schedule,
+            label_smoothing=run.config.optim.label_smoothing,
+        )
+
+        def learn(state: TrainState, images: Any, labels: Any) -> tuple[TrainState, Any]:
+            images, labels = sharding.split_batch((images, labels), mesh)
+            key = jax.random.fold_in(augment_key, state.step)
+            return one(state, (training_images(run.config, key, images), labels))
+
+        def learn_from_memory(state: TrainState, data: Any, count: int) -> tuple[TrainState, Any]:
+            def body(state: TrainState, _: None) -> tuple[TrainState, Any]:
+                batch = device_batch(order_key, state.step, data[0], data[1], run.config.batch_size)
+                return learn(state, *batch)
+
+            if count == 1:
+                return body(state, None)
+            state, metrics = jax.lax.scan(body, state, length=count)
+            return state, jax.tree.map(jnp.mean, metrics)
+
+        self.stream = None
+        if run.in_memory:
+            self.steps_per_dispatch = run.config.steps_per_dispatch or (
+                1 if jax.default_backend() == "cpu" else 50
+            )
+            self._data = sharding.replicate(run.train_arrays, mesh)
+            self._step = jax.jit(learn_from_memory, static_argnames="count", donate_argnums=0)
+        else:
+            self.steps_per_dispatch = 1
+            self.stream = stream_batches(
+                run.dataset.train,
+                run.config.batch_size,
+                run.config.seed,
+                threads=run.config.data.threads,
+            )
+            self._step = jax.jit(learn, donate_argnums=0)
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.stream is not None:
+            self.stream.close()
+
+    def place(self, state: TrainState) -> TrainState:
+        """Puts a state where the compiled step expects it."""
+        return sharding.replicate(state, self._mesh)
+
+    def compiled(self, count: int) -> bool:
+        """Whether a call of so many steps was made before; from now on it was."""
+        known = count in self._compiled
+        self._compiled.add(count)
+        return known
+
+    def advance(self, state: TrainState, count: int) -> tuple[TrainState, dict[str, Any]]:
+        """Does `count` steps; gives the state after them and the mean of their metrics."""
+        if self.stream is None:
+            return self._step(state, self._data, count=count)
+        batch = next(self.stream)
+        return self._step(state, batch["image"], batch["label"])
+
+
+def _next(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
+def _mean(ratios: Values) -> dict[str, float | None]:
+    """The mean ratio over the gates on each axis; None where no gate is on that axis."""
+    means = {}
+    for axis in ("channel_ratio", "column_ratio"):
+        values = [float(value) for name, value in ratios.items() if name.endswith(axis)]
+        means[axis] = float(np.mean(values)) if values else None
+    return means
+
+
+def _row(
+    run: Run, name: str, recent: Sequence[Mapping[str, Any]], schedule: Any, step: int
+) -> dict[str, Any]:
+    return {
+        "phase": name,
+        "train_loss": float(np.mean([metrics["loss"] for metrics in recent])),
+        "train_accuracy": float(np.mean([metrics["accuracy"] for metrics in recent])),
+        "learning_rate": float(np.asarray(run.learning_rate(name)(step - 1))),
+        **_mean(schedule(jnp.asarray(step - 1))),
+    }
+
+
+def _stop_if_not_finite(run: Run, name: str, step: int, metrics: Mapping[str, Any]) -> None:
+    if not np.isfinite(metrics["loss"]):
+        raise UserError(
+            f"the loss is {metrics['loss']} at step {step} of the {name} phase; lower"
+            f" config.{name}.learning_rate ({run.config[name].learning_rate}). The last checkpoint"
+            f" in {run.workdir} is intact"
+        )

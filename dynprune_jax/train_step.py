@@ -1,0 +1,145 @@
+"""Pure training: a network apart from its numbers, the state, and one step of it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.nnx import traversals
+from jaxtyping import Array, Float, Int, PyTree
+
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.surgery import path_name
+
+Values = Mapping[str, Any]
+Batch = tuple[Float[Array, "batch height width channels"], Int[Array, " batch"]]
+
+
+class Network:
+    """A model's structure, ready to be bound to its numbers inside a pure function.
+
+    The numbers are flat dictionaries by path, such as `blocks/0/layers/0/conv/kernel`: quick to
+    pass to a compiled step, plain to read in a checkpoint, and the same for a dense model and
+    the dynamic one made of it.
+
+    Args:
+      model: an NNX model; it is not changed, and later changes to it are not seen.
+    """
+
+    def __init__(self, model: nnx.Module):
+        self._graph, state = nnx.split(model)
+        leaves = list(nnx.to_flat_state(state))
+        self._paths = {path_name(path): path for path, _ in leaves}
+        self._types = {path_name(path): type(leaf) for path, leaf in leaves}
+        self._values = {path_name(path): leaf[...] for path, leaf in leaves}
+
+    def values(self, *kinds: type[nnx.Variable]) -> dict[str, Any]:
+        """The model's initial values of some kinds of variables, by name."""
+        return {
+            name: value
+            for name, value in self._values.items()
+            if issubclass(self._types[name], kinds)
+        }
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The model's initial parameters and batch statistics, by name."""
+        return self.values(nnx.Param, nnx.BatchStat)
+
+    def bind(self, *values: Values, draw: Int[Array, ""] | int = 0) -> nnx.Module:
+        """A model with these values; what is not given has its initial value.
+
+        Args:
+          *values: dictionaries by name.
+          draw: the place of all streams of random numbers; the same draw gives the same numbers.
+        """
+        counts = {
+            name: jnp.broadcast_to(jnp.asarray(draw, value.dtype), value.shape)
+            for name, value in self.values(nnx.RngCount).items()
+        }
+        merged = {**self.values(PruneRatio, nnx.RngKey), **counts}
+        for given in values:
+            merged |= given
+        nested = traversals.unflatten_mapping({self._paths[k]: v for k, v in merged.items()})
+        return nnx.merge(self._graph, nested)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step of training changes.
+
+    Attributes:
+      step: how many steps of this phase are done, int32.
+      params: float32 parameters by name.
+      stats: float32 batch statistics by name.
+      opt_state: the optimizer's state.
+    """
+
+    step: Any
+    params: dict[str, Any]
+    stats: dict[str, Any]
+    opt_state: PyTree
+
+    @classmethod
+    def create(
+        cls, values: Values, network: Network, optimizer: optax.GradientTransformation
+    ) -> "TrainState":
+        """The state before the first step; `values` holds parameters and batch statistics."""
+        params = {name: values[name] for name in network.values(nnx.Param)}
+        stats = {name: values[name] for name in network.values(nnx.BatchStat)}
+        return cls(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Parameters and batch statistics by name."""
+        return {**self.params, **self.stats}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    ratios: Callable[[Int[Array, ""]], Values],
+    label_smoothing: float,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One step of gradient descent, dense or with targeted dropout.
+
+    Args:
+      state: before the step.
+      batch: augmented, normalised images and their labels.
+      network: of a model in training mode.
+      optimizer: as `state` was created with.
+      ratios: a schedule: the step to the prune ratio of every gate, by name. It is traced, so
+        no change of a ratio compiles anything again.
+      label_smoothing: share of the target spread evenly over all classes.
+
+    Returns:
+      The state after the step, and the batch's mean `loss` and `accuracy`, float32.
+    """
+    images, labels = batch
+    current = ratios(state.step)
+
+    def loss_fn(params):
+        model = network.bind(params, state.stats, current, draw=state.step)
+        logits = model(images)
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32), label_smoothing
+        )
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        stats = {
+            path_name(path): leaf[...]
+            for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
+        }
+        return loss, (stats, jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32))
+
+    (loss, (stats, accuracy)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    state = TrainState(state.step + 1, params, stats, opt_state)
+    return state, {"loss": loss, "accuracy": accuracy}

@@ -1,0 +1,127 @@
+"""What a run writes as it goes: metrics.jsonl, TensorBoard events, and lines on the screen."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+
+class Writers:
+    """Writes rows of numbers to metrics.jsonl and to TensorBoard.
+
+    Args:
+      folder: the work directory.
+      step: the step that the run goes on from; rows of later steps, left by a run that was
+        stopped after its last checkpoint, are taken out.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self._path = folder / "metrics.jsonl"
+        rows = [row for row in read_metrics(folder) if row["step"] <= step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """Appends one row; TensorBoard gets its numbers."""
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a work directory's metrics.jsonl; a last line cut short is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class Screen:
+    """A progress bar with rate and time left on a terminal; plain lines elsewhere.
+
+    Args:
+      name: of the phase.
+      step: steps done already.
+      total: steps in all.
+    """
+
+    def __init__(self, name: str, step: int, total: int):
+        self._name = name
+        self._console = rich.console.Console()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:>5}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[rate]:,.0f} images/s"),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("loss {task.fields[loss]:.3f}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            name, total=total, completed=step, rate=0.0, loss=float("nan")
+        )
+        self._last = time.perf_counter()
+        self._total = total
+
+    def __enter__(self) -> "Screen":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, steps: int, batch_size: int, metrics: dict[str, Any]) -> None:
+        """Moves the bar on."""
+        now = time.perf_counter()
+        rate = steps * batch_size / (now - self._last)
+        self._last = now
+        self._bar.update(self._task, advance=steps, rate=rate, loss=float(metrics["loss"]))
+
+    def say(
+        self, step: int, steps_per_epoch: int, accuracy: float, ratios: dict[str, float | None]
+    ) -> None:
+        """Prints one line on where the phase stands."""
+        at = ", ".join(
+            f"{axis.split('_')[0]} ratio {ratio:.2f}"
+            for axis, ratio in ratios.items()
+            if ratio is not None
+        )
+        self._console.print(
+            f"{self._name:>5}  epoch {step / steps_per_epoch:3.0f} of"
+            f" {self._total / steps_per_epoch:.0f}  test accuracy {accuracy:.4f}"
+            + (f"  (mean {at})" if at else ""),
+            highlight=False,
+        )
