@@ -51,7 +51,8 @@ def norm(channels: int, *, zero_scale: bool = False, rngs: nnx.Rngs) -> nnx.Batc
 
     It returns float32 whatever it is given: statistics of a half-precision map would lose most
     of their digits. The units below add and rectify in float32 too and round the finished map
-    once, to the compute dtype; XLA fuses all of it into one pass.
+    once, to the compute dtype; XLA fuses all of it into one pass. (A bfloat16 relu would also
+    meet a fault of jaxlib 0.12.0: on a CPU it can come out as zeros or NaN.)
 
     Args:
       channels: channels of the map.
