@@ -1,0 +1,323 @@
+"""Figures of a run: training curves, MACs by layer and by image, and the columns kept.
+
+Each `*_figure` function draws and each `plot_*` function saves its figure as a PNG. A `plot_*`
+function returns whether it wrote the file: with nothing to show it writes none, returns False.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+# The colours of Okabe and Ito, told apart under every common colour blindness.
+_BLUE = "#0072B2"
+_SKY = "#56B4E9"
+_ORANGE = "#E69F00"
+_VERMILION = "#D55E00"
+_GREY = "#BBBBBB"
+_SKIPPED_RGB = np.array([30, 70, 150])
+_MAX_LAYERS_SHOWN = 6
+
+_ACCURACIES = (
+    ("train_accuracy", "train accuracy", _SKY, "-", ""),
+    ("test_accuracy", "test accuracy", _BLUE, "-", "o"),
+)
+_RATIOS = (
+    ("channel_ratio", "channel ratio", _VERMILION, "--", ""),
+    ("column_ratio", "column ratio", _ORANGE, ":", ""),
+)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> bool:
+    figure.savefig(path, format="png", dpi=130)
+    return True
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def training_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws accuracy (left axis) and mean prune ratio (right axis) over the steps.
+
+    Args:
+      rows: as `plot_training`, at least one.
+
+    Returns:
+      The figure; its right axis is left out where no row has a ratio.
+    """
+    rows = sorted(rows, key=lambda row: row["step"])
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    left = figure.add_subplot()
+    left.set_title("Accuracy and prune ratio during training")
+    left.set_xlabel("training step")
+    left.set_ylabel("accuracy (%)")
+    left.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    left.grid(axis="y", color="0.9")
+    lines = []
+    for key, label, color, style, marker in _ACCURACIES:
+        steps, values = _series(rows, key)
+        if steps:
+            lines += left.plot(
+                steps, values, style, color=color, label=label, marker=marker, markersize=4
+            )
+    if any(row.get(key) is not None for row in rows for key, *_ in _RATIOS):
+        right = left.twinx()
+        right.set_ylabel("prune ratio, mean over gates (% removed)")
+        right.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        right.set_ylim(0, 1)
+        for key, label, color, style, _ in _RATIOS:
+            steps, values = _series(rows, key)
+            if steps:
+                lines += right.plot(
+                    steps, values, style, color=color, label=label, linewidth=2, clip_on=False
+                )
+
+    phases = [(row["step"], row["phase"]) for row in rows if row.get("phase") is not None]
+    starts = phases[:1] + [now for last, now in pairwise(phases) if now[1] != last[1]]
+    edges = [step for step, _ in starts] + [rows[-1]["step"]]
+    for (start, phase), end in zip(starts, edges[1:], strict=True):
+        if phase == "prune":
+            left.axvspan(start, end, color="0.95", zorder=0)
+        if start != rows[0]["step"]:
+            left.axvline(start, color="0.5", linewidth=1)
+        left.annotate(
+            f" {phase}",
+            (start, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -3),
+            textcoords="offset points",
+            va="top",
+            color="0.35",
+        )
+    if lines:
+        figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def plot_training(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
+    """Saves accuracy and mean prune ratio over the training steps.
+
+    Args:
+      rows: the rows of metrics.jsonl, each with "step" and any of "train_accuracy" and
+        "test_accuracy" (fractions), "channel_ratio" and "column_ratio" (fractions removed, mean
+        over the gates) and "phase" ("dense" or "prune").
+      path: the PNG to write.
+
+    Returns:
+      Whether the file was written; False if no row holds an accuracy or a ratio.
+    """
+    keys = [key for key, *_ in _ACCURACIES + _RATIOS]
+    if not any(row.get(key) is not None for row in rows for key in keys):
+        return False
+    return _save(training_figure(rows), path)
+
+
+def _gate_note(layer: Mapping[str, Any]) -> str:
+    """Says what a layer's gate removes, in a few words."""
+    ratios = (("channels", layer.get("channel_ratio")), ("columns", layer.get("column_ratio")))
+    parts = [f"{name} −{ratio:.0%}" for name, ratio in ratios if ratio is not None]  # noqa: RUF001
+    return ", ".join(parts) if parts else "no gate"
+
+
+def layer_macs_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws each layer's MACs per image, dense and pruned, as horizontal bars.
+
+    Args:
+      layers: as `plot_layer_macs`, at least one.
+
+    Returns:
+      The figure, as high as the number of layers asks for.
+    """
+    names = [layer["name"] for layer in layers]
+    dense, macs, executed = (
+        np.array([layer[key] for layer in layers], np.float64) / 1e6
+        for key in ("dense_macs", "macs", "executed_macs")
+    )
+    figure = Figure(figsize=(9, 1.8 + 0.21 * len(layers)), layout="constrained")
+    axes = figure.add_subplot()
+    at = np.arange(len(layers))
+    wide = axes.barh(at, dense, height=0.8, color=_GREY, label="dense")
+    thin = axes.barh(at, macs, height=0.5, color=_BLUE, label="pruned: dense × kept shares")  # noqa: RUF001
+    ticks = axes.plot(
+        executed,
+        at,
+        linestyle="none",
+        marker="|",
+        markersize=9,
+        markeredgewidth=2,
+        color=_ORANGE,
+        label="pruned: executed taps",
+    )
+    for i, layer in enumerate(layers):
+        axes.annotate(
+            _gate_note(layer),
+            (max(dense[i], macs[i], executed[i]), i),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color="0.35",
+        )
+    axes.set_yticks(at, names, fontsize=7)
+    axes.set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
+    axes.set_xlim(0, 1.35 * max(dense.max(), macs.max(), executed.max(), 1e-6))
+    axes.set_xlabel("multiply-accumulates per image (millions)")
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    share = f" ({1 - macs.sum() / dense.sum():.1%} removed)" if dense.sum() else ""
+    axes.set_title(
+        f"MACs by layer: {dense.sum():,.1f} M dense, {macs.sum():,.1f} M pruned{share}",
+        fontsize=11,
+    )
+    handles = [wide, thin, *ticks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def plot_layer_macs(layers: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
+    """Saves each layer's dense and pruned MACs per image as horizontal bars.
+
+    Args:
+      layers: the layers of report.json in the order of the network, each with "name",
+        "dense_macs", "macs", "executed_macs" (MACs per image) and "channel_ratio" and
+        "column_ratio" (fractions removed, None where there is no gate).
+      path: the PNG to write.
+
+    Returns:
+      Whether the file was written; False if there is no layer.
+    """
+    return bool(layers) and _save(layer_macs_figure(layers), path)
+
+
+def macs_distribution_figure(
+    executed_macs: Int[np.ndarray, "examples"], dense_executed_macs: int | np.integer
+) -> Figure:
+    """Draws the histogram of the executed MACs per image.
+
+    Args:
+      executed_macs: as `plot_macs_distribution`, at least one.
+      dense_executed_macs: as `plot_macs_distribution`.
+
+    Returns:
+      The figure, with the mean marked.
+    """
+    millions = executed_macs / 1e6
+    mean, dense = millions.mean(), int(dense_executed_macs) / 1e6
+    low, high = millions.min(), millions.max()
+    if low == high:
+        # One bar, of a width that can be seen, in the place of a range of no width.
+        half = 0.02 * abs(low) or 0.5
+        edges, view = np.array([low - half, low + half]), (low - 10 * half, low + 10 * half)
+    else:
+        edges, view = np.linspace(low, high, 41), None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(millions, bins=edges.tolist(), color=_BLUE)
+    if view:
+        axes.set_xlim(view)
+    axes.axvline(mean, color=_VERMILION, linestyle="--", label=f"mean {mean:,.2f} M")
+    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+    axes.set_xlabel("executed multiply-accumulates per image (millions)")
+    axes.set_ylabel("number of images")
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    share = f" ({1 - mean / dense:.1%} removed)" if dense else ""
+    axes.set_title(
+        f"Executed MACs of {len(millions):,} images: "
+        f"mean {mean:,.1f} M, dense {dense:,.1f} M{share}",
+        fontsize=11,
+    )
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_macs_distribution(
+    executed_macs: Int[np.ndarray, "examples"],
+    dense_executed_macs: int | np.integer,
+    path: str | os.PathLike[str],
+) -> bool:
+    """Saves the histogram of the executed MACs per image beside the dense network's figure.
+
+    Args:
+      executed_macs: executed MACs of each image.
+      dense_executed_macs: executed MACs of one image with nothing pruned.
+      path: the PNG to write.
+
+    Returns:
+      Whether the file was written; False if there is no image.
+    """
+    if not len(executed_macs):
+        return False
+    return _save(macs_distribution_figure(executed_macs, dense_executed_macs), path)
+
+
+def _tint_skipped(
+    image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "rows columns"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Darkens the skipped columns to blue, so that they stay visible on a black ground."""
+    height, width, _ = image.shape
+    rows = np.arange(height) * mask.shape[0] // height
+    columns = np.arange(width) * mask.shape[1] // width
+    kept = mask[rows[:, None], columns[None, :], None]
+    grey = image.mean(axis=-1, keepdims=True)
+    return np.where(kept, image, (0.3 * grey + 0.7 * _SKIPPED_RGB).astype(np.uint8))
+
+
+def kept_columns_figure(
+    images: UInt8[np.ndarray, "batch height width channels"],
+    masks: Mapping[str, Bool[np.ndarray, "batch _ _"]],
+) -> Figure:
+    """Draws a grid: per image, the image and then the columns that some layers keep of it.
+
+    Args:
+      images: as `plot_kept_columns`, at least one.
+      masks: as `plot_kept_columns`, at least one.
+
+    Returns:
+      The figure, with at most six layers, evenly spread.
+    """
+    if images.shape[-1] == 1:
+        images = np.repeat(images, 3, axis=-1)
+    names = list(masks)
+    shown = np.linspace(0, len(names) - 1, min(len(names), _MAX_LAYERS_SHOWN)).round()
+    names = [names[int(i)] for i in shown]
+    figure = Figure(figsize=(1.7 * (1 + len(names)), 0.8 + 1.7 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), 1 + len(names), squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    grid[0, 0].set_title("image", fontsize=7)
+    for row, image in zip(grid, images, strict=True):
+        row[0].imshow(image)
+    for column, name in enumerate(names, start=1):
+        mask = masks[name]
+        size = f"{mask.shape[1]}×{mask.shape[2]}"  # noqa: RUF001
+        grid[0, column].set_title(f"{name}\n{size} columns, {mask.mean():.0%} kept", fontsize=7)
+        for i, image in enumerate(images):
+            grid[i, column].imshow(_tint_skipped(image, mask[i]))
+    figure.suptitle("Columns each layer keeps of each image (skipped: dark blue)", fontsize=10)
+    return figure
+
+
+def plot_kept_columns(
+    images: UInt8[np.ndarray, "batch height width channels"],
+    masks: Mapping[str, Bool[np.ndarray, "batch _ _"]],
+    path: str | os.PathLike[str],
+) -> bool:
+    """Saves a grid of images with the columns that each layer skips darkened.
+
+    Args:
+      images: grey (one channel) or RGB images, one row of the grid each.
+      masks: per layer, in the order of the network, the kept columns of its map of each image.
+      path: the PNG to write.
+
+    Returns:
+      Whether the file was written; False if there is no image or no mask.
+    """
+    return bool(masks) and len(images) > 0 and _save(kept_columns_figure(images, masks), path)

@@ -1,0 +1,203 @@
+"""The figures: valid PNGs with the content asked for, in the odd cases too."""
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgba
+
+from dynprune_jax import plots
+
+
+def training_rows(column_gate=True):
+    rows = [
+        {"step": step, "train_accuracy": 0.9 - 0.5 / (1 + step / 100), "train_loss": 1.0}
+        for step in range(0, 2000, 50)
+    ]
+    for row in rows:
+        pruning = row["step"] >= 1000
+        row["phase"] = "prune" if pruning else "dense"
+        if row["step"] % 200 == 0:
+            row["test_accuracy"] = row["train_accuracy"] - 0.03
+        ramp = min(1.0, (row["step"] - 1000) / 600) if pruning else 0.0
+        row["channel_ratio"] = 0.6 * ramp
+        row["column_ratio"] = 0.5 * ramp if column_gate else None
+    return rows
+
+
+def report_layers(count):
+    layers = [
+        {
+            "name": f"blocks/{i // 4}/layers/{i % 4}/conv",
+            "dense_macs": 38_000_000 // (1 + i // 4),
+            "macs": 19_000_000 // (1 + i // 4),
+            "executed_macs": 17_500_000.5 // (1 + i // 4),
+            "channel_ratio": 0.5,
+            "column_ratio": None if i % 2 else 0.25,
+        }
+        for i in range(count)
+    ]
+    layers[0] |= {
+        "macs": 38_000_000,
+        "executed_macs": 36_000_000,
+        "channel_ratio": None,
+        "column_ratio": None,
+    }
+    return layers
+
+
+def kept_masks(count, examples):
+    rng = np.random.default_rng(0)
+    sides = [max(2, 16 >> (i // 2)) for i in range(count)]
+    return {
+        f"blocks/{i // 2}/layers/{i % 2}/conv": rng.random((examples, side, side)) < 0.5
+        for i, side in enumerate(sides)
+    }
+
+
+def check_png(path):
+    """The file is a picture of a sensible size that is not one plain colour."""
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    picture = matplotlib.image.imread(path)
+    height, width = picture.shape[:2]
+    assert 200 <= height <= 4000
+    assert 200 <= width <= 2500
+    assert picture[..., :3].std() > 0.01
+
+
+def test_training_draws_every_series_and_tells_the_phases_apart(tmp_path):
+    rows = training_rows()
+    figure = plots.training_figure(rows)
+    left, right = figure.axes
+    train, test = [x for x in left.lines if str(x.get_label()).endswith("accuracy")]
+    assert len(np.asarray(train.get_xdata())) == 40
+    assert len(np.asarray(test.get_xdata())) == 10
+    assert [x.get_label() for x in right.lines] == ["channel ratio", "column ratio"]
+    assert "accuracy (%)" in left.get_ylabel()
+    assert "% removed" in right.get_ylabel()
+    assert [x.get_text().strip() for x in left.texts] == ["dense", "prune"]
+    (shade,) = left.patches
+    assert shade.get_extents().transformed(left.transData.inverted()).x0 == pytest.approx(1000)
+
+    assert plots.plot_training(rows, tmp_path / "training.png")
+    check_png(tmp_path / "training.png")
+
+
+def test_training_takes_the_rows_in_any_order():
+    line = plots.training_figure(training_rows()[::-1]).axes[0].lines[0]
+    assert np.all(np.diff(np.asarray(line.get_xdata(), float)) > 0)
+
+
+def test_training_without_a_column_gate_or_without_pruning(tmp_path):
+    figure = plots.training_figure(training_rows(column_gate=False))
+    assert [x.get_label() for x in figure.axes[1].lines] == ["channel ratio"]
+
+    bare = [{"step": row["step"], "train_accuracy": 0.5} for row in training_rows()]
+    assert len(plots.training_figure(bare).axes) == 1
+    assert plots.plot_training(bare[:1], tmp_path / "one.png")
+    check_png(tmp_path / "one.png")
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 0, "train_loss": 1.0}]])
+def test_training_with_nothing_to_show_writes_nothing(rows, tmp_path):
+    assert not plots.plot_training(rows, tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize("count", [1, 7, 110])
+def test_layer_macs_draws_two_bars_a_layer(count, tmp_path):
+    layers = report_layers(count)
+    (axes,) = plots.layer_macs_figure(layers).axes
+    assert len(axes.patches) == 2 * count
+    widths = [bar.get_width() for bar in axes.patches]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(widths[:count], [x["dense_macs"] / 1e6 for x in layers])
+    np.testing.assert_allclose(widths[count:], [x["macs"] / 1e6 for x in layers])
+    assert [x.get_text() for x in axes.get_yticklabels()] == [x["name"] for x in layers]
+    bottom, top = axes.get_ylim()
+    assert bottom > top  # the first layer is drawn on top
+    assert axes.texts[0].get_text() == "no gate"
+
+    assert plots.plot_layer_macs(layers, tmp_path / "layers.png")
+    check_png(tmp_path / "layers.png")
+
+
+def test_layer_macs_of_no_layer_writes_nothing(tmp_path):
+    assert not plots.plot_layer_macs([], tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize("spread", [0, 2_000_000])
+def test_macs_distribution_counts_every_image_once(spread, tmp_path):
+    noise = np.random.default_rng(0).normal(size=500)
+    macs = (120_000_000 + spread * noise).astype(np.int64)
+    (axes,) = plots.macs_distribution_figure(macs, 300_000_000).axes
+    assert sum(bar.get_height() for bar in axes.patches) == 500  # type: ignore[attr-defined]
+    (mean,) = axes.lines
+    assert np.asarray(mean.get_xdata(), float)[0] == pytest.approx(macs.mean() / 1e6)
+    low, high = axes.get_xlim()
+    assert low < macs.min() / 1e6 <= macs.max() / 1e6 < high
+    assert "dense 300.0 M" in axes.get_title()
+    assert "(60.0% removed)" in axes.get_title()
+
+    assert plots.plot_macs_distribution(macs, np.int64(300_000_000), tmp_path / "macs.png")
+    check_png(tmp_path / "macs.png")
+
+
+@pytest.mark.parametrize("value", [0, 1, 10**15])
+def test_macs_distribution_of_one_image(value, tmp_path):
+    assert plots.plot_macs_distribution(np.array([value], np.int64), 10**15, tmp_path / "a.png")
+    check_png(tmp_path / "a.png")
+
+
+def test_macs_distribution_of_no_image_writes_nothing(tmp_path):
+    assert not plots.plot_macs_distribution(np.zeros(0, np.int64), 1, tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_kept_columns_darkens_what_is_skipped(channels, tmp_path):
+    images = np.full((2, 6, 6, channels), 200, np.uint8)
+    mask = np.ones((2, 3, 3), bool)
+    mask[1, 0, 2] = False
+    figure = plots.kept_columns_figure(images, {"conv": mask})
+    assert len(figure.axes) == 4
+    _, first, _, second = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
+    np.testing.assert_array_equal(first, 200)
+    skipped = np.zeros((6, 6), bool)
+    skipped[:2, 4:] = True  # one column of the map covers two by two pixels
+    np.testing.assert_array_equal((second < 200).all(axis=-1), skipped)
+    assert "3×3 columns, 94% kept" in figure.axes[1].get_title()  # noqa: RUF001
+
+    assert plots.plot_kept_columns(images, {"conv": mask}, tmp_path / "kept.png")
+    check_png(tmp_path / "kept.png")
+
+
+def test_kept_columns_shows_at_most_six_layers_evenly_spread():
+    images = np.zeros((1, 16, 16, 1), np.uint8)
+    masks = kept_masks(11, 1)
+    figure = plots.kept_columns_figure(images, masks)
+    shown = [axes.get_title().split("\n")[0] for axes in figure.axes[1:]]
+    assert shown == list(masks)[::2]
+
+
+def test_kept_columns_takes_a_map_finer_than_the_image():
+    mask = np.zeros((1, 12, 12), bool)
+    image = np.full((1, 6, 6, 3), 255, np.uint8)
+    figure = plots.kept_columns_figure(image, {"conv": mask})
+    assert (np.asarray(figure.axes[1].images[0].get_array()) < 255).all()
+
+
+def test_kept_columns_with_nothing_to_show_writes_nothing(tmp_path):
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    assert not plots.plot_kept_columns(images, {}, tmp_path / "no.png")
+    assert not plots.plot_kept_columns(images[:0], kept_masks(1, 0), tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_bars_and_lines_differ_in_lightness():
+    # A reader who sees no colour, or a grey print, must still tell dense from pruned.
+    (axes,) = plots.layer_macs_figure(report_layers(2)).axes
+    dense, pruned = (
+        float(np.dot(to_rgba(axes.patches[i].get_facecolor())[:3], (0.2126, 0.7152, 0.0722)))
+        for i in (0, 2)
+    )
+    assert abs(dense - pruned) > 0.2
