@@ -24,11 +24,11 @@ def get_config():
 
     config.gate.channel_ratio = (0.2, 0.4, 0.6)
     config.gate.column_ratio = (0.2, 0.2, 0.2)
-    config.ascent.interval_epochs = 1.0
+    config.ascent.interval_epochs = 2.0
 
     config.dense.epochs = 12
     config.dense.learning_rate = 0.1
     config.dense.warmup_epochs = 1.0
-    config.prune.epochs = 20
-    config.prune.learning_rate = 0.05
+    config.prune.epochs = 40
+    config.prune.learning_rate = 0.1
     return config

@@ -14,10 +14,10 @@ from dynprune_jax.errors import UserError
 
 
 def leaf_digests(tree: PyTree) -> dict[str, str]:
-    """SHA-256 of every leaf's dtype, shape and bytes, by its path in the tree."""
+    """Dtype, shape and SHA-256 of every leaf, by its path: `float32[3,8] 9f86d0...`."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _digest(np.asarray(leaf))
-        for path, leaf in jax.tree.leaves_with_path(tree)
+        path: f"{_head(leaf)} {hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()}"
+        for path, leaf in _leaves(tree).items()
     }
 
 
@@ -27,9 +27,15 @@ def tree_digest(tree: PyTree) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _digest(leaf: np.ndarray) -> str:
-    head = f"{leaf.dtype} {leaf.shape} ".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(leaf).tobytes()).hexdigest()
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _head(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 class Checkpoints:
@@ -127,10 +133,13 @@ class Checkpoints:
         return state, extra
 
     def _check_fit(self, where: str, like: PyTree, digests: dict[str, str]) -> None:
-        paths = {
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, _ in jax.tree.leaves_with_path(like)
-        }
-        odd = sorted(paths ^ digests.keys())
+        wanted = _leaves(like)
+        odd = sorted(wanted.keys() ^ digests.keys())
         if odd:
             raise UserError(f"{where} is of another model: {odd[0]} is in only one of the two")
+        for path, leaf in wanted.items():
+            saved = digests[path].split()[0]
+            if saved != _head(leaf):
+                raise UserError(
+                    f"{where} is of another model: {path} is {saved} there and {_head(leaf)} here"
+                )

@@ -1,4 +1,4 @@
-"""Figures of a run: training curves, MACs by layer and by image, and the columns kept.
+"""Figures of a run: training curves, MACs by layer and by image, columns kept, sweeps.
 
 Each `*_figure` function draws and each `plot_*` function saves its figure as a PNG. A `plot_*`
 function returns whether it wrote the file: with nothing to show it writes none, returns False.
@@ -122,7 +122,7 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
 def _gate_note(layer: Mapping[str, Any]) -> str:
     """Says what a layer's gate removes, in a few words."""
     ratios = (("channels", layer.get("channel_ratio")), ("columns", layer.get("column_ratio")))
-    parts = [f"{name} −{ratio:.0%}" for name, ratio in ratios if ratio is not None]  # noqa: RUF001
+    parts = [f"{name} −{ratio:.0%}" for name, ratio in ratios if ratio is not None]
     return ", ".join(parts) if parts else "no gate"
 
 
@@ -144,7 +144,7 @@ def layer_macs_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     axes = figure.add_subplot()
     at = np.arange(len(layers))
     wide = axes.barh(at, dense, height=0.8, color=_GREY, label="dense")
-    thin = axes.barh(at, macs, height=0.5, color=_BLUE, label="pruned: dense × kept shares")  # noqa: RUF001
+    thin = axes.barh(at, macs, height=0.5, color=_BLUE, label="pruned: dense × kept shares")
     ticks = axes.plot(
         executed,
         at,
@@ -297,7 +297,7 @@ def kept_columns_figure(
         row[0].imshow(image)
     for column, name in enumerate(names, start=1):
         mask = masks[name]
-        size = f"{mask.shape[1]}×{mask.shape[2]}"  # noqa: RUF001
+        size = f"{mask.shape[1]}×{mask.shape[2]}"
         grid[0, column].set_title(f"{name}\n{size} columns, {mask.mean():.0%} kept", fontsize=7)
         for i, image in enumerate(images):
             grid[i, column].imshow(_tint_skipped(image, mask[i]))
@@ -321,3 +321,52 @@ def plot_kept_columns(
       Whether the file was written; False if there is no image or no mask.
     """
     return bool(masks) and len(images) > 0 and _save(kept_columns_figure(images, masks), path)
+
+
+def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws accuracy over MAC reduction, one panel for each set of weights.
+
+    Args:
+      rows: as `plot_sweep`, at least one.
+
+    Returns:
+      The figure; one line for each criterion.
+    """
+    weights = list(dict.fromkeys(row["weights"] for row in rows))
+    criteria = list(dict.fromkeys(row["criterion"] for row in rows))
+    figure = Figure(figsize=(4.5 * len(weights), 4), layout="constrained")
+    panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
+    styles = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"))
+    for axes, name in zip(panels, weights, strict=True):
+        for i, criterion in enumerate(criteria):
+            points = [r for r in rows if (r["weights"], r["criterion"]) == (name, criterion)]
+            points.sort(key=lambda row: row["mac_reduction"])
+            colour, marker = styles[i % len(styles)]
+            axes.plot(
+                [row["mac_reduction"] for row in points],
+                [row["accuracy"] for row in points],
+                color=colour,
+                marker=marker,
+                label=f"by {criterion}",
+            )
+        axes.set_title(f"weights: {name}")
+        axes.set_xlabel("MACs removed (of the whole network)")
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(color="0.9")
+    panels[0].set_ylabel("test accuracy")
+    panels[-1].legend(frameon=False)
+    return figure
+
+
+def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
+    """Saves the accuracy over the MAC reduction for each set of weights and each criterion.
+
+    Args:
+      rows: of sweep.json, each with "weights", "criterion", "mac_reduction", "accuracy".
+      path: the PNG to write.
+
+    Returns:
+      Whether the file was written; False if there is no row.
+    """
+    return bool(rows) and _save(sweep_figure(rows), path)

@@ -1,8 +1,45 @@
 """Settings that hold for every test: strict JAX and several fake devices."""
 
+import runpy
+from pathlib import Path
+
 import jax
+import pytest
+from ml_collections import ConfigDict
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where the tests prepare their data sets, once."""
+    return str(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def config(data_dir):
+    """The digits job, small enough for seconds: 8 dense steps, then 16 with targeted dropout."""
+    config = ConfigDict(runpy.run_path(str(CONFIGS / "digits_vgg.py"))["get_config"]())
+    config.batch_size = 16
+    config.eval_batch_size = 40
+    config.log_every_steps = 4
+    config.data.data_dir = data_dir
+    config.data.image_size = 8
+    config.data.train_examples = 128
+    config.data.test_examples = 100
+    config.dense.epochs = 1
+    config.dense.warmup_epochs = 0.0
+    config.prune.epochs = 2
+    config.ascent.warmup = 0.2
+    config.ascent.increment = 0.1
+    config.ascent.interval_epochs = 0.5
+    config.gate.channel_ratio = (0.3, 0.4, 0.5)
+    config.gate.column_ratio = (0.2, 0.0, 0.3)
+    config.sweep.fractions = (0.0, 1.0)
+    config.benchmark.repeats = 3
+    return config

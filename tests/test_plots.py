@@ -165,7 +165,7 @@ def test_kept_columns_darkens_what_is_skipped(channels, tmp_path):
     skipped = np.zeros((6, 6), bool)
     skipped[:2, 4:] = True  # one column of the map covers two by two pixels
     np.testing.assert_array_equal((second < 200).all(axis=-1), skipped)
-    assert "3×3 columns, 94% kept" in figure.axes[1].get_title()  # noqa: RUF001
+    assert "3×3 columns, 94% kept" in figure.axes[1].get_title()
 
     assert plots.plot_kept_columns(images, {"conv": mask}, tmp_path / "kept.png")
     check_png(tmp_path / "kept.png")

@@ -1,0 +1,44 @@
+import ast
+import runpy
+
+import pytest
+from conftest import CONFIGS
+from flax import nnx
+
+from dynprune_jax import config as config_lib
+from dynprune_jax.build import build_dynamic, build_model
+from dynprune_jax.pruning.surgery import dynamic_layers
+
+FILES = sorted(CONFIGS.glob("*.py"))
+CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "imagenet100": (100, 3)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_builds(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    config_lib.check(config)
+    classes, channels = CLASSES.get(config.data.name, (1000, 3))
+
+    def build():
+        return build_dynamic(config, build_model(config, classes, channels))
+
+    assert dynamic_layers(nnx.eval_shape(build))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_says_how_to_run_it_and_what_to_expect(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for part in ("Paper:", "Command:", "Hardware and time:", "Result:"):
+        assert f"\n{part}" in docstring
+    assert f"--config=configs/{path.name}" in docstring
+
+
+def test_the_six_first_configs_are_there():
+    assert {path.stem for path in FILES} >= {
+        "digits_vgg",
+        "cifar10_vgg16",
+        "cifar10_resnet56",
+        "cifar100_vgg16",
+        "imagenet100_vgg16",
+        "imagenet_resnet50",
+    }

@@ -1,0 +1,41 @@
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dynprune_jax import make_dynamic, measure
+from dynprune_jax.data.batches import eval_batches
+from dynprune_jax.evaluate import evaluate, make_evaluator
+from dynprune_jax.models import vgg_digits
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.train_step import Network
+
+
+def test_every_example_counts_once_however_the_batches_fall():
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (11, 8, 8, 1), np.uint8)
+    labels = random.integers(0, 10, 11).astype(np.int32)
+    model = make_dynamic(vgg_digits(10, image_size=8, rngs=nnx.Rngs(0)), 0.5, 0.25)
+    network = Network(model)
+
+    def prepare(images):
+        return images.astype(jnp.float32) / 255.0
+
+    evaluator = make_evaluator(network, prepare)
+    whole = evaluate(evaluator, network.weights, eval_batches((images, labels), 11))
+    parts = evaluate(evaluator, network.weights, eval_batches((images, labels), 4))
+    model.eval()
+    logits, usage = measure(model, prepare(jnp.asarray(images)))
+    np.testing.assert_array_equal(parts.correct, np.argmax(logits, -1) == labels)
+    for result in (whole, parts):
+        assert result.accuracy == np.mean(np.argmax(logits, -1) == labels)
+        np.testing.assert_array_equal(result.usage.executed_macs, usage.executed_macs)
+        np.testing.assert_array_equal(result.usage.macs, usage.macs)
+    summary = parts.summary()
+    assert summary["examples"] == 11
+    assert summary["executed_macs_per_image"]["min"] == min(usage.executed_macs)
+    assert summary["mac_reduction"] == usage.mac_reduction
+
+    none = {name: jnp.float32(0.0) for name in network.values(PruneRatio)}
+    dense = evaluate(evaluator, {**network.weights, **none}, eval_batches((images, labels), 4))
+    assert dense.usage.mac_reduction == 0.0
+    assert (dense.usage.executed_macs == usage.dense_executed_macs).all()

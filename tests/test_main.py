@@ -1,0 +1,223 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import CONFIGS
+from PIL import Image
+
+from dynprune_jax.main import main
+
+DIGITS = f"--config={CONFIGS / 'digits_vgg.py'}"
+
+
+def write_folders(root, *, splits=("train", "test"), classes=("cat", "dog"), images=6, size=8):
+    random = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(images):
+                pixels = random.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def folders_of(tmp_path, spoil=None, **kwargs):
+    root = write_folders(tmp_path / "images", **kwargs)
+    if spoil is not None:
+        spoil(root)
+    return [
+        f"--config.data.name=class_folders --config.data.path={root}",
+        "--config.model=vgg_digits --config.batch_size=4 --config.data.image_size=8",
+    ]
+
+
+def empty_class(root):
+    for file in (root / "train" / "dog").iterdir():
+        file.unlink()
+
+
+def corrupt(root):
+    (root / "train" / "dog" / "3.png").write_bytes(b"no picture")
+
+
+def truncated(root):
+    file = root / "test" / "cat" / "0.png"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def other_run(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"batch_size": 7}))
+    return []
+
+
+def file_in_the_way(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    return []
+
+
+def checkpoints_without_config(tmp_path):
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    return []
+
+
+def broken_config(tmp_path, text):
+    (tmp_path / "broken.py").write_text(text)
+    return [f"--config={tmp_path / 'broken.py'}"]
+
+
+MISTAKES = {
+    # the command line
+    "no config": (["--config="], "--config is missing"),
+    "no workdir": (["--workdir="], "--workdir is missing"),
+    "config not there": (["--config=configs/none.py"], "'configs/none.py'; there is no such file"),
+    "unknown mode": (["--mode=prune"], "--mode is 'prune'; choose one of train, evaluate"),
+    "unknown flag": (["--wordkir=x"], "Unknown command line flag 'wordkir'.*workdir"),
+    "no flag at all": (["extra"], "'extra' is no flag; write --name=value"),
+    "config does not parse": (
+        lambda tmp_path: broken_config(tmp_path, "def get_config(:"),
+        "broken.py: invalid syntax",
+    ),
+    "config fails": (
+        lambda tmp_path: broken_config(tmp_path, "def get_config():\n  return 1 / 0"),
+        "broken.py: division by zero",
+    ),
+    "config is something else": (
+        lambda tmp_path: broken_config(tmp_path, "def get_config():\n  return None"),
+        "broken.py:",
+    ),
+    # fields
+    "misspelled field": (["--config.data.nmae=x"], "config.data.nmae .*did you mean .*data.name"),
+    "a section as a field": (["--config.data=5"], "config.data=5"),
+    "word for a number": (["--config.batch_size=many"], "config.batch_size=many"),
+    "number for a tuple": (["--config.data.mean=0.5"], ""),
+    "batch of nothing": (["--config.batch_size=0"], "config.batch_size is 0; .*at least 1"),
+    "negative seed": (["--config.seed=-1"], "config.seed is -1"),
+    "unknown dtype": (["--config.dtype=float16"], "'float16'; choose one of float32, bfloat16"),
+    "unknown model": (["--config.model=vgg17"], "config.model is 'vgg17'; choose one of .*vgg16"),
+    "unknown criterion": (["--config.gate.criterion=best"], "'best'; choose one of attention"),
+    "ratio of 1": (["--config.gate.channel_ratio=(.2,.4,1.)"], r"channel_ratio.*\[0.0, 1.0\)"),
+    "negative ratio": (["--config.gate.column_ratio=(.2,-.1,.3)"], r"column_ratio.*\[0.0, 1.0\)"),
+    "ratio for a tuple": (["--config.gate.channel_ratio=0.5"], "vgg_digits has 3 blocks"),
+    "tuple too long": (["--config.gate.channel_ratio=(.1,.1,.1,.1,.1)"], "has 3 blocks: give"),
+    "ratio of a word": (["--config.gate.channel_ratio=(.1,'a',.1)"], "channel_ratio"),
+    "nothing to prune": (
+        ["--config.gate.channel_ratio=(0.,0.,0.)", "--config.gate.column_ratio=()"],
+        "prune nothing",
+    ),
+    "layers that match nothing": (["--config.gate.layers=('conv9',)"], "'conv9' matches none"),
+    "drop probability of 0": (["--config.gate.drop_probability=0."], r"drop_probability.*\(0, 1\]"),
+    "ascent that never arrives": (["--config.ascent.interval_epochs=90"], "config.prune.epochs is"),
+    "no epochs": (["--config.dense.epochs=0", "--config.prune.epochs=0"], "nothing to train"),
+    "pruning nothing trained": (["--config.dense.epochs=0"], "train a dense network first"),
+    "unknown start": (["--config.prune.start=middle"], "'middle'; choose one of dense"),
+    "checkpoint not named": (["--config.prune.start=checkpoint"], "prune.checkpoint is ''"),
+    "checkpoint not there": (
+        ["--config.prune.start=checkpoint", "--config.prune.checkpoint=none"],
+        "none holds no trained network",
+    ),
+    "warm-up too long": (["--config.dense.warmup_epochs=99"], "config.dense.warmup_epochs is 99"),
+    "learning rate of 0": (["--config.dense.learning_rate=0"], "dense.learning_rate is 0"),
+    # data
+    "unknown data set": (["--config.data.name=cifar11"], "config.data.name=cifar11"),
+    "missing folder": (
+        ["--config.data.name=class_folders", "--config.data.path=none"],
+        "config.data.path",
+    ),
+    "missing archive": (
+        ["--config.data.name=cifar10", "--config.data.archive=none.tar.gz"],
+        "config.data.archive=none.tar.gz",
+    ),
+    "no test folder": (lambda p: folders_of(p, splits=("train",)), "test"),
+    "empty class": (lambda p: folders_of(p, empty_class), "dog"),
+    "corrupt image": (lambda p: folders_of(p, corrupt), r"dog/3\.png"),
+    "truncated image": (lambda p: folders_of(p, truncated), r"cat/0\.png"),
+    "batch larger than the set": (["--config.batch_size=4096"], "config.batch_size=4096"),
+    "more examples than there are": (
+        ["--config.data.train_examples=9999"],
+        "config.data.train_examples=9999",
+    ),
+    "unknown split": (["--config.data.test_split=holdout"], "config.data.test_split=holdout"),
+    "mean of another image": (["--config.data.mean=(.1,.2,.3)"], "config.data.mean has 3 values"),
+    "image that pools to nothing": (
+        ["--config.data.image_size=4"],
+        "image_size 4 pools to nothing",
+    ),
+    # work directories
+    "workdir of another config": (other_run, "is of another config: config.batch_size is 7"),
+    "workdir is a file": (file_in_the_way, "is a file; give a folder"),
+    "workdir with stray checkpoints": (checkpoints_without_config, "no config.json"),
+    "evaluation of nothing": (["--mode=evaluate"], "holds no trained network"),
+    "sweep of nothing": (["--mode=sweep"], "holds no trained network"),
+}
+
+
+def snapshot(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing(name, tmp_path, data_dir, capfd):
+    arguments, message = MISTAKES[name]
+    if callable(arguments):
+        arguments = " ".join(arguments(tmp_path)).split()
+        prepared = tmp_path / "prepared"
+        prepared.mkdir()
+    else:
+        prepared = data_dir
+    before = snapshot(tmp_path)
+    command = ["dynprune_jax", DIGITS, f"--workdir={tmp_path / 'out'}"]
+    command += [f"--config.data.data_dir={prepared}"]
+    command = [x for x in command if x.split("=")[0] not in {a.split("=")[0] for a in arguments}]
+    assert main([*command, *arguments]) == 2
+    error = capfd.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "Traceback" not in error
+
+    assert re.search(message, error), error
+    assert snapshot(tmp_path) == before
+
+
+def test_there_are_at_least_25_mistakes():
+    assert len(MISTAKES) >= 25
+
+
+def test_help_needs_nothing(capfd):
+    assert main(["dynprune_jax", "--help"]) == 0
+    assert "--config=configs/NAME.py" in capfd.readouterr().out
+
+
+def test_the_entry_point_trains_on_class_folders_in_a_process_of_its_own(tmp_path):
+    folders = folders_of(tmp_path, images=20)
+    command = [
+        sys.executable, "-m", "dynprune_jax.main", DIGITS, f"--workdir={tmp_path / 'out'}",
+        f"--config.data.data_dir={tmp_path / 'prepared'}", *" ".join(folders).split(),
+        "--config.batch_size=10", "--config.dense.epochs=1", "--config.prune.epochs=1",
+        "--config.dense.warmup_epochs=0", "--config.ascent.warmup=0.9",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["data"] == {
+        "name": "class_folders",
+        "classes": 2,
+        "train_examples": 40,
+        "test_examples": 40,
+    }
+    assert "dynprune_jax.main" in report["command"]
+    assert "pruned" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_workdir_that_cannot_be_written(tmp_path, data_dir, capfd):
+    tmp_path.chmod(0o500)
+    command = ["dynprune_jax", DIGITS, f"--workdir={tmp_path / 'out'}"]
+    assert main([*command, f"--config.data.data_dir={data_dir}"]) == 2
+    assert "cannot be written" in capfd.readouterr().err
+    shutil.rmtree(tmp_path, ignore_errors=True)

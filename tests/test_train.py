@@ -1,0 +1,216 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from PIL import Image
+
+from dynprune_jax.build import Run
+from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.benchmark import benchmark, interleaved
+from dynprune_jax.experiments.sweep import sweep
+from dynprune_jax.sharding import data_mesh
+from dynprune_jax.train import Feed, evaluate_workdir, ratio_schedule, train_and_evaluate
+from dynprune_jax.train_step import TrainState
+from dynprune_jax.writers import read_metrics
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A work directory for one whole run, made by the first test that needs it."""
+    return tmp_path_factory.mktemp("runs") / "finished"
+
+
+@pytest.fixture
+def workdir(config, finished):
+    if not (finished / "report.json").exists():
+        train_and_evaluate(config, finished)
+    return finished
+
+
+def test_what_a_run_leaves(config, workdir):
+    report = json.loads((workdir / "report.json").read_text())
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert report["dense_macs_per_image"] == sum(layer["dense_macs"] for layer in layers.values())
+    pruned = report["pruned"]
+    assert pruned["macs_per_image"]["mean"] == pytest.approx(
+        sum(layer["macs"] for layer in layers.values())
+    )
+    assert pruned["executed_macs_per_image"]["mean"] == pytest.approx(
+        sum(layer["executed_macs"] for layer in layers.values())
+    )
+    assert 0.2 < pruned["mac_reduction"] < 0.8
+    assert 0.2 < pruned["executed_mac_reduction"] < 0.8
+    low, mean, high = (pruned["executed_macs_per_image"][part] for part in ("min", "mean", "max"))
+    assert low < mean < high  # the columns differ from input to input
+    assert pruned["macs_per_image"]["min"] == pruned["macs_per_image"]["max"]  # the counts do not
+    for row in (report["dense"], pruned, report["pruned_without_targeted_dropout"]):
+        assert 0.0 <= row["accuracy"] <= 1.0
+        assert row["examples"] == 100
+    assert set(report["pruned_by_other_criteria"]) == {"random", "inverse"}
+    assert layers["blocks/0/layers/0/conv"]["channel_ratio"] is None  # it sees the image
+    assert layers["blocks/1/layers/0/conv"]["channel_ratio"] == 0.4
+    assert layers["blocks/1/layers/0/conv"]["column_ratio"] is None  # its ratio is 0
+    assert layers["blocks/2/layers/2/conv"]["column_ratio"] == 0.3
+    assert len(report["parameters_digest"]) == 64
+    assert report["seed"] == config.seed
+    assert report["seconds"] > 0
+    for phase in ("dense", "prune"):
+        assert 0 <= report["phases"][phase]["share_outside_step"] < 1
+        assert (workdir / "checkpoints" / phase).is_dir()
+    for name in ("training", "layer_macs", "macs_distribution", "kept_columns"):
+        with Image.open(workdir / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 16
+
+
+def test_the_metrics_tell_of_the_ascent(workdir):
+    rows = read_metrics(workdir)
+    pruning = [row for row in rows if row["phase"] == "prune" and "train_loss" in row]
+    assert [row["step"] for row in pruning] == [12, 16, 20, 24]
+    # Gates at .3, .4, .5 in blocks of 1, 2 and 3 convolutions; warm-up .2, then .1 every 4 steps.
+    means = [0.2, 0.3, (0.3 + 2 * 0.4 + 3 * 0.4) / 6, (0.3 + 2 * 0.4 + 3 * 0.5) / 6]
+    np.testing.assert_allclose([row["channel_ratio"] for row in pruning], means, rtol=1e-5)
+    assert all(row["channel_ratio"] is None for row in rows if row["phase"] == "dense")
+    assert [row["step"] for row in rows if "test_accuracy" in row] == [8, 16, 24]
+
+
+def test_the_same_command_again_changes_nothing(config, workdir):
+    before = json.loads((workdir / "report.json").read_text())
+    metrics = read_metrics(workdir)
+    for again in (train_and_evaluate(config, workdir), evaluate_workdir(config, workdir)):
+        for part in ("dense", "pruned", "parameters_digest", "layers", "pruned_by_other_criteria"):
+            assert again[part] == before[part]
+    assert read_metrics(workdir) == metrics
+
+
+@pytest.mark.parametrize("memory_limit_mb", [4096, 0], ids=["memory", "stream"])
+@pytest.mark.parametrize("stop_at", [5, 13])
+def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
+    config, tmp_path, monkeypatch, memory_limit_mb, stop_at
+):
+    config.data.memory_limit_mb = memory_limit_mb
+    config.data.crop_padding = 1
+    config.gate.drop_probability = 0.8
+    config.checkpoint_every_epochs = 1
+    whole = train_and_evaluate(config, tmp_path / "whole")
+    advance = Feed.advance
+    calls = []
+
+    def failing(self, state, count):
+        calls.append(count)
+        if len(calls) > stop_at:
+            raise KeyboardInterrupt
+        return advance(self, state, count)
+
+    monkeypatch.setattr(Feed, "advance", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(config, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "report.json").exists()
+    monkeypatch.setattr(Feed, "advance", advance)
+    resumed = train_and_evaluate(config, tmp_path / "cut")
+    assert resumed["parameters_digest"] == whole["parameters_digest"]
+    assert resumed["pruned"] == whole["pruned"]
+    assert [r["step"] for r in read_metrics(tmp_path / "cut")] == [
+        r["step"] for r in read_metrics(tmp_path / "whole")
+    ]
+
+
+def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tmp_path):
+    first = json.loads((workdir / "report.json").read_text())
+    config.prune.start = "checkpoint"
+    config.prune.checkpoint = str(workdir)
+    from_checkpoint = train_and_evaluate(config, tmp_path / "from_checkpoint")
+    assert from_checkpoint["dense"] == first["dense"]
+    assert from_checkpoint["parameters_digest"] == first["parameters_digest"]
+    assert not (tmp_path / "from_checkpoint" / "checkpoints" / "dense").exists()
+    config.prune.start, config.prune.checkpoint, config.dense.epochs = "scratch", "", 0
+    scratch = train_and_evaluate(config, tmp_path / "scratch")
+    assert scratch["dense"] is None
+    assert scratch["pruned_without_targeted_dropout"] is None
+    assert scratch["parameters_digest"] != first["parameters_digest"]
+
+
+def advanced(run, devices, counts):
+    mesh = Mesh(np.asarray(devices), ("data",))
+    schedule = ratio_schedule(run, run.dynamic)
+    with Feed(run, "prune", run.dynamic, schedule, mesh) as feed:
+        state = feed.place(
+            TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
+        )
+        for count in counts:
+            state, metrics = feed.advance(state, count)
+    return jax.device_get((state, metrics))
+
+
+def test_four_devices_train_as_one_does(config, tmp_path):
+    run = Run.open(config, tmp_path)
+    one, _ = advanced(run, jax.devices()[:1], [1, 1, 1])
+    four, _ = advanced(run, jax.devices(), [1, 1, 1])
+    # Sums over the batch are taken in another order: float32 rounding, grown over three steps.
+    for name, value in one.values.items():
+        np.testing.assert_allclose(four.values[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_several_steps_in_one_dispatch_are_the_same_steps(config, tmp_path):
+    run = Run.open(config, tmp_path)
+    single, _ = advanced(run, jax.devices()[:1], [1, 1, 1])
+    together, _ = advanced(run, jax.devices()[:1], [3])
+    assert single.step == together.step == 3
+    for name, value in single.values.items():
+        np.testing.assert_allclose(together.values[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    config.dense.learning_rate = 1e30
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+ of the dense phase"):
+        train_and_evaluate(config, tmp_path)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(config):
+    with pytest.raises(UserError, match="multiple of the number of devices, 4"):
+        data_mesh(10)
+
+
+def test_sweep_scales_the_ratios(config, workdir):
+    rows = sweep(config, workdir)
+    report = json.loads((workdir / "report.json").read_text())
+    points = {(row["weights"], row["criterion"], row["fraction"]): row for row in rows}
+    assert len(points) == 2 * 3 * 2
+    for criterion in ("attention", "random", "inverse"):
+        dense = points["dense", criterion, 0.0]
+        assert dense["accuracy"] == report["dense"]["accuracy"]
+        assert dense["mac_reduction"] == 0.0
+    full = points["targeted dropout", "attention", 1.0]
+    assert full["accuracy"] == report["pruned"]["accuracy"]
+    assert full["mac_reduction"] == report["pruned"]["mac_reduction"]
+    assert json.loads((workdir / "sweep.json").read_text()) == rows
+    assert (workdir / "sweep.png").stat().st_size > 10_000
+
+
+def test_benchmark_times_both_steps(config, tmp_path):
+    rows = benchmark(config, tmp_path / "b")
+    assert [row["step"] for row in rows] == ["dense", "dynamic"]
+    assert rows[0]["cost"] == 1.0
+    assert all(row["median_ms"] > 0 and row["repeats"] == 3 for row in rows)
+    assert json.loads((tmp_path / "b" / "benchmark.json").read_text()) == rows
+
+
+def test_interleaved_takes_turns_after_the_warm_up():
+    calls = []
+
+    def work(name):
+        calls.append(name)
+        return jnp.zeros(())
+
+    seconds = interleaved({n: (lambda n=n: work(n)) for n in "ab"}, repeats=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_an_unfinished_run_is_not_evaluated(config, workdir, tmp_path):
+    with pytest.raises(UserError, match="holds no trained network"):
+        evaluate_workdir(config, tmp_path)

@@ -1,0 +1,152 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from dynprune_jax import make_dynamic
+from dynprune_jax.models import vgg_digits
+from dynprune_jax.optim import learning_rate, sgd
+from dynprune_jax.pruning.attention import random
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.surgery import path_name
+from dynprune_jax.train_step import Network, TrainState, train_step
+
+
+def model():
+    return vgg_digits(10, image_size=8, rngs=nnx.Rngs(0))
+
+
+def batch():
+    images = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
+    return images, jnp.arange(8, dtype=jnp.int32)
+
+
+def test_a_network_binds_back_to_its_model():
+    original = make_dynamic(model(), 0.5)
+    network = Network(original)
+    images, _ = batch()
+    original.eval()
+    bound = network.bind(network.weights)
+    bound.eval()
+    np.testing.assert_array_equal(bound(images), original(images))
+    ratios = {name: jnp.float32(0.0) for name in network.values(PruneRatio)}
+    bound = network.bind(network.weights, ratios)
+    bound.eval()
+    assert not np.array_equal(bound(images), original(images))
+    assert network.weights.keys() == Network(model()).weights.keys()
+
+
+def test_draws_repeat_with_their_number_and_only_then():
+    network = Network(make_dynamic(model(), 0.5, criterion=random))
+    images, _ = batch()
+
+    def logits(draw):
+        bound = network.bind(network.weights, draw=draw)
+        bound.eval()
+        return np.asarray(bound(images))
+
+    np.testing.assert_array_equal(logits(3), logits(3))
+    assert not np.array_equal(logits(3), logits(4))
+
+
+def test_a_step_equals_the_plain_nnx_way():
+    optimizer = sgd(lambda step: 0.1, momentum=0.9, weight_decay=1e-2)
+    network = Network(make_dynamic(model(), 0.25, 0.25))
+    state = TrainState.create(network.weights, network, optimizer)
+    ratios = network.values(PruneRatio)
+    for _ in range(2):
+        state, metrics = train_step(
+            state,
+            batch(),
+            network=network,
+            optimizer=optimizer,
+            ratios=lambda step: ratios,
+            label_smoothing=0.1,
+        )
+
+    plain = make_dynamic(model(), 0.25, 0.25)
+
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "kernel" in jax.tree_util.keystr(path), params
+        )
+
+    transform = optax.chain(
+        optax.add_decayed_weights(1e-2, mask=kernels),
+        optax.trace(0.9, nesterov=True),
+        optax.scale(-0.1),
+    )
+    plain_optimizer = nnx.Optimizer(plain, transform, wrt=nnx.Param)
+    images, labels = batch()
+
+    def loss_fn(plain):
+        targets = 0.9 * jax.nn.one_hot(labels, 10) + 0.1 / 10
+        return jnp.mean(-jnp.sum(targets * jax.nn.log_softmax(plain(images)), axis=-1))
+
+    for _ in range(2):
+        loss, gradient = nnx.value_and_grad(loss_fn)(plain)
+        plain_optimizer.update(plain, gradient)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    for kind, values in ((nnx.Param, state.params), (nnx.BatchStat, state.stats)):
+        expected = nnx.to_flat_state(nnx.state(plain, kind))
+        assert len(list(expected)) == len(values)
+        for path, leaf in expected:
+            np.testing.assert_allclose(values[path_name(path)], leaf[...], rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_ascent_traces_and_compiles_the_step_once():
+    traces = []
+    network = Network(make_dynamic(model(), 0.5, 0.3))
+    optimizer = sgd(lambda step: 0.1, momentum=0.9, weight_decay=0.0)
+
+    def ratios(step):
+        traces.append(1)
+        return {
+            name: jnp.minimum(target, 0.1 * step.astype(jnp.float32))
+            for name, target in network.values(PruneRatio).items()
+        }
+
+    @jax.jit
+    def step(state, batch):
+        return train_step(
+            state, batch, network=network, optimizer=optimizer, ratios=ratios, label_smoothing=0.0
+        )
+
+    state = TrainState.create(network.weights, network, optimizer)
+    state, _ = step(state, batch())
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compilations.append(event) if "backend_compile" in event else None
+    )
+    losses = []
+    try:
+        for _ in range(7):
+            state, metrics = step(state, batch())
+            losses.append(metrics["loss"])
+        seen = len(compilations)
+        jax.jit(lambda x: x + jnp.int32(1234567))(jnp.zeros((), jnp.int32))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert len(traces) == 1
+    assert seen == 0
+    assert compilations  # the listener does hear of a compilation
+    assert np.isfinite(np.asarray(losses)).all()
+
+
+def test_the_learning_rate_rises_and_falls():
+    schedule = learning_rate(0.4, warmup_steps=10, total_steps=110)
+    rates = [float(np.asarray(schedule(step))) for step in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(rates, [0.0, 0.2, 0.4, 0.2, 0.0], atol=1e-6)
+    assert float(np.asarray(learning_rate(0.4, warmup_steps=0, total_steps=9)(0))) == np.float32(
+        0.4
+    )
+
+
+def test_only_kernels_decay():
+    optimizer = sgd(lambda step: 1.0, momentum=0.0, weight_decay=0.5)
+    params = {"a/kernel": jnp.ones(2), "a/bias": jnp.ones(2), "norm/scale": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates = jax.tree.map(lambda update: float(update[0]), updates)
+    assert updates == {"a/kernel": -0.5, "a/bias": 0.0, "norm/scale": 0.0}
