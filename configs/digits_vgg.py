@@ -1,7 +1,7 @@
 """A small VGG on scikit-learn's digits: the default run, offline.
 
 Paper: the method of AntiDote (arXiv 2008.06543) on data small enough for any laptop.
-Command: python -m dynprune_jax.main --config=configs/digits_vgg.py --workdir=workdir/digits
+Command: python -m dynprune_jax.main --config=configs/digits_vgg.py --workdir=DIR
 Hardware and time: 2 CPU cores, not measured.
 Result: not measured.
 """

@@ -90,6 +90,48 @@ def base_config() -> Config:
     )
 
 
+def cifar_config() -> Config:
+    """Returns what every config for 32x32 colour images shares."""
+    config = base_config()
+    config.batch_size = 128
+    config.data.image_size = 32
+    config.data.mean = (0.4914, 0.4822, 0.4465)
+    config.data.std = (0.2470, 0.2435, 0.2616)
+    config.data.crop_padding = 4
+    config.data.flip = True
+    config.evaluate_every_epochs = 5
+    config.checkpoint_every_epochs = 5
+    config.dense.epochs = 200
+    config.dense.learning_rate = 0.1
+    config.dense.warmup_epochs = 5.0
+    config.prune.epochs = 100
+    config.prune.learning_rate = 0.05
+    config.ascent.interval_epochs = 3.0
+    return config
+
+
+def imagenet_config() -> Config:
+    """Returns what every config for photographs at 224x224 shares."""
+    config = base_config()
+    config.dtype = "bfloat16"
+    config.batch_size = 256
+    config.data.test_split = "validation"
+    config.data.image_size = 224
+    config.data.stored_size = 256
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.resized_crop = True
+    config.data.flip = True
+    config.dense.epochs = 90
+    config.dense.learning_rate = 0.1
+    config.dense.warmup_epochs = 5.0
+    config.prune.epochs = 45
+    config.prune.learning_rate = 0.02
+    config.optim.weight_decay = 1e-4
+    config.optim.label_smoothing = 0.1
+    return config
+
+
 def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: low <= value < math.inf, f"it must be at least {low}"
 

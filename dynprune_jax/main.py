@@ -70,8 +70,9 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str, str]:
     fields = flatten(_load(values.config, []))
     for override in overrides:
         field = override.lstrip("-").removeprefix("config.").split("=")[0]
-        # A section, such as config.data, is left to the parser to refuse.
-        if field not in fields and not any(name.startswith(f"{field}.") for name in fields):
+        if any(name.startswith(f"{field}.") for name in fields):
+            raise UserError(f"config.{field} is a section; set its fields, config.{field}.NAME")
+        if field not in fields:
             close = difflib.get_close_matches(field, fields, n=1)
             hint = f"; did you mean config.{close[0]}?" if close else ""
             raise UserError(f"config.{field} is no field of a config{hint}")

@@ -1,16 +1,19 @@
 """The optimizer: SGD with Nesterov momentum, a cosine schedule, decay on kernels only."""
 
+import jax.numpy as jnp
 import optax
 
 
 def learning_rate(peak: float, *, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Rises linearly from 0 to `peak`, then falls along a cosine to 0 at `total_steps`."""
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else peak,
         peak_value=peak,
         warmup_steps=warmup_steps,
         decay_steps=total_steps,
     )
+    # Optax counts in int32, which strict promotion does not let meet a Python float.
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 def sgd(

@@ -119,10 +119,10 @@ def run_phase(
     mesh = sharding.data_mesh(config.batch_size)
     schedule = ratio_schedule(run, network)
     state = TrainState.create(start, network, run.optimizer(name))
-    state = sharding.replicate(state, mesh)
     timing = Timing()
     folder = run.workdir / "checkpoints" / name
     with Checkpoints(folder) as checkpoints, Feed(run, name, network, schedule, mesh) as feed:
+        state = feed.place(state)
         if checkpoints.latest_step() is not None:
             state, extra = checkpoints.restore(state, feed.stream)
             timing = Timing(**extra["timing"])
@@ -134,7 +134,6 @@ def run_phase(
             "checkpoint": config.checkpoint_every_epochs * run.steps_per_epoch,
         }
         with Writers(run.workdir, offset + step) as writers, Screen(name, step, total) as screen:
-            state = feed.place(state)
             recent: list[dict[str, Any]] = []
             clock = time.perf_counter()
             while step < total:
@@ -261,8 +260,8 @@ class Feed:
             self.stream.close()
 
     def place(self, state: TrainState) -> TrainState:
-        """Puts a state where the compiled step expects it."""
-        return sharding.replicate(state, self._mesh)
+        """Copies a state to where the compiled step expects it; the step then eats the copy."""
+        return sharding.replicate(jax.tree.map(jnp.copy, state), self._mesh)
 
     def compiled(self, count: int) -> bool:
         """Whether a call of so many steps was made before; from now on it was."""

@@ -1,6 +1,7 @@
-"""Settings that hold for every test: strict JAX and several fake devices."""
+"""Settings that hold for every test: strict JAX, several fake devices; a small config."""
 
 import runpy
+import tempfile
 from pathlib import Path
 
 import jax
@@ -13,6 +14,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What one test has compiled, the next does not compile again.
+_CACHE = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")

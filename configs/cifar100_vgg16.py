@@ -1,0 +1,21 @@
+"""VGG16 on CIFAR-100, channels pruned.
+
+Paper: the method of AntiDote (arXiv 2008.06543); the ratios are a starting point, not the paper's.
+Command: python -m dynprune_jax.main --config=configs/cifar100_vgg16.py --workdir=DIR
+    (with the data set as class folders, add --config.data.name=class_folders
+    --config.data.path=DIR; with the official archive, --config.data.archive=FILE)
+Hardware and time: one data-centre GPU, not measured.
+Result: not measured.
+"""
+
+from dynprune_jax.config import cifar_config
+
+
+def get_config():
+    config = cifar_config()
+    config.model = "vgg16"
+    config.data.name = "cifar100"
+    config.data.mean = (0.5071, 0.4865, 0.4409)
+    config.data.std = (0.2673, 0.2564, 0.2762)
+    config.gate.channel_ratio = (0.2, 0.2, 0.2, 0.8, 0.9)
+    return config

@@ -1,0 +1,22 @@
+"""ResNet-56 on CIFAR-10, channels and columns pruned in each second convolution.
+
+Paper: the method of AntiDote (arXiv 2008.06543); the ratios are a starting point, not the paper's.
+Command: python -m dynprune_jax.main --config=configs/cifar10_resnet56.py --workdir=DIR
+    (with the data set as class folders, add --config.data.name=class_folders
+    --config.data.path=DIR; with the official archive, --config.data.archive=FILE)
+Hardware and time: one data-centre GPU, not measured.
+Result: not measured.
+"""
+
+from dynprune_jax.config import cifar_config
+
+
+def get_config():
+    config = cifar_config()
+    config.model = "resnet56"
+    config.data.name = "cifar10"
+    config.gate.channel_ratio = (0.3, 0.3, 0.6)
+    config.gate.column_ratio = (0.6, 0.6, 0.6)
+    config.gate.layers = ("blocks/*/conv2",)
+    config.optim.weight_decay = 2e-4
+    return config
