@@ -1,5 +1,6 @@
 """Convolutional networks that decide per input which channels and columns to compute."""
 
+from dynprune_jax import models
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
 from dynprune_jax.pruning.macs import LayerUsage, Usage
 from dynprune_jax.pruning.measure import measure
@@ -14,6 +15,7 @@ __all__ = [
     "dynamic_layers",
     "make_dynamic",
     "measure",
+    "models",
     "ratio_ascent",
     "set_ratios",
 ]

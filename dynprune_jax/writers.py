@@ -115,13 +115,14 @@ class Screen:
     ) -> None:
         """Prints one line on where the phase stands."""
         at = ", ".join(
-            f"{axis.split('_')[0]} ratio {ratio:.2f}"
+            f"{ratio:.2f} of the {axis.removesuffix('_ratio')}s"
             for axis, ratio in ratios.items()
             if ratio is not None
         )
         self._console.print(
-            f"{self._name:>5}  epoch {step / steps_per_epoch:3.0f} of"
-            f" {self._total / steps_per_epoch:.0f}  test accuracy {accuracy:.4f}"
-            + (f"  (mean {at})" if at else ""),
+            f"{self._name:>5}  epoch {step / steps_per_epoch:.0f} of"
+            f" {self._total / steps_per_epoch:.0f}: test accuracy {accuracy:.4f}"
+            + (f", pruning {at}" if at else ""),
             highlight=False,
+            soft_wrap=True,
         )

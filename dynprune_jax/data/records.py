@@ -1,5 +1,6 @@
 """The base of the package's own TFDS builders: prepared quietly, at once, without TensorFlow."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -100,6 +101,9 @@ def prepare(make_builder: Callable[[], RecordBuilder]) -> RecordBuilder:
     logging.info("Preparing %s in %s (only once).", builder.name, builder.data_path)
     try:
         builder.download_and_prepare(file_format="array_record")
+    except UserError:
+        _remove_empty_folders(builder)
+        raise
     except OSError as error:
         if builder.data_path.exists():  # another process was quicker
             return prepare(make_builder)
@@ -107,6 +111,15 @@ def prepare(make_builder: Callable[[], RecordBuilder]) -> RecordBuilder:
             f"config.data.data_dir: cannot write {builder.data_dir}: {error.strerror or error}"
         ) from error
     return builder
+
+
+def _remove_empty_folders(builder: RecordBuilder) -> None:
+    """Takes away the folders that TFDS made for data that could not be prepared."""
+    root = Path(builder.data_path).parent
+    downloads = Path(builder._data_dir_root, "downloads")
+    for folder in (root, root.parent, downloads / "extracted", downloads):
+        with contextlib.suppress(OSError):  # it holds something else, or is not there
+            folder.rmdir()
 
 
 def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Any:

@@ -1,0 +1,63 @@
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def reports(name):
+    paths = sorted((ROOT / "docs" / "results" / name).glob("seed*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def mean_and_spread(values):
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def test_the_example_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert example
+    exec(compile(example[1], "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "313201664" in printed  # dense MACs per image
+    assert "'blocks/4/layers/2/conv': 52" in printed  # 512 - floor(0.9 * 512)
+
+
+def test_the_results_table_is_what_the_reports_say():
+    runs = reports("digits_vgg")
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    for name, part in {
+        "dense": lambda run: run["dense"],
+        "pruned, after targeted dropout": lambda run: run["pruned"],
+        "pruned, dense weights": lambda run: run["pruned_without_targeted_dropout"],
+        "by random selection": lambda run: run["pruned_by_other_criteria"]["random"],
+        "by inverse selection": lambda run: run["pruned_by_other_criteria"]["inverse"],
+    }.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
+        accuracy = mean_and_spread([part(run)["accuracy"] for run in runs])
+        cut = statistics.mean(part(run)["mac_reduction"] for run in runs)
+        executed = statistics.mean(part(run)["executed_mac_reduction"] for run in runs)
+        assert row == f"| {name} | {accuracy} | {cut:.1%} | {executed:.1%} |"
+
+
+def test_the_digits_claims_hold():
+    runs = reports("digits_vgg")
+
+    def mean(part):
+        return statistics.mean(part(run) for run in runs)
+
+    dense = mean(lambda run: run["dense"]["accuracy"])
+    drop = dense - mean(lambda run: run["pruned"]["accuracy"])
+    untrained = dense - mean(lambda run: run["pruned_without_targeted_dropout"]["accuracy"])
+    assert dense >= 0.98
+    assert min(run["pruned"]["mac_reduction"] for run in runs) >= 0.5
+    assert drop <= 0.010
+    assert untrained >= 2 * max(drop, 0.001)
+    assert max(run["seconds"] for run in runs) <= 240
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
