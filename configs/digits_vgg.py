@@ -15,6 +15,7 @@ def get_config():
     config.batch_size = 64
     config.eval_batch_size = 150
     config.log_every_steps = 21
+    config.evaluate_every_epochs = 2
 
     config.data.name = "digits"
     config.data.image_size = 16
@@ -31,4 +32,6 @@ def get_config():
     config.dense.warmup_epochs = 1.0
     config.prune.epochs = 40
     config.prune.learning_rate = 0.1
+
+    config.sweep.fractions = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
     return config

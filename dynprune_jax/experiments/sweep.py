@@ -37,7 +37,7 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     rows = []
     for criterion in CRITERIA:
         network = run.network_with(criterion)
-        for weights, values in (("dense", dense), ("targeted dropout", pruned)):
+        for weights, values in (("dense", dense), ("dropout", pruned)):
             if values is None:
                 continue
             for fraction in config.sweep.fractions:
@@ -61,13 +61,13 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 def _print_table(rows: list[dict[str, Any]], config: Config) -> None:
     table = rich.table.Table(title=f"Accuracy of {config.model} on {config.data.name}")
-    for column in ("weights", "criterion"):
-        table.add_column(column)
-    curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    table.add_column("cut", justify="right")
+    curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        curves.setdefault((row["weights"], row["criterion"]), []).append(row)
-    for row in next(iter(curves.values())):
-        table.add_column(f"{row['mac_reduction']:.1%} cut", justify="right")
-    for names, points in curves.items():
-        table.add_row(*names, *(f"{point['accuracy']:.4f}" for point in points))
+        curves.setdefault(f"{row['weights']}\n{row['criterion']}", []).append(row)
+    for name in curves:
+        table.add_column(name, justify="right")
+    for points in zip(*curves.values(), strict=True):
+        cut = f"{points[0]['mac_reduction']:.1%}"
+        table.add_row(cut, *(f"{point['accuracy']:.4f}" for point in points))
     rich.console.Console().print(table)
