@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
-from dynprune_jax import models
+from dynprune_jax import models, sharding
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.config import Config
 from dynprune_jax.data import augment
@@ -154,6 +156,7 @@ class Run:
     Attributes:
       config: checked.
       workdir: of the run; it may not exist yet.
+      mesh: the devices that share a batch.
       dataset: open.
       model: the dense model with its initial weights.
       dense: the same as a network.
@@ -162,6 +165,7 @@ class Run:
 
     config: Config
     workdir: Path
+    mesh: Mesh
     dataset: Dataset
     model: nnx.Module
     dense: Network
@@ -177,10 +181,11 @@ class Run:
         config_lib.check(config)
         folder = Path(workdir)
         _check_workdir(config, folder)
+        mesh = sharding.data_mesh(config.batch_size)
         dataset = build_dataset(config)
         model = build_model(config, dataset.num_classes, dataset.channels)
         dynamic = Network(build_dynamic(config, model)) if config.prune.epochs else None
-        return cls(config, folder, dataset, model, Network(model), dynamic)
+        return cls(config, folder, mesh, dataset, model, Network(model), dynamic)
 
     def claim(self) -> None:
         """Makes the work directory this run's own: writes config.json if it is not there."""
@@ -230,19 +235,23 @@ class Run:
         """
         evaluator = self._evaluators.get(network)
         if evaluator is None:
-            prepare = functools.partial(evaluation_images, self.config)
+
+            def prepare(images: Any) -> Any:
+                return evaluation_images(self.config, sharding.split_batch(images, self.mesh))
+
             evaluator = self._evaluators[network] = make_evaluator(network, prepare)
         merged = {name: value for given in values for name, value in given.items()}
-        return evaluate(evaluator, merged, self.test_batches())
+        return evaluate(evaluator, sharding.replicate(merged, self.mesh), self.test_batches())
 
     @functools.cached_property
     def _evaluators(self) -> dict[Network, Evaluator]:
         return {}  # compiled once for each network
 
     def test_batches(self) -> Any:
-        """The test split in batches of one shape, each example once."""
+        """The test split in batches of one shape that the devices can share, each example once."""
         size = min(self.config.eval_batch_size, len(self.dataset.test))
-        return eval_batches(self._test_examples, size)
+        devices = self.mesh.size
+        return eval_batches(self._test_examples, math.ceil(size / devices) * devices)
 
     def network_with(self, criterion: str) -> Network:
         """The dynamic network with another criterion in its gates."""

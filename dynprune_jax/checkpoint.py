@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -64,39 +63,30 @@ class Checkpoints:
         """The newest step that is saved, or None."""
         return self._manager.latest_step()
 
-    def save(
-        self,
-        step: int,
-        state: PyTree,
-        extra: dict[str, Any],
-        stream: grain.DatasetIterator | None = None,
-    ) -> None:
+    def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
         """Saves in the background; a step that is saved already is left as it is.
 
         Args:
           step: of this phase.
           state: arrays.
-          extra: what else to keep, as JSON.
-          stream: the data stream, whose position is saved.
+          extra: what else to keep, as JSON, such as the position of a data stream. (Orbax would
+            ask grain's iterator for it in the background, when the iterator may have moved on.)
         """
         if step == self.latest_step():
             return
-        items: dict[str, Any] = {
+        # A copy: on CPU a view of the arrays would see what the next step writes into them.
+        state = jax.tree.map(np.array, jax.device_get(state))
+        items = {
             "state": ocp.args.StandardSave(state),
             "extra": ocp.args.JsonSave({**extra, "digests": leaf_digests(state)}),
         }
-        if stream is not None:
-            items["stream"] = grain.checkpoint.CheckpointSave(stream)
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(
-        self, like: PyTree, stream: grain.DatasetIterator | None = None
-    ) -> tuple[PyTree, dict[str, Any]]:
+    def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Reads the newest step.
 
         Args:
           like: arrays of the shapes, dtypes and places to restore to.
-          stream: a data stream to set to its saved position.
 
         Returns:
           The state and what was given as `extra`.
@@ -109,19 +99,15 @@ class Checkpoints:
             raise UserError(f"there is no checkpoint in {self.folder}")
         where = f"checkpoint {self.folder / str(step)}"
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items: dict[str, Any] = {
-            "state": ocp.args.StandardRestore(abstract),
-            "extra": ocp.args.JsonRestore(),
-        }
-        if stream is not None:
-            items["stream"] = grain.checkpoint.CheckpointRestore(stream)
         try:
             extra = self._manager.restore(
                 step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
             )["extra"]
             digests = extra.pop("digests")
             self._check_fit(where, like, digests)
-            state = self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
+            state = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )["state"]
         except UserError:
             raise
         except Exception as error:  # Orbax, tensorstore and the file system have their own types

@@ -1,5 +1,6 @@
 """The end of a run: its evaluation as report.json, as pictures and as one table."""
 
+import json
 import platform
 import shlex
 import sys
@@ -40,6 +41,8 @@ def write_report(
     Returns:
       The content of report.json.
     """
+    if not timings:
+        timings = _read_timings(run)
     final = pruned if pruned is not None else dense
     assert final is not None  # config.check has seen to it
     results: dict[str, Evaluation | None] = dict.fromkeys(
@@ -75,15 +78,17 @@ def write_report(
         | {name: metadata.version(name) for name in _PACKAGES},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": timings,
-        "seconds": sum(
-            timing[part] for timing in timings.values() for part in timing if part in _SECONDS
-        ),
+        "seconds": sum(timing[part] for timing in timings.values() for part in _SECONDS),
     }
-    path = run.workdir / "report.json"
-    write_json(path, report)
+    write_json(run.workdir / "report.json", report)
     _draw(run, report, shown, final)
     _print_table(report, run)
     return report
+
+
+def _read_timings(run: Run) -> dict[str, dict[str, float]]:
+    path = run.workdir / "report.json"
+    return json.loads(path.read_text(encoding="utf-8"))["phases"] if path.exists() else {}
 
 
 _SECONDS = ("in_step", "outside_step", "evaluation", "compilation")
@@ -146,15 +151,11 @@ def _print_table(report: dict[str, Any], run: Run) -> None:
     )
     for name in ("", "accuracy", "MMACs", "cut", "executed", "min", "max"):
         table.add_column(name, justify="left" if not name else "right")
-    dense = report["dense"]
     rows = {
-        "dense": dense,
-        "pruned, dense weights": report["pruned_without_targeted_dropout"],
+        "dense": report["dense"],
         "pruned": report["pruned"],
-        **{
-            f"  by {name} selection": row
-            for name, row in report["pruned_by_other_criteria"].items()
-        },
+        "  dense weights": report["pruned_without_targeted_dropout"],
+        **{f"  {k} choice": row for k, row in report["pruned_by_other_criteria"].items()},
     }
     for name, row in rows.items():
         if row is None:

@@ -44,7 +44,6 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
         is no longer finite.
     """
     run = Run.open(config, workdir)
-    sharding.data_mesh(config.batch_size)
     fresh = run.dense.weights
     dense = run.start_values() if config.prune.start == "checkpoint" else None
     run.claim()
@@ -116,16 +115,16 @@ def run_phase(
     """
     config, total = run.config, run.phase_steps(name)
     offset = run.phase_steps("dense") if name == "prune" else 0
-    mesh = sharding.data_mesh(config.batch_size)
     schedule = ratio_schedule(run, network)
     state = TrainState.create(start, network, run.optimizer(name))
     timing = Timing()
     folder = run.workdir / "checkpoints" / name
-    with Checkpoints(folder) as checkpoints, Feed(run, name, network, schedule, mesh) as feed:
+    with Checkpoints(folder) as checkpoints, Feed(run, name, network, schedule, run.mesh) as feed:
         state = feed.place(state)
         if checkpoints.latest_step() is not None:
-            state, extra = checkpoints.restore(state, feed.stream)
+            state, extra = checkpoints.restore(state)
             timing = Timing(**extra["timing"])
+            feed.set_position(extra["position"])
         step = int(state.step)
         if step == total:
             return jax.device_get(state.values), timing.summary()
@@ -170,8 +169,8 @@ def run_phase(
                     timing.evaluation += time.perf_counter() - clock
                     clock = time.perf_counter()
                 if step % every_epochs["checkpoint"] == 0 or step == total:
-                    extra = {"timing": dataclasses.asdict(timing)}
-                    checkpoints.save(step, jax.device_get(state), extra, feed.stream)
+                    extra = {"timing": dataclasses.asdict(timing), "position": feed.position()}
+                    checkpoints.save(step, state, extra)
     return jax.device_get(state.values), timing.summary()
 
 
@@ -194,8 +193,6 @@ class Feed:
     """Joins the data to the compiled step: from device memory, or from a stream.
 
     Attributes:
-      stream: the iterator whose position belongs in a checkpoint; None for data in memory,
-        where a batch is a function of the seed and the step.
       steps_per_dispatch: how many steps one call of the compiled step does, at most.
 
     Args:
@@ -235,7 +232,7 @@ class Feed:
             state, metrics = jax.lax.scan(body, state, length=count)
             return state, jax.tree.map(jnp.mean, metrics)
 
-        self.stream = None
+        self._stream = None
         if run.in_memory:
             self.steps_per_dispatch = run.config.steps_per_dispatch or (
                 1 if jax.default_backend() == "cpu" else 50
@@ -244,7 +241,7 @@ class Feed:
             self._step = jax.jit(learn_from_memory, static_argnames="count", donate_argnums=0)
         else:
             self.steps_per_dispatch = 1
-            self.stream = stream_batches(
+            self._stream = stream_batches(
                 run.dataset.train,
                 run.config.batch_size,
                 run.config.seed,
@@ -256,12 +253,21 @@ class Feed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.stream is not None:
-            self.stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
     def place(self, state: TrainState) -> TrainState:
         """Copies a state to where the compiled step expects it; the step then eats the copy."""
         return sharding.replicate(jax.tree.map(jnp.copy, state), self._mesh)
+
+    def position(self) -> dict[str, Any] | None:
+        """Where the stream stands; None for data in memory, which the step alone determines."""
+        return None if self._stream is None else self._stream.get_state()
+
+    def set_position(self, position: dict[str, Any] | None) -> None:
+        """Moves the stream to where it stood."""
+        if self._stream is not None and position is not None:
+            self._stream.set_state(position)
 
     def compiled(self, count: int) -> bool:
         """Whether a call of so many steps was made before; from now on it was."""
@@ -271,9 +277,9 @@ class Feed:
 
     def advance(self, state: TrainState, count: int) -> tuple[TrainState, dict[str, Any]]:
         """Does `count` steps; gives the state after them and the mean of their metrics."""
-        if self.stream is None:
+        if self._stream is None:
             return self._step(state, self._data, count=count)
-        batch = next(self.stream)
+        batch = next(self._stream)
         return self._step(state, batch["image"], batch["label"])
 
 

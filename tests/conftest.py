@@ -34,6 +34,7 @@ def config(data_dir):
     config.batch_size = 16
     config.eval_batch_size = 40
     config.log_every_steps = 4
+    config.evaluate_every_epochs = 1
     config.data.data_dir = data_dir
     config.data.image_size = 8
     config.data.train_examples = 128

@@ -201,3 +201,22 @@ def test_bars_and_lines_differ_in_lightness():
         for i in (0, 2)
     )
     assert abs(dense - pruned) > 0.2
+
+
+def test_sweep_draws_a_line_for_each_criterion_in_a_panel_for_each_set_of_weights(tmp_path):
+    rows = [
+        {"weights": weights, "criterion": criterion, "mac_reduction": cut, "accuracy": 1 - cut}
+        for weights in ("dense", "dropout")
+        for criterion in ("attention", "random", "inverse")
+        for cut in (0.5, 0.0, 0.25)
+    ]
+    figure = plots.sweep_figure(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["weights: dense", "weights: dropout"]
+    for axes in figure.axes:
+        assert len(axes.lines) == 3
+        for line in axes.lines:
+            np.testing.assert_array_equal(line.get_xdata(), [0.0, 0.25, 0.5])
+            np.testing.assert_array_equal(line.get_ydata(), [1.0, 0.75, 0.5])
+    assert plots.plot_sweep(rows, tmp_path / "sweep.png")
+    assert not plots.plot_sweep([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

@@ -12,7 +12,6 @@ import numpy as np
 import rich.console
 import rich.table
 
-from dynprune_jax import sharding
 from dynprune_jax.build import Run
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
@@ -60,10 +59,9 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     run = Run.open(config, workdir)
     if run.dynamic is None:
         raise UserError("config.prune.epochs is 0: there is no dynamic step to time")
-    mesh = sharding.data_mesh(config.batch_size)
     steps = {}
     for name, phase, network in (("dense", "dense", run.dense), ("dynamic", "prune", run.dynamic)):
-        feed = Feed(run, phase, network, ratio_schedule(run, network), mesh)
+        feed = Feed(run, phase, network, ratio_schedule(run, network), run.mesh)
         state = TrainState.create(run.dense.weights, network, run.optimizer(phase))
         steps[name] = _Stepper(feed, feed.place(state))
     seconds = interleaved(steps, config.benchmark.repeats)
