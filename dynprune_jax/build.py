@@ -27,15 +27,19 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.attention import CRITERIA
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.schedules import ascent_steps
 from dynprune_jax.pruning.surgery import make_dynamic
 from dynprune_jax.train_step import Network, TrainState, Values
-from dynprune_jax.writers import write_json
+from dynprune_jax.writers import reading, write_json
 
 # What may differ between a run and the command that goes on with it: it changes no result.
 FREE_FIELDS = (
     "data.archive",
     "data.data_dir",
     "data.threads",
+    "evaluate_every_epochs",
+    "checkpoint_every_epochs",
     "log_every_steps",
     "sweep.fractions",
     "benchmark.repeats",
@@ -62,6 +66,8 @@ def build_dataset(config: Config) -> Dataset:
         test_examples=data.test_examples,
     )
     check_batch_size(config.batch_size, len(dataset.train))
+    if dataset.num_classes < 2:
+        raise UserError(f"config.data.name is {data.name!r}; it has one class, and two are needed")
     for field in ("mean", "std"):
         if len(data[field]) not in (1, dataset.channels):
             raise UserError(
@@ -179,24 +185,66 @@ class Run:
           UserError: for any mistake in the config, the data or the work directory.
         """
         config_lib.check(config)
-        folder = Path(workdir)
+        folder = Path(workdir).expanduser()
         _check_workdir(config, folder)
-        mesh = sharding.data_mesh(config.batch_size)
+        # Before a data set is prepared, which can take minutes: does the model fit the config?
+        nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3))
         dataset = build_dataset(config)
-        model = build_model(config, dataset.num_classes, dataset.channels)
-        dynamic = Network(build_dynamic(config, model)) if config.prune.epochs else None
-        return cls(config, folder, mesh, dataset, model, Network(model), dynamic)
+        model, dynamic_model = _build_both(config, dataset.num_classes, dataset.channels)
+        dynamic = Network(dynamic_model) if dynamic_model is not None else None
+        mesh = sharding.data_mesh()
+        run = cls(config, folder, mesh, dataset, model, Network(model), dynamic)
+        run._check_ascent()
+        return run
 
-    def claim(self) -> None:
-        """Makes the work directory this run's own: writes config.json if it is not there."""
+    def _check_ascent(self) -> None:
+        if self.dynamic is None:
+            return
+        targets = self.dynamic.values(PruneRatio).values()
+        highest = round(max(float(target) for target in targets), 6)
+        arrival, total = ascent_steps(highest, **self.ascent), self.phase_steps("prune")
+        if arrival >= total:
+            raise UserError(
+                f"config.prune.epochs is {self.config.prune.epochs}, that is {total} steps; the"
+                f" ratio {highest:g} is only reached at step {arrival}: train longer, or change"
+                " config.ascent"
+            )
+
+    @property
+    def ascent(self) -> dict[str, Any]:
+        """The arguments of `ratio_ascent`."""
+        ascent = self.config.ascent
+        interval = max(1, math.floor(ascent.interval_epochs * self.steps_per_epoch))
+        return {
+            "interval_steps": interval,
+            "warmup": ascent.warmup,
+            "increment": ascent.increment,
+        }
+
+    def make_workdir(self) -> None:
+        """Makes the work directory.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            if not (self.workdir / "config.json").exists():
-                write_json(self.workdir / "config.json", _as_json(self.config))
+            (self.workdir / ".writable").touch()
+            (self.workdir / ".writable").unlink()
         except OSError as error:
             raise UserError(
                 f"--workdir={self.workdir} cannot be written: {error.strerror}"
             ) from error
+
+    def claim(self) -> None:
+        """Makes the work directory this run's own: writes config.json if it is not there.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        self.make_workdir()
+        if not (self.workdir / "config.json").exists():
+            write_json(self.workdir / "config.json", _as_json(self.config))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -220,7 +268,8 @@ class Run:
     @functools.cached_property
     def train_arrays(self) -> tuple[Any, Any]:
         """The training split, read to memory: uint8 images and int32 labels."""
-        return self.dataset.train.read_all()
+        with reading("training images") as progress:
+            return self.dataset.train.read_all(progress)
 
     @functools.cached_property
     def _test_examples(self) -> Any:
@@ -266,37 +315,38 @@ class Run:
         Raises:
           UserError: if the run is not finished.
         """
-        dense = None
-        if self.config.prune.start == "checkpoint":
-            dense = self.start_values()
-        elif self.phase_steps("dense"):
-            dense = self._read(self.workdir, "dense", self.phase_steps("dense"))
-        pruned = None
+        dense = pruned = None
+        if self.phase_steps("dense") or self.config.prune.start == "checkpoint":
+            dense = self._read(self.workdir, "dense").values
         if self.dynamic is not None:
-            pruned = self._read(self.workdir, "prune", self.phase_steps("prune"))
+            pruned = self._read(self.workdir, "prune").values
         return dense, pruned
 
-    def start_values(self) -> Values:
-        """Reads the dense weights in `config.prune.checkpoint`.
+    def start_state(self) -> TrainState:
+        """Reads the dense weights that phase two starts from.
+
+        They are in `config.prune.checkpoint`, and once the run has begun in its own workdir.
 
         Raises:
-          UserError: if there are none, or they are of another model.
+          UserError: if there are none, they are not final, or they are of another model.
         """
-        return self._read(Path(self.config.prune.checkpoint), "dense")
+        own = (self.workdir / "checkpoints" / "dense").is_dir()
+        source = self.workdir if own else Path(self.config.prune.checkpoint).expanduser()
+        return self._read(source, "dense")
 
-    def _read(self, workdir: Path, phase: str, step: int | None = None) -> Values:
+    def _read(self, workdir: Path, phase: str) -> TrainState:
         folder = workdir / "checkpoints" / phase
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no trained network: there is no {folder}")
         with Checkpoints(folder) as checkpoints:
-            latest = checkpoints.latest_step()
-            if step is not None and latest != step:
-                raise UserError(
-                    f"the run in {workdir} stands at step {latest} of {step} of its {phase} phase;"
-                    " finish it with --mode=train"
-                )
             state = TrainState.create(self.dense.weights, self.dense, self.optimizer(phase))
-            return checkpoints.restore(state)[0].values
+            state, extra = checkpoints.restore(state)
+            if int(state.step) != extra["total"]:
+                raise UserError(
+                    f"the run in {workdir} stands at step {state.step} of {extra['total']} of its"
+                    f" {phase} phase; finish it with --mode=train"
+                )
+            return state
 
     def optimizer(self, phase: str) -> optax.GradientTransformation:
         """The optimizer of a phase."""
@@ -316,24 +366,40 @@ class Run:
         )
 
 
+def _build_both(
+    config: Config, num_classes: int, channels: int
+) -> tuple[nnx.Module, nnx.Module | None]:
+    """The dense model in training mode and, if anything is pruned, the dynamic one."""
+    model = build_model(config, num_classes, channels)
+    model.train()
+    if not config.prune.epochs:
+        return model, None
+    dynamic = build_dynamic(config, model)
+    dynamic.train()
+    return model, dynamic
+
+
 def _as_json(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
 def _check_workdir(config: Config, workdir: Path) -> None:
     """Raises UserError where a work directory cannot be this config's."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; give a folder")
     path = workdir / "config.json"
-    if not path.exists():
-        if (workdir / "checkpoints").exists():
-            raise UserError(
-                f"--workdir={workdir} holds checkpoints and no config.json; give another"
-            )
-        return
+    try:
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir={workdir} is a file; give a folder")
+        if not path.exists():
+            if (workdir / "checkpoints").exists():
+                raise UserError(
+                    f"--workdir={workdir} holds checkpoints and no config.json; give another"
+                )
+            return
+    except (OSError, ValueError) as error:  # a name too long, or one that no file can have
+        raise UserError(f"--workdir={str(workdir)!r} cannot be a folder: {error}") from error
     try:
         stored = config_lib.flatten(ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a config; give another --workdir") from error
     asked = config_lib.flatten(ConfigDict(_as_json(config)))
     for name in sorted(asked.keys() | stored.keys()):

@@ -112,10 +112,15 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax, tensorstore and the file system have their own types
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{where} cannot be read: {reason}") from error
+            raise UserError(
+                f"{where} cannot be read ({reason}); delete that folder to go on from an older step"
+            ) from error
         for path, digest in leaf_digests(state).items():
             if digest != digests[path]:
-                raise UserError(f"{where} is damaged: {path} is not what was saved")
+                raise UserError(
+                    f"{where} is damaged: {path} is not what was saved; delete that folder to go on"
+                    " from an older step"
+                )
         return state, extra
 
     def _check_fit(self, where: str, like: PyTree, digests: dict[str, str]) -> None:

@@ -133,11 +133,11 @@ def imagenet_config() -> Config:
 
 
 def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: low <= value < math.inf, f"it must be at least {low}"
+    return lambda value: low <= value < math.inf, f"it must be a finite number, at least {low}"
 
 
 def _above(low: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: low < value < math.inf, f"it must be greater than {low}"
+    return lambda value: low < value < math.inf, f"it must be a finite number greater than {low}"
 
 
 def _in(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
@@ -153,7 +153,9 @@ def _each(
 ) -> tuple[Callable[[Any], bool], str]:
     holds, text = rule
     return (
-        lambda value: all(isinstance(x, kind) and x is not True and holds(x) for x in value),
+        lambda value: all(
+            isinstance(x, kind) and not isinstance(x, bool) and holds(x) for x in value
+        ),
         f"for each of its values, {text}",
     )
 
@@ -186,10 +188,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ascent.warmup": _in(0.0, 1.0),
     "ascent.increment": _above(0.0),
     "ascent.interval_epochs": _above(0.0),
-    "dense.epochs": _at_least(0),
+    "dense.epochs": _in(0, 100_000),
     "dense.learning_rate": _above(0.0),
     "dense.warmup_epochs": _at_least(0.0),
-    "prune.epochs": _at_least(0),
+    "prune.epochs": _in(0, 100_000),
     "prune.learning_rate": _above(0.0),
     "prune.warmup_epochs": _at_least(0.0),
     "prune.start": _one_of(*STARTS),
@@ -241,7 +243,7 @@ def _check_type(name: str, value: Any, default: Any) -> None:
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         example = f", such as {default!r}" if default not in ("", ()) else ""
-        raise UserError(f"config.{name} is {value!r}; it must be a {kind.__name__}{example}")
+        raise UserError(f"config.{name} is {value!r}; it must be of type {kind.__name__}{example}")
 
 
 def _check_combinations(config: Config) -> None:
@@ -273,12 +275,13 @@ def _check_combinations(config: Config) -> None:
             "config.gate.channel_ratio and config.gate.column_ratio prune nothing; give a ratio"
             " above 0, or set config.prune.epochs to 0"
         )
-    highest = max((*config.gate.channel_ratio, *config.gate.column_ratio), default=0.0)
-    ascent = config.ascent
-    rises = max(0, math.ceil((highest - ascent.warmup) / ascent.increment - 1e-6))
-    if config.prune.epochs and rises * ascent.interval_epochs > config.prune.epochs:
+    if config.data.train_split == config.data.test_split:
         raise UserError(
-            f"config.prune.epochs is {config.prune.epochs}; the ratio {highest} is only reached"
-            f" after {rises * ascent.interval_epochs:g} epochs: train longer, or change"
-            " config.ascent.interval_epochs or config.ascent.increment"
+            f"config.data.train_split and config.data.test_split are both"
+            f" {config.data.train_split!r}; test on other images than those trained on"
+        )
+    if config.data.crop_padding > config.data.image_size:
+        raise UserError(
+            f"config.data.crop_padding is {config.data.crop_padding}; it must be at most"
+            f" config.data.image_size, {config.data.image_size}"
         )

@@ -43,7 +43,7 @@ class Evaluation:
             "examples": len(self.correct),
             "macs_per_image": _spread(usage.macs),
             "executed_macs_per_image": _spread(usage.executed_macs),
-            "gate_operations_per_image": float(np.mean(usage.gate_operations)),
+            "gate_operations_per_image": usage.gate_operations,
             "mac_reduction": usage.mac_reduction,
             "executed_mac_reduction": usage.executed_mac_reduction,
         }

@@ -4,10 +4,13 @@ import json
 import platform
 import shlex
 import sys
+import time
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -16,6 +19,7 @@ from jaxtyping import UInt8
 from dynprune_jax import plots
 from dynprune_jax.build import Run, evaluation_images
 from dynprune_jax.checkpoint import tree_digest
+from dynprune_jax.data.augment import center_crop
 from dynprune_jax.evaluate import Evaluation
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
@@ -28,7 +32,11 @@ _PICTURED_IMAGES = 6
 
 
 def write_report(
-    run: Run, dense: Values | None, pruned: Values | None, timings: dict[str, dict[str, float]]
+    run: Run,
+    dense: Values | None,
+    pruned: Values | None,
+    timings: dict[str, dict[str, float]] | None = None,
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run's networks; writes report.json and the pictures; prints the table.
 
@@ -36,13 +44,13 @@ def write_report(
       run: the run.
       dense: parameters and batch statistics after the dense phase, or None without one.
       pruned: the same after targeted dropout, or None without one.
-      timings: for each phase trained, where its time went; kept from the old report if empty.
+      timings: for each phase trained, where its time went. Without them this is an evaluation of
+        a run that was trained before, and what the old report says of its training stays.
+      started: `time.perf_counter()` when the run began.
 
     Returns:
       The content of report.json.
     """
-    if not timings:
-        timings = _read_timings(run)
     final = pruned if pruned is not None else dense
     assert final is not None  # config.check has seen to it
     results: dict[str, Evaluation | None] = dict.fromkeys(
@@ -66,7 +74,7 @@ def write_report(
         "dense_executed_macs_per_image": shown.usage.dense_executed_macs,
         "layers": _layers(shown, run.dynamic),
         "parameters_digest": tree_digest(final),
-        "command": shlex.join(["python", "-m", "dynprune_jax.main", *sys.argv[1:]]),
+        "command": _command(),
         "seed": run.config.seed,
         "data": {
             "name": run.config.data.name,
@@ -77,21 +85,31 @@ def write_report(
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in _PACKAGES},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "phases": timings,
-        "seconds": sum(timing[part] for timing in timings.values() for part in _SECONDS),
+        "phases": timings or {},
     }
-    write_json(run.workdir / "report.json", report)
     _draw(run, report, shown, final)
+    report["seconds"] = None if started is None else time.perf_counter() - started
+    if timings is None:
+        report |= _told_of_training(run)
+    write_json(run.workdir / "report.json", report)
     _print_table(report, run)
     return report
 
 
-def _read_timings(run: Run) -> dict[str, dict[str, float]]:
-    path = run.workdir / "report.json"
-    return json.loads(path.read_text(encoding="utf-8"))["phases"] if path.exists() else {}
+def _command() -> str | None:
+    """The command line that makes this report; None when it is not this program's."""
+    program = Path(sys.argv[0])
+    if program.name != "main.py" or program.parent.name != "dynprune_jax":
+        return None
+    return shlex.join(["python", "-m", "dynprune_jax.main", *sys.argv[1:]])
 
 
-_SECONDS = ("in_step", "outside_step", "evaluation", "compilation")
+def _told_of_training(run: Run) -> dict[str, Any]:
+    try:
+        old = json.loads((run.workdir / "report.json").read_text(encoding="utf-8"))
+        return {name: old[name] for name in ("command", "phases", "seconds")}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not a report: nothing to keep
+        return {}
 
 
 def _layers(result: Evaluation, network: Network | None) -> list[dict[str, Any]]:
@@ -104,7 +122,7 @@ def _layers(result: Evaluation, network: Network | None) -> list[dict[str, Any]]
             "dense_executed_macs": layer.dense_executed_macs,
             "macs": float(np.mean(layer.macs)),
             "executed_macs": float(np.mean(layer.executed_macs)),
-            "gate_operations": float(np.mean(layer.gate_operations)),
+            "gate_operations": layer.gate_operations,
         }
         for axis in ("channel_ratio", "column_ratio"):
             ratio = ratios.get(f"{layer.name}/{axis}")
@@ -125,7 +143,8 @@ def _draw(run: Run, report: dict[str, Any], shown: Evaluation, final: Values) ->
     if run.dynamic is not None:
         images, _, _ = next(iter(run.test_batches()))
         masks = kept_columns(run, run.dynamic, final, images[:_PICTURED_IMAGES])
-        plots.plot_kept_columns(images[:_PICTURED_IMAGES], masks, folder / "kept_columns.png")
+        seen = center_crop(jnp.asarray(images[:_PICTURED_IMAGES]), run.config.data.image_size)
+        plots.plot_kept_columns(np.asarray(seen), masks, folder / "kept_columns.png")
 
 
 def kept_columns(
@@ -137,7 +156,7 @@ def kept_columns(
     """The columns that each layer with a gate on columns keeps: bool (batch, height, width)."""
     model = network.bind(values)
     model.eval()
-    _, usage = measure(model, evaluation_images(run.config, jax.numpy.asarray(images)))
+    _, usage = measure(model, evaluation_images(run.config, jnp.asarray(images)))
     return {
         layer.name: np.asarray(layer.masks.columns)
         for layer in usage.layers

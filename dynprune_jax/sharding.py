@@ -11,19 +11,18 @@ from dynprune_jax.errors import UserError
 Tree = TypeVar("Tree")
 
 
-def data_mesh(batch_size: int) -> Mesh:
-    """A mesh of all devices along the axis `data`.
+def data_mesh() -> Mesh:
+    """A mesh of all devices along the axis `data`."""
+    return Mesh(np.asarray(jax.devices()), ("data",))
 
-    Raises:
-      UserError: if the batch cannot be cut evenly.
-    """
-    devices = np.asarray(jax.devices())
-    if batch_size % devices.size:
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError if the devices cannot share a training batch evenly."""
+    if batch_size % mesh.size:
         raise UserError(
             f"config.batch_size is {batch_size}; it must be a multiple of the number of devices,"
-            f" {devices.size}"
+            f" {mesh.size}"
         )
-    return Mesh(devices, ("data",))
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:

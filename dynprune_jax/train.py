@@ -6,7 +6,6 @@ checkpoint; rows of metrics after that step are taken out; a finished phase is o
 
 import dataclasses
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,9 +42,20 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
       UserError: for a mistake in the config, the data or the work directory, or when the loss
         is no longer finite.
     """
+    started = time.perf_counter()
     run = Run.open(config, workdir)
+    sharding.check_batch(config.batch_size, run.mesh)
     fresh = run.dense.weights
-    dense = run.start_values() if config.prune.start == "checkpoint" else None
+    dense = None
+    if config.prune.start == "checkpoint":
+        source = run.start_state()
+        dense = source.values
+        run.claim()
+        with Checkpoints(run.workdir / "checkpoints" / "dense") as checkpoints:
+            step = int(source.step)
+            checkpoints.save(
+                step, source, {"total": step}
+            )  # what the source becomes later is its own
     run.claim()
     timings = {}
     if run.phase_steps("dense"):
@@ -55,7 +65,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
         start = fresh if config.prune.start == "scratch" else dense
         assert start is not None  # config.check has seen to it
         pruned, timings["prune"] = run_phase(run, "prune", run.dynamic, start)
-    return write_report(run, dense, pruned, timings)
+    return write_report(run, dense, pruned, timings, started)
 
 
 def evaluate_workdir(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -65,7 +75,7 @@ def evaluate_workdir(config: Config, workdir: str | os.PathLike) -> dict[str, An
       UserError: as `train_and_evaluate`, and if the run is not finished.
     """
     run = Run.open(config, workdir)
-    return write_report(run, *run.trained_values(), {})
+    return write_report(run, *run.trained_values())
 
 
 @dataclasses.dataclass
@@ -141,8 +151,9 @@ def run_phase(
                 count = min(feed.steps_per_dispatch, min(ends) - step)
                 if count < feed.steps_per_dispatch:
                     count = 1  # so that at most two programs are ever compiled
+                batch = feed.next_batch()
                 called = time.perf_counter()
-                state, metrics = feed.advance(state, count)
+                state, metrics = feed.advance(state, count, batch)
                 metrics = jax.device_get(metrics)
                 now = time.perf_counter()
                 step += count
@@ -169,21 +180,20 @@ def run_phase(
                     timing.evaluation += time.perf_counter() - clock
                     clock = time.perf_counter()
                 if step % every_epochs["checkpoint"] == 0 or step == total:
-                    extra = {"timing": dataclasses.asdict(timing), "position": feed.position()}
+                    _stop_if_weights_are_not_finite(run, name, step, state)
+                    extra = {
+                        "timing": dataclasses.asdict(timing),
+                        "position": feed.position(),
+                        "total": total,
+                    }
                     checkpoints.save(step, state, extra)
     return jax.device_get(state.values), timing.summary()
 
 
 def ratio_schedule(run: Run, network: Network) -> Callable[[Any], Values]:
     """The step of a phase to the ratio of every gate, by name; nothing for a dense network."""
-    ascent = run.config.ascent
     schedules = {
-        name: ratio_ascent(
-            float(target),
-            interval_steps=max(1, math.floor(ascent.interval_epochs * run.steps_per_epoch)),
-            warmup=ascent.warmup,
-            increment=ascent.increment,
-        )
+        name: ratio_ascent(float(target), **run.ascent)
         for name, target in network.values(PruneRatio).items()
     }
     return lambda step: {name: schedule(step) for name, schedule in schedules.items()}
@@ -234,8 +244,12 @@ class Feed:
 
         self._stream = None
         if run.in_memory:
-            self.steps_per_dispatch = run.config.steps_per_dispatch or (
-                1 if jax.default_backend() == "cpu" else 50
+            several = 1 if jax.default_backend() == "cpu" else 50
+            # Not past a row of the log, where a dispatch has to end.
+            self.steps_per_dispatch = min(
+                run.config.steps_per_dispatch or several,
+                run.config.log_every_steps,
+                run.steps_per_epoch,
             )
             self._data = sharding.replicate(run.train_arrays, mesh)
             self._step = jax.jit(learn_from_memory, static_argnames="count", donate_argnums=0)
@@ -275,11 +289,16 @@ class Feed:
         self._compiled.add(count)
         return known
 
-    def advance(self, state: TrainState, count: int) -> tuple[TrainState, dict[str, Any]]:
+    def next_batch(self) -> Any:
+        """What the next call of `advance` needs from the host: a batch of the stream, or None."""
+        return None if self._stream is None else next(self._stream)
+
+    def advance(
+        self, state: TrainState, count: int, batch: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Does `count` steps; gives the state after them and the mean of their metrics."""
         if self._stream is None:
             return self._step(state, self._data, count=count)
-        batch = next(self._stream)
         return self._step(state, batch["image"], batch["label"])
 
 
@@ -310,8 +329,18 @@ def _row(
 
 def _stop_if_not_finite(run: Run, name: str, step: int, metrics: Mapping[str, Any]) -> None:
     if not np.isfinite(metrics["loss"]):
-        raise UserError(
-            f"the loss is {metrics['loss']} at step {step} of the {name} phase; lower"
-            f" config.{name}.learning_rate ({run.config[name].learning_rate}). The last checkpoint"
-            f" in {run.workdir} is intact"
-        )
+        raise _diverged(run, name, f"the loss is {metrics['loss']}", step)
+
+
+def _stop_if_weights_are_not_finite(run: Run, name: str, step: int, state: TrainState) -> None:
+    for path, value in state.values.items():
+        if not bool(jnp.isfinite(value).all()):
+            raise _diverged(run, name, f"{path} is not finite", step)
+
+
+def _diverged(run: Run, name: str, what: str, step: int) -> UserError:
+    return UserError(
+        f"{what} at step {step} of the {name} phase, so the run stops (checkpoints of earlier steps"
+        f" stay); start again in a new workdir with config.{name}.learning_rate below"
+        f" {run.config[name].learning_rate:g}"
+    )

@@ -56,11 +56,11 @@ class Network:
           *values: dictionaries by name.
           draw: the place of all streams of random numbers; the same draw gives the same numbers.
         """
-        counts = {
-            name: jnp.broadcast_to(jnp.asarray(draw, value.dtype), value.shape)
-            for name, value in self.values(nnx.RngCount).items()
+        # Folded into the keys, not the counts: a stream may be drawn from several times a call.
+        keys = {
+            name: jax.random.fold_in(key, draw) for name, key in self.values(nnx.RngKey).items()
         }
-        merged = {**self.values(PruneRatio, nnx.RngKey), **counts}
+        merged = {**self.values(PruneRatio, nnx.RngCount), **keys}
         for given in values:
             merged |= given
         nested = traversals.unflatten_mapping({self._paths[k]: v for k, v in merged.items()})

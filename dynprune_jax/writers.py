@@ -1,8 +1,10 @@
 """What a run writes as it goes: metrics.jsonl, TensorBoard events, and lines on the screen."""
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,20 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar on a terminal while something is read; gives `progress(done, total)`."""
+    console = rich.console.Console()
+    with rich.progress.Progress(
+        *rich.progress.Progress.get_default_columns(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(f"reading {what}")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Screen:

@@ -11,6 +11,7 @@ import pytest
 from conftest import CONFIGS
 from PIL import Image
 
+from dynprune_jax import main as main_module
 from dynprune_jax.main import main
 
 DIGITS = f"--config={CONFIGS / 'digits_vgg.py'}"
@@ -70,6 +71,11 @@ def checkpoints_without_config(tmp_path):
     return []
 
 
+def folder_for_config(tmp_path):
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    return []
+
+
 def broken_config(tmp_path, text):
     (tmp_path / "broken.py").write_text(text)
     return [f"--config={tmp_path / 'broken.py'}"]
@@ -93,8 +99,13 @@ MISTAKES = {
     ),
     "config is something else": (
         lambda tmp_path: broken_config(tmp_path, "def get_config():\n  return None"),
-        "broken.py:",
+        "broken.py: .*(ConfigDict|NoneType)",
     ),
+    "config with an argument it does not take": (
+        [f"{DIGITS}:big"],
+        r"digits_vgg.py:big: TypeError: get_config\(\) takes 0 positional",
+    ),
+    "field without dashes": (["config.batch_size=7"], "'config.batch_size=7' is no flag"),
     # fields
     "misspelled field": (["--config.data.nmae=x"], "config.data.nmae .*did you mean .*data.name"),
     "a section as a field": (["--config.data=5"], "config.data is a section"),
@@ -109,6 +120,17 @@ MISTAKES = {
     "negative ratio": (["--config.gate.column_ratio=(.2,-.1,.3)"], r"column_ratio.*\[0.0, 1.0\)"),
     "ratio for a tuple": (["--config.gate.channel_ratio=0.5"], "vgg_digits has 3 blocks"),
     "tuple too long": (["--config.gate.channel_ratio=(.1,.1,.1,.1,.1)"], "has 3 blocks: give"),
+    "ratio that is no number": (
+        ["--config.gate.channel_ratio=(False,.1,.1)"],
+        "channel_ratio is .*False",
+    ),
+    "padding larger than the image": (["--config.data.crop_padding=500"], "crop_padding is 500"),
+    "test on what was trained on": (["--config.data.test_split=train"], "test on other images"),
+    "layers without a ratio": (
+        ["--config.gate.layers=('blocks/0/*',)"],
+        r"'blocks/1/\*' matches none of the 1 convolutions",
+    ),
+    "infinite learning rate": (["--config.dense.learning_rate=inf"], "a finite number greater"),
     "ratio of a word": (["--config.gate.channel_ratio=(.1,'a',.1)"], "channel_ratio"),
     "nothing to prune": (
         ["--config.gate.channel_ratio=(0.,0.,0.)", "--config.gate.column_ratio=()"],
@@ -116,7 +138,10 @@ MISTAKES = {
     ),
     "layers that match nothing": (["--config.gate.layers=('conv9',)"], "'conv9' matches none"),
     "drop probability of 0": (["--config.gate.drop_probability=0."], r"drop_probability.*\(0, 1\]"),
-    "ascent that never arrives": (["--config.ascent.interval_epochs=90"], "config.prune.epochs is"),
+    "ascent that never arrives": (
+        ["--config.ascent.interval_epochs=90"],
+        "is only reached at step",
+    ),
     "no epochs": (["--config.dense.epochs=0", "--config.prune.epochs=0"], "nothing to train"),
     "pruning nothing trained": (["--config.dense.epochs=0"], "train a dense network first"),
     "unknown start": (["--config.prune.start=middle"], "'middle'; choose one of dense"),
@@ -137,7 +162,10 @@ MISTAKES = {
         ["--config.data.name=cifar10", "--config.data.archive=none.tar.gz"],
         "config.data.archive=none.tar.gz",
     ),
-    "no test folder": (lambda p: folders_of(p, splits=("train",)), "test"),
+    "no test folder": (
+        lambda p: folders_of(p, splits=("train",)),
+        "it has no test or val folder",
+    ),
     "empty class": (lambda p: folders_of(p, empty_class), "dog"),
     "corrupt image": (lambda p: folders_of(p, corrupt), r"dog/3\.png"),
     "truncated image": (lambda p: folders_of(p, truncated), r"cat/0\.png"),
@@ -156,6 +184,8 @@ MISTAKES = {
     "workdir of another config": (other_run, "is of another config: config.batch_size is 7"),
     "workdir is a file": (file_in_the_way, "is a file; give a folder"),
     "workdir with stray checkpoints": (checkpoints_without_config, "no config.json"),
+    "config.json is a folder": (folder_for_config, "config.json is not a config"),
+    "workdir with an impossible name": ([f"--workdir={'x' * 300}"], "cannot be a folder"),
     "evaluation of nothing": (["--mode=evaluate"], "holds no trained network"),
     "sweep of nothing": (["--mode=sweep"], "holds no trained network"),
 }
@@ -185,6 +215,30 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(name, tmp_path, data_dir, ca
 
     assert re.search(message, error), error
     assert snapshot(tmp_path) == before
+
+
+def test_a_single_class_is_refused(tmp_path, capfd):
+    arguments = " ".join(folders_of(tmp_path, classes=("cat",))).split()
+    data_dir = f"--config.data.data_dir={tmp_path / 'prepared'}"
+    assert main(["dynprune_jax", DIGITS, f"--workdir={tmp_path / 'o'}", data_dir, *arguments]) == 2
+    assert "it has one class, and two are needed" in capfd.readouterr().err
+
+
+def test_control_c_ends_in_a_line(monkeypatch, tmp_path, capfd):
+    def interrupted(config, workdir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main_module.MODES, "train", interrupted)
+    assert main(["dynprune_jax", DIGITS, f"--workdir={tmp_path}"]) == 130
+    assert "the same command goes on" in capfd.readouterr().err
+
+
+def test_one_command_line_leaves_nothing_for_the_next(tmp_path, capfd):
+    assert main(["dynprune_jax", DIGITS, "--workdir=x", "--mode=none"]) == 2
+    empty = tmp_path / "empty.py"
+    empty.write_text("x = 1")
+    assert main(["dynprune_jax", f"--config={empty}", f"--workdir={tmp_path / 'out'}"]) == 2
+    assert "get_config" in capfd.readouterr().err
 
 
 def test_there_are_at_least_25_mistakes():

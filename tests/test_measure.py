@@ -53,7 +53,7 @@ def test_totals_by_hand(model, images):
     assert usage.mac_reduction == pytest.approx(1 - kept / usage.dense_macs)
     assert usage.executed_macs.shape == (4,)
     assert (usage.executed_macs < usage.dense_executed_macs).all()
-    assert (usage.gate_operations > 0).all()
+    assert usage.gate_operations > 0
 
 
 def test_nothing_is_left_behind_and_jit_agrees(model, images):
@@ -118,6 +118,24 @@ def test_rematerialised_blocks_are_measured(images):
     _, usage = measure(make_dynamic(Remat(nnx.Rngs(0)), 0.5), images)
     assert usage.dense_macs == 64 * 27 * 8 + 64 * 72 * 8
     np.testing.assert_array_equal(usage.macs, [64 * 27 * 8 + 64 * 72 * 4] * 4)
+
+
+def test_a_model_may_look_at_its_layers_and_take_more_inputs(images):
+    class Curious(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.Linear(8, 4, rngs=rngs)])
+
+        def __call__(self, x, scale):
+            for layer in self.layers:
+                x = nnx.relu(layer(inputs=x)) if isinstance(layer, nnx.Conv) else layer(x)
+            return (x * scale).mean((1, 2)), self.layers[0].kernel[...].sum()
+
+    model = Curious(nnx.Rngs(0))
+    outputs, usage = measure(model, images, 3.0)
+    for output, expected in zip(outputs, model(images, 3.0), strict=True):
+        np.testing.assert_array_equal(output, expected)
+    assert usage.dense_macs == 64 * 27 * 8 + 64 * 8 * 4
+    assert type(model.layers[0]) is nnx.Conv
 
 
 def test_more_maps_than_images_is_refused(images):

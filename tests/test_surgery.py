@@ -113,14 +113,41 @@ def test_set_ratios_changes_the_masks_in_place(zoo, images):
     assert kept["blocks/0/conv1"] == 4
     assert kept["blocks/0/conv2"] == 8
     with pytest.raises(ValueError, match="column_ratio of blocks/0/conv1 cannot be set"):
-        set_ratios(model, column_ratio=0.5)
+        set_ratios(model, channel_ratio=0.7, column_ratio=0.5)
+    ratios = {float(gate.channel_ratio[...]) for gate in dynamic_layers(model).values()}
+    assert ratios == {0.0, 0.5}  # a mistake changes nothing
+
+
+def test_numpy_and_jax_numbers_are_ratios_too(zoo):
+    for ratio in (np.float32(0.5), jnp.float32(0.5), np.array([0.5, 0.5])):
+        gate = dynamic_layers(make_dynamic(zoo, ratio))["blocks/0/conv1"]
+        assert float(gate.channel_ratio[...]) == 0.5
+
+
+def test_the_convolution_of_the_image_is_gated_only_by_name(zoo):
+    assert "stem" not in dynamic_layers(make_dynamic(zoo, 0.5, layers="*"))
+    assert list(dynamic_layers(make_dynamic(zoo, 0.5, layers="stem"))) == ["stem"]
+
+
+def test_a_new_gate_is_as_at_test_time_until_the_model_trains(zoo, images):
+    model = make_dynamic(zoo, 0.5, drop_probability=0.5)
+    np.testing.assert_array_equal(model(images), model(images))
+    model.train()
+    assert not np.array_equal(model(images), model(images))
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"channel_ratio": 1.0}, r"channel_ratio is 1.0 .* \[0, 1\)"),
-        ({"column_ratio": (0.5, -0.1)}, r"column_ratio is -0.1 for blocks/1/\*"),
+        ({"channel_ratio": 1.0}, r"channel_ratio for \* is 1.0; .* \[0, 1\)"),
+        ({"column_ratio": (0.5, -0.1)}, r"column_ratio for blocks/1/\* is -0.1"),
+        ({"channel_ratio": (0.5, "a")}, r"channel_ratio for blocks/1/\* is 'a'"),
+        ({"channel_ratio": (None, 0.5)}, r"channel_ratio for blocks/0/\* is None"),
+        ({"channel_ratio": "half"}, "channel_ratio for .* is 'half'"),
+        (
+            {"channel_ratio": (0.1, 0.2), "layers": "blocks/1/*"},
+            r"'blocks/0/\*' matches none of the 2",
+        ),
         ({"channel_ratio": (0.5,)}, "channel_ratio has 1 values; this model has 2 blocks"),
         ({"channel_ratio": {"block/*": 0.5}}, r"'block/\*' matches none of the 6 convolutions"),
         ({"channel_ratio": 0.5, "layers": "conv9"}, "'conv9' matches none.*blocks/0/conv"),

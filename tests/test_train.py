@@ -1,4 +1,5 @@
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +8,12 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
+from dynprune_jax import plots
 from dynprune_jax.build import Run
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import benchmark, interleaved
 from dynprune_jax.experiments.sweep import sweep
-from dynprune_jax.sharding import data_mesh
+from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.train import Feed, evaluate_workdir, ratio_schedule, train_and_evaluate
 from dynprune_jax.train_step import TrainState
 from dynprune_jax.writers import read_metrics
@@ -84,6 +86,10 @@ def test_the_same_command_again_changes_nothing(config, workdir):
     for again in (train_and_evaluate(config, workdir), evaluate_workdir(config, workdir)):
         for part in ("dense", "pruned", "parameters_digest", "layers", "pruned_by_other_criteria"):
             assert again[part] == before[part]
+    # Evaluating again keeps what was told of the training.
+    after = json.loads((workdir / "report.json").read_text())
+    assert after["seconds"] > 0
+    assert after["phases"]["prune"]["in_step"] == before["phases"]["prune"]["in_step"]
     assert read_metrics(workdir) == metrics
 
 
@@ -100,11 +106,11 @@ def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
     advance = Feed.advance
     calls = []
 
-    def failing(self, state, count):
+    def failing(self, state, count, batch):
         calls.append(count)
         if len(calls) > stop_at:
             raise KeyboardInterrupt
-        return advance(self, state, count)
+        return advance(self, state, count, batch)
 
     monkeypatch.setattr(Feed, "advance", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -126,7 +132,13 @@ def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tm
     from_checkpoint = train_and_evaluate(config, tmp_path / "from_checkpoint")
     assert from_checkpoint["dense"] == first["dense"]
     assert from_checkpoint["parameters_digest"] == first["parameters_digest"]
-    assert not (tmp_path / "from_checkpoint" / "checkpoints" / "dense").exists()
+    # From here on the run needs its source no more.
+    config.prune.checkpoint = str(tmp_path / "moved")
+    again = json.loads((tmp_path / "from_checkpoint" / "config.json").read_text())
+    again["prune"]["checkpoint"] = config.prune.checkpoint
+    (tmp_path / "from_checkpoint" / "config.json").write_text(json.dumps(again))
+    evaluated = evaluate_workdir(config, tmp_path / "from_checkpoint")
+    assert evaluated["dense"] == first["dense"]
     config.prune.start, config.prune.checkpoint, config.dense.epochs = "scratch", "", 0
     scratch = train_and_evaluate(config, tmp_path / "scratch")
     assert scratch["dense"] is None
@@ -136,13 +148,19 @@ def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tm
 
 def advanced(run, devices, counts):
     mesh = Mesh(np.asarray(devices), ("data",))
-    schedule = ratio_schedule(run, run.dynamic)
+    traces = []
+
+    def schedule(step):
+        traces.append(1)
+        return ratio_schedule(run, run.dynamic)(step)
+
     with Feed(run, "prune", run.dynamic, schedule, mesh) as feed:
         state = feed.place(
             TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
         )
         for count in counts:
-            state, metrics = feed.advance(state, count)
+            state, metrics = feed.advance(state, count, feed.next_batch())
+    assert len(traces) == 1  # however the ratios rise
     return jax.device_get((state, metrics))
 
 
@@ -164,15 +182,62 @@ def test_several_steps_in_one_dispatch_are_the_same_steps(config, tmp_path):
         np.testing.assert_allclose(together.values[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_what_a_config_says_reaches_the_step(config, tmp_path):
+    def metrics(**fields):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(fields)
+        run = Run.open(changed, tmp_path)
+        return advanced(run, jax.devices()[:1], [1])[1]
+
+    base = metrics()
+    assert metrics() == base
+    for fields in (
+        {"optim.label_smoothing": 0.5},
+        {"gate.criterion": "inverse"},
+        {"data.crop_padding": 4},
+        {"gate.layers": ("blocks/2/*", "blocks/1/*"), "gate.channel_ratio": (0.0, 0.4, 0.5),
+         "gate.column_ratio": ()},
+        {"seed": 1},
+    ):  # fmt: skip
+        assert metrics(**fields)["loss"] != base["loss"], fields
+
+
+def test_waiting_for_a_stream_is_not_time_in_the_step(config, tmp_path, monkeypatch):
+    config.data.memory_limit_mb = 0
+    next_batch = Feed.next_batch
+
+    def slow(self):
+        time.sleep(0.2)
+        return next_batch(self)
+
+    monkeypatch.setattr(Feed, "next_batch", slow)
+    report = train_and_evaluate(config, tmp_path)
+    for phase, steps in (("dense", 8), ("prune", 16)):
+        assert report["phases"][phase]["outside_step"] > 0.2 * (steps - 1)
+
+
+def test_pictures_show_what_the_network_sees(config, tmp_path, monkeypatch):
+    config.data.image_size = 8
+    config.data.stored_size = 12
+    shown = []
+    monkeypatch.setattr(
+        plots, "plot_kept_columns", lambda images, masks, path: shown.append((images, masks))
+    )
+    train_and_evaluate(config, tmp_path)
+    images, masks = shown[0]
+    assert images.shape == (6, 8, 8, 1)
+    assert masks["blocks/0/layers/1/conv"].shape == (6, 8, 8)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     config.dense.learning_rate = 1e30
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+ of the dense phase"):
+    with pytest.raises(UserError, match=r"not finite|the loss is (nan|inf)"):
         train_and_evaluate(config, tmp_path)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(config):
     with pytest.raises(UserError, match="multiple of the number of devices, 4"):
-        data_mesh(10)
+        check_batch(10, data_mesh())
 
 
 def test_sweep_scales_the_ratios(config, workdir):

@@ -50,6 +50,16 @@ def test_draws_repeat_with_their_number_and_only_then():
     assert not np.array_equal(logits(3), logits(4))
 
 
+def test_two_draws_of_one_call_are_not_the_first_draws_of_the_next():
+    conv = nnx.Conv(64, 8, (3, 3), rngs=nnx.Rngs(0))
+    network = Network(make_dynamic(conv, 0.5, 0.5, criterion=random))
+    x = jnp.ones((1, 8, 8, 64))  # as many columns as channels
+    first = network.bind(network.weights, draw=7).masks(x)
+    second = network.bind(network.weights, draw=8).masks(x)
+    assert not np.array_equal(first.columns.reshape(-1), second.channels.reshape(-1))
+    assert not np.array_equal(first.columns.reshape(-1), first.channels.reshape(-1))
+
+
 def test_a_step_equals_the_plain_nnx_way():
     optimizer = sgd(lambda step: 0.1, momentum=0.9, weight_decay=1e-2)
     network = Network(make_dynamic(model(), 0.25, 0.25))

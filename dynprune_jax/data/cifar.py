@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from PIL import Image
 
 from dynprune_jax.data.images import encode_png
@@ -104,7 +103,7 @@ class _Cifar(RecordBuilder, skip_registration=True):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        logging.info("Downloading %s (about 160 MiB).", self._url)
+        print(f"Downloading {self._url} (about 160 MiB).", flush=True)
         try:
             # One try with a short wait: TFDS's own downloader is silent for minutes offline.
             with (

@@ -90,12 +90,17 @@ def _list_split(
     for entry in _visible(os.path.join(root, folder)):
         if not entry.is_dir():
             continue
+        if not entry.name.isprintable():
+            raise UserError(f"{entry.path!r}: a class folder needs a name in UTF-8")
         # Not recursive, so a loop of symbolic links has no end to miss.
         images = [
             (f"{folder}/{entry.name}/{file.name}", *_size_and_time(file))
             for file in _visible(entry.path)
             if file.name.lower().endswith(SUFFIXES)
         ]
+        others = sum(1 for _ in _visible(entry.path)) - len(images)
+        if others:
+            print(f"{entry.path}: {others} entries are no image files and are left out.")
         if not images:
             raise UserError(
                 f"{entry.path}: class {entry.name!r} holds no image ({', '.join(SUFFIXES)})"

@@ -58,7 +58,7 @@ def scan_labels(records: Any, folder: Path, split: str) -> Int[np.ndarray, " exa
         labels = np.load(cache, allow_pickle=False)
         if labels.shape == (len(records),) and labels.dtype.kind == "i":
             return labels
-    logging.info("Reading the labels of %d images in %s (only once).", len(records), folder)
+    print(f"Reading the labels of {len(records)} images in {folder} (only once).", flush=True)
     labels = np.array(
         [
             int(record["label"])

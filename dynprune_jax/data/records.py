@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.splits import SplitDict
 
@@ -46,7 +45,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
         self.info.set_splits(SplitDict(splits))
 
-    # TFDS prints a banner before and after; `prepare` logs one line instead.
+    # TFDS prints a banner before and after; `prepare` prints one line instead.
     def _log_download_bytes(self) -> None:
         pass
 
@@ -98,7 +97,7 @@ def prepare(make_builder: Callable[[], RecordBuilder]) -> RecordBuilder:
             f"{builder.data_path} is not a complete prepared data set; "
             "delete this folder and run again"
         )
-    logging.info("Preparing %s in %s (only once).", builder.name, builder.data_path)
+    print(f"Preparing {builder.name} in {builder.data_path} (only once).", flush=True)
     try:
         builder.download_and_prepare(file_format="array_record")
     except UserError:

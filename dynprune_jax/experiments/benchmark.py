@@ -4,7 +4,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from dynprune_jax import sharding
 from dynprune_jax.build import Run
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
@@ -59,6 +59,8 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     run = Run.open(config, workdir)
     if run.dynamic is None:
         raise UserError("config.prune.epochs is 0: there is no dynamic step to time")
+    sharding.check_batch(config.batch_size, run.mesh)
+    run.make_workdir()
     steps = {}
     for name, phase, network in (("dense", "dense", run.dense), ("dynamic", "prune", run.dynamic)):
         feed = Feed(run, phase, network, ratio_schedule(run, network), run.mesh)
@@ -84,22 +86,21 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
                 "cost": float(np.median(ratios)),
             }
         )
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "benchmark.json", rows)
+    write_json(run.workdir / "benchmark.json", rows)
     _print_table(rows)
     return rows
 
 
 class _Stepper:
-    """One training step a call, each on from the last."""
+    """One training step a call, each on from the last; of a stream, always its first batch."""
 
     def __init__(self, feed: Feed, state: TrainState):
         self._feed = feed
         self._state = state
+        self._batch = feed.next_batch()
 
     def __call__(self) -> Any:
-        self._state, metrics = self._feed.advance(self._state, 1)
+        self._state, metrics = self._feed.advance(self._state, 1, self._batch)
         return self._state, metrics
 
 

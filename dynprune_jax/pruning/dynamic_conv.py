@@ -33,7 +33,8 @@ class DynamicConv(nnx.Conv):
 
     Modes, set with `model.set_attributes(...)`, `model.train()` and `model.eval()`:
       gated: False runs the plain convolution, at the plain convolution's cost.
-      deterministic: False (training) drops each target with `drop_probability` only.
+      deterministic: True (the default, and evaluation) drops every target; False (training)
+        drops each with `drop_probability`.
 
     Args:
       conv: the convolution to take over; it must be an `nnx.Conv` with a 2-D kernel.
@@ -72,7 +73,7 @@ class DynamicConv(nnx.Conv):
         self.criterion = criterion
         self.drop_probability = drop_probability
         self.gated = True
-        self.deterministic = False
+        self.deterministic = True
         self.rngs = nnx.RngStream(rngs(), tag="gate")
 
     def __call__(

@@ -51,6 +51,8 @@ class LayerUsage:
       fan_out: outputs that one input channel feeds at one tap, `C_out / groups`.
       channels: input channels.
       columns: input columns, `height * width`.
+      ranked: how many the gate ranks, for each axis that it has: channels (of a grouped
+        convolution, groups), then columns.
     """
 
     kept_channels: Int[Leaf, "*batch"]
@@ -64,6 +66,7 @@ class LayerUsage:
     fan_out: int = _static()
     channels: int = _static()
     columns: int = _static()
+    ranked: tuple[int, ...] = _static()
 
     @property
     def dense_executed_macs(self) -> int:
@@ -83,17 +86,14 @@ class LayerUsage:
         return taps * np.asarray(self.kept_channels, np.int64) * self.fan_out
 
     @property
-    def gate_operations(self) -> Int[np.ndarray, "*batch"]:
+    def gate_operations(self) -> int:
         """The gate's own cost for each input, kept apart from the MACs.
 
-        For each axis on which this input lost something: one addition per value of the map
-        (the mean) and `n * ceil(log2(n))` comparisons (the ranking).
+        For each axis that it ranks: one addition per value of the map (the mean) and
+        `n * ceil(log2(n))` comparisons.
         """
-        cost = np.zeros(np.shape(self.kept_channels), np.int64)
-        for kept, n in ((self.kept_channels, self.channels), (self.kept_columns, self.columns)):
-            ranking = n * math.ceil(math.log2(n)) if n > 1 else 0
-            cost += (np.asarray(kept) < n) * (self.channels * self.columns + ranking)
-        return cost
+        means = len(self.ranked) * self.channels * self.columns
+        return means + sum(n * math.ceil(math.log2(n)) for n in self.ranked)
 
 
 @jax.tree_util.register_dataclass
@@ -133,9 +133,9 @@ class Usage:
         return self.other_macs + sum((x.executed_macs for x in self.layers), np.zeros((), np.int64))
 
     @property
-    def gate_operations(self) -> Int[np.ndarray, " batch"]:
-        """Additions and comparisons of all gates, for each image."""
-        return sum((x.gate_operations for x in self.layers), np.zeros((), np.int64))
+    def gate_operations(self) -> int:
+        """Additions and comparisons of all gates, per image."""
+        return sum(layer.gate_operations for layer in self.layers)
 
     @property
     def mac_reduction(self) -> float:
@@ -183,6 +183,12 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         positions = jax.eval_shape(ones, jnp.zeros((1, height, width, 1))).size
         dense_taps = int(taps(every_column)[0])
     fan_out = conv.out_features // conv.feature_group_count
+    ranked = []
+    if masks.channels is not None:
+        grouped = conv.feature_group_count > 1
+        ranked.append(conv.feature_group_count if grouped else channels)
+    if masks.columns is not None:
+        ranked.append(height * width)
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
         kept_columns=_kept(masks.columns, batch, height * width, axes=(-2, -1)),
@@ -195,16 +201,20 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         fan_out=fan_out,
         channels=channels,
         columns=height * width,
+        ranked=tuple(ranked),
         **place,
     )
 
 
-def linear_usage(linear: nnx.Linear, shape: tuple[int, ...], **place: Any) -> LayerUsage:
+def linear_usage(
+    linear: nnx.Linear, shape: tuple[int, ...], masks: Masks, **place: Any
+) -> LayerUsage:
     """Counts one call of a linear layer: nothing of it is skipped.
 
     Args:
       linear: the layer.
       shape: of its input, `(batch, *positions, features)`.
+      masks: of its input; empty, for a linear layer has no gate.
       **place: `name` and `order` of the layer.
     """
     batch, positions = shape[:1], math.prod(shape[1:-1])
@@ -212,7 +222,8 @@ def linear_usage(linear: nnx.Linear, shape: tuple[int, ...], **place: Any) -> La
         kept_channels=jnp.full(batch, linear.in_features, jnp.int32),
         kept_columns=jnp.full(batch, positions, jnp.int32),
         kept_taps=jnp.full(batch, positions, jnp.int32),
-        masks=Masks(),
+        masks=masks,
+        ranked=(),
         dense_macs=positions * linear.in_features * linear.out_features,
         dense_taps=positions,
         fan_out=linear.out_features,
@@ -266,29 +277,27 @@ def _kept(mask: Array | None, batch: list[int], n: int, axes: tuple[int, ...]) -
     return jnp.sum(mask, axis=axes, dtype=jnp.int32)
 
 
-class Meter(nnx.Module):
-    """Stands in for a layer in a throw-away copy of a model and sows its `LayerUsage`."""
+def meter(layer: nnx.Module, name: str, clock: Callable[[], int]) -> None:
+    """Makes a layer of a throw-away copy sow the `LayerUsage` of each of its calls.
 
-    def __init__(self, layer: nnx.Conv | nnx.Linear, name: str, clock: Callable[[], int]):
-        self.layer = layer
-        self.name = name
-        self.clock = clock
+    The layer stays an instance of its own class, so a model that looks at it sees no difference.
 
-    def __call__(self, x: Array) -> Array:
-        """Runs the layer as it would run without the meter."""
-        place = {"name": self.name, "order": self.clock()}
-        if isinstance(self.layer, DynamicConv):
-            masks = self.layer.masks(x)
-            self.sow(nnx.Intermediate, "usage", conv_usage(self.layer, x.shape, masks, **place))
-            return self.layer.convolve(x, masks)
-        if isinstance(self.layer, nnx.Conv):
-            self.sow(nnx.Intermediate, "usage", conv_usage(self.layer, x.shape, Masks(), **place))
-        else:
-            self.sow(nnx.Intermediate, "usage", linear_usage(self.layer, x.shape, **place))
-        return self.layer(x)
+    Args:
+      layer: an `nnx.Conv` or `nnx.Linear`; it is changed.
+      name: its path in the model.
+      clock: numbers the calls.
+    """
+    kind: Any = type(layer)
 
-    def __getattr__(self, name: str) -> Any:
-        """A model that reads its layer's own attributes finds them."""
-        if name.startswith("_") or name in ("layer", "usage"):
-            raise AttributeError(name)
-        return getattr(self.layer, name)
+    class Metered(kind):
+        def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+            place = {"name": name, "order": clock()}
+            if isinstance(self, DynamicConv):
+                masks = self.masks(inputs)
+                self.sow(nnx.Intermediate, "usage", conv_usage(self, inputs.shape, masks, **place))
+                return self.convolve(inputs, masks, *args, **kwargs)
+            count = conv_usage if isinstance(self, nnx.Conv) else linear_usage
+            self.sow(nnx.Intermediate, "usage", count(self, inputs.shape, Masks(), **place))
+            return super().__call__(inputs, *args, **kwargs)
+
+    layer.__class__ = Metered

@@ -7,11 +7,13 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.pruning.macs import LayerUsage, Meter, Usage, program_macs
+from dynprune_jax.pruning.macs import LayerUsage, Usage, meter, program_macs
 from dynprune_jax.pruning.surgery import path_name
 
 
-def measure(model: nnx.Module, images: Float[Array, "batch height width channels"]):
+def measure(
+    model: nnx.Module, images: Float[Array, "batch height width channels"], *others: Any
+) -> tuple[Any, Usage]:
     """Runs a model on images and counts what it computed for each.
 
     It works under `jax.jit` and leaves nothing behind on the model. Every convolution and
@@ -20,9 +22,10 @@ def measure(model: nnx.Module, images: Float[Array, "batch height width channels
     Args:
       model: an NNX model, from `make_dynamic` or any other, in the mode it is in.
       images: a batch.
+      *others: what else the model is called with.
 
     Returns:
-      logits: what `model(images)` returns.
+      logits: what `model(images, *others)` returns.
       usage: a `Usage`; `usage.macs` and `usage.executed_macs` have the shape `(batch,)`.
 
     Raises:
@@ -30,12 +33,12 @@ def measure(model: nnx.Module, images: Float[Array, "batch height width channels
     """
     clock = itertools.count().__next__
 
-    def meter(path: tuple, node: Any) -> Any:
-        counted = isinstance(node, nnx.Conv | nnx.Linear)
-        return Meter(node, path_name(path), clock) if counted else node
-
-    metered = nnx.recursive_map(meter, nnx.clone(model))
-    logits, sown = nnx.capture(lambda model, x: model(x), nnx.Intermediate)(metered, images)
+    metered = nnx.clone(model)
+    for path, layer in list(nnx.iter_modules(metered)):
+        if isinstance(layer, nnx.Conv | nnx.Linear):
+            meter(layer, path_name(path), clock)
+    run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
+    logits, sown = run(metered, images, *others)
     layers = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))
     layers = sorted(layers, key=lambda layer: layer.order)
     for layer in layers:
@@ -46,6 +49,6 @@ def measure(model: nnx.Module, images: Float[Array, "batch height width channels
             )
     known = sum(layer.dense_macs for layer in layers)
     graph, state = nnx.split(model)
-    total = program_macs(lambda state, images: nnx.merge(graph, state)(images), state, images)
+    total = program_macs(lambda state, *x: nnx.merge(graph, state)(*x), state, images, *others)
     other = total // images.shape[0] - known
     return logits, Usage(tuple(layers), other)

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from dynprune_jax.pruning.attention import Criterion, attention
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio, prune_ratio
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
 
-Ratios = float | Sequence[float] | Mapping[str, float] | None
+# One number; one for each block; or one for each pattern of layer names. All are checked by value.
+Ratios = float | np.generic | np.ndarray | Array | Sequence[Any] | Mapping[str, Any] | None
 Layers = str | Sequence[str] | Callable[[str, nnx.Conv], bool]
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -24,22 +27,21 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(map(str, path))
 
 
-def gateable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
-    """Every 2-D convolution by name, in order, but those that see the image."""
+def conv_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
+    """Every 2-D convolution that could get a gate, by name, in order."""
     found = {
         path_name(path): module
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.Conv)
         and type(module) in (nnx.Conv, DynamicConv)  # a subclass may compute something else
         and len(module.kernel_size) == 2
-        and module.in_features > _IMAGE_CHANNELS
     }
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 
 def dynamic_layers(model: nnx.Module) -> dict[str, DynamicConv]:
     """Every dynamic convolution by name, in order."""
-    return {k: v for k, v in gateable_layers(model).items() if isinstance(v, DynamicConv)}
+    return {k: v for k, v in conv_layers(model).items() if isinstance(v, DynamicConv)}
 
 
 def make_dynamic(
@@ -68,28 +70,25 @@ def make_dynamic(
       column_ratio: the same over columns.
       layers: which convolutions to gate: a pattern of layer names as in `fnmatch`
         (`"blocks/*/conv2"`), several of them, or a function of the name and the convolution.
-        By default every 2-D convolution but the one that sees the image, which is told by its
-        at most 4 input channels.
+        A pattern with a wildcard leaves out what sees the image, told by its at most 4 input
+        channels; its full name, or a function, may choose that too.
       criterion: what to rank by, see `attention.CRITERIA`.
       drop_probability: of targeted dropout in training, in (0, 1].
       rngs: seeds the random criterion and stochastic dropout; `nnx.Rngs(0)` by default.
 
     Raises:
-      ValueError: for a pattern that matches no layer, a sequence that does not fit the blocks, a
-        ratio out of [0, 1), or no ratio at all.
+      ValueError: for a pattern that matches no chosen layer, a sequence that does not fit the
+        blocks, a ratio out of [0, 1), or no ratio at all.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    names = list(gateable_layers(model))
-    chosen = _select(model, layers)
     if channel_ratio is None and column_ratio is None:
         raise ValueError("give channel_ratio, column_ratio or both")
-    channel = _ratio_of_each(model, names, channel_ratio, "channel_ratio")
-    column = _ratio_of_each(model, names, column_ratio, "column_ratio")
+    chosen = _select(model, layers)
+    channel = _ratio_of_each(model, chosen, channel_ratio, "channel_ratio")
+    column = _ratio_of_each(model, chosen, column_ratio, "column_ratio")
 
     def gate(path: tuple, node: Any) -> Any:
         name = path_name(path)
-        if name not in chosen or not isinstance(node, nnx.Conv):
-            return node
         if channel.get(name) is None and column.get(name) is None:
             return node
         return DynamicConv(
@@ -121,32 +120,36 @@ def set_ratios(
       ValueError: as in `make_dynamic`, and where a layer has no gate on that axis.
     """
     gates = dynamic_layers(model)
+    changes = []
     for axis, ratios in (("channel_ratio", channel_ratio), ("column_ratio", column_ratio)):
         for name, ratio in _ratio_of_each(model, list(gates), ratios, axis).items():
-            if ratio is None:
-                continue
-            variable: PruneRatio | None = getattr(gates[name], axis)
-            if variable is None and ratio > 0.0:
+            variable: Any = getattr(gates[name], axis)
+            if ratio and variable is None:
                 raise ValueError(f"{axis} of {name} cannot be set: it has no gate on that axis")
-            if variable is not None:
-                prune_ratio(ratio, f"{axis} of {name}")
-                variable[...] = jnp.asarray(ratio, jnp.float32)
+            if ratio is not None and variable is not None:
+                changes.append((variable, ratio))
+    for variable, ratio in changes:  # all of them, or none
+        variable[...] = jnp.asarray(ratio, jnp.float32)
 
 
-def _select(model: nnx.Module, layers: Layers) -> set[str]:
-    """The names of the convolutions that `layers` asks for."""
-    candidates = gateable_layers(model)
-    if not candidates:
-        raise ValueError(
-            f"{type(model).__name__} has no 2-D nnx.Conv with more than {_IMAGE_CHANNELS} channels"
-        )
+def _select(model: nnx.Module, layers: Layers) -> list[str]:
+    """The names of the convolutions that `layers` asks for, in order."""
+    convs = conv_layers(model)
+    inner = [name for name, conv in convs.items() if conv.in_features > _IMAGE_CHANNELS]
     if callable(layers):
-        chosen = {name for name, conv in candidates.items() if layers(name, conv)}
+        chosen = {name for name, conv in convs.items() if layers(name, conv)}
         if not chosen:
             raise ValueError("the function given as layers selects no convolution")
-        return chosen
-    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
-    return set().union(*(_matches(pattern, list(candidates)) for pattern in patterns))
+    else:
+        patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+        named = [pattern for pattern in patterns if pattern in convs]
+        if not named and not inner:
+            raise ValueError(
+                f"{type(model).__name__} has no 2-D nnx.Conv with more than {_IMAGE_CHANNELS}"
+                " input channels"
+            )
+        chosen = set(named).union(*(_matches(p, inner) for p in patterns if p not in named))
+    return [name for name in convs if name in chosen]
 
 
 def _matches(pattern: str, names: Sequence[str]) -> list[str]:
@@ -161,13 +164,13 @@ def _matches(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def _ratio_of_each(
-    model: nnx.Module, names: Sequence[str], ratios: Ratios, field: str
+    model: nnx.Module, names: Sequence[str], ratios: Any, field: str
 ) -> dict[str, float | None]:
     """Spells out, for each layer, one number, a number per block, or a mapping of patterns."""
     if ratios is None:
         return dict.fromkeys(names)
-    if isinstance(ratios, int | float):
-        ratios = {"*": float(ratios)}
+    if np.ndim(ratios) == 0 and not isinstance(ratios, Mapping):
+        ratios = {"*": ratios}
     if not isinstance(ratios, Mapping):
         blocks = len(getattr(model, "blocks", ()))
         if len(ratios) != blocks:
@@ -175,19 +178,27 @@ def _ratio_of_each(
                 f"{field} has {len(ratios)} values; this model has {blocks} blocks"
                 + ("" if blocks else ", so give one number or a mapping of layer patterns")
             )
-        # A block may hold no gateable layer of its own, so only those that do are patterns.
+        # A ratio of 0 may meet a block of which no layer is chosen.
         ratios = {
             f"blocks/{i}/*": ratio
             for i, ratio in enumerate(ratios)
-            if any(name.startswith(f"blocks/{i}/") for name in names)
+            if ratio != 0 or any(name.startswith(f"blocks/{i}/") for name in names)
         }
     spelled: dict[str, float | None] = dict.fromkeys(names)
     for pattern, ratio in ratios.items():
-        if not 0.0 <= ratio < 1.0:
-            raise ValueError(f"{field} is {ratio} for {pattern}; it must be in [0, 1)")
+        number = _checked(ratio, f"{field} for {pattern}")
         for name in _matches(pattern, names):
-            spelled[name] = float(ratio)
+            spelled[name] = number
     return spelled
+
+
+def _checked(ratio: Any, field: str) -> float:
+    try:
+        if isinstance(ratio, str | bool) or not 0.0 <= ratio < 1.0:
+            raise ValueError
+        return float(ratio)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field} is {ratio!r}; it must be a number in [0, 1)") from error
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

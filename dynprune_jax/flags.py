@@ -1,0 +1,83 @@
+"""The command line's flags: a config file, the fields set over it, a workdir and a mode."""
+
+import difflib
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dynprune_jax.config import Config, flatten
+from dynprune_jax.errors import UserError
+
+
+def parse(argv: Sequence[str], modes: Collection[str]) -> tuple[Config, str, str]:
+    """Parses a command line; nothing is kept from one call to the next.
+
+    Args:
+      argv: the command line, the program's name first.
+      modes: what `--mode` may be; the first is the default.
+
+    Returns:
+      Config, workdir and mode.
+
+    Raises:
+      UserError: for any mistake, of the config file too.
+    """
+    overrides = [arg for arg in argv if arg.startswith(("--config.", "-config."))]
+    values = flags.FlagValues()
+    for name in ("config", "workdir"):
+        flags.DEFINE_string(name, "", "", flag_values=values)
+    flags.DEFINE_string("mode", next(iter(modes)), "", flag_values=values)
+    rest = _attempt(lambda: values([arg for arg in argv if arg not in overrides]))
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no flag; write --name=value")
+    for name in ("config", "workdir"):
+        if not str(values[name].value).strip():
+            raise UserError(f"--{name} is missing; see --help")
+    if values.mode not in modes:
+        raise UserError(f"--mode is {values.mode!r}; choose one of {', '.join(modes)}")
+    if not Path(values.config.split(":")[0]).is_file():
+        raise UserError(f"--config is {values.config!r}; there is no such file")
+    fields = flatten(_load(values.config, []))
+    for override in overrides:
+        _check_field(override.lstrip("-").removeprefix("config.").split("=")[0], fields)
+    return _load(values.config, overrides), values.workdir, values.mode
+
+
+def _check_field(field: str, fields: Collection[str]) -> None:
+    if any(name.startswith(f"{field}.") for name in fields):
+        raise UserError(f"config.{field} is a section; set its fields, config.{field}.NAME")
+    if field not in fields:
+        close = difflib.get_close_matches(field, fields, n=1)
+        hint = f"; did you mean config.{close[0]}?" if close else ""
+        raise UserError(f"config.{field} is no field of a config{hint}")
+
+
+def _load(path: str, overrides: Sequence[str]) -> Any:
+    """Runs a config file and the flags that override its fields."""
+    argv = ["", f"--config={path}", *overrides]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+
+    def load() -> Any:
+        values(argv)
+        if not isinstance(values.config, ConfigDict):
+            raise TypeError("its get_config returns no ConfigDict")
+        return values.config
+
+    sys.modules.pop("config_config", None)  # where ml_collections leaves a file it has run
+    return _attempt(load, f"--config={path}: ")
+
+
+def _attempt(parse: Callable[[], Any], where: str = "") -> Any:
+    """Parses; a config file is a program, which may fail in any way, each made one line."""
+    try:
+        return parse()
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if any(line.startswith("Traceback") for line in lines):
+            lines = lines[-1:]
+        raise UserError(where + (" ".join(lines) or type(error).__name__)) from error
