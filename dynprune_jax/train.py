@@ -180,13 +180,14 @@ def run_phase(
                     timing.evaluation += time.perf_counter() - clock
                     clock = time.perf_counter()
                 if step % every_epochs["checkpoint"] == 0 or step == total:
-                    _stop_if_weights_are_not_finite(run, name, step, state)
+                    saved = jax.device_get(state)
+                    _stop_if_weights_are_not_finite(run, name, step, saved)
                     extra = {
                         "timing": dataclasses.asdict(timing),
                         "position": feed.position(),
                         "total": total,
                     }
-                    checkpoints.save(step, state, extra)
+                    checkpoints.save(step, saved, extra)
     return jax.device_get(state.values), timing.summary()
 
 
@@ -334,7 +335,7 @@ def _stop_if_not_finite(run: Run, name: str, step: int, metrics: Mapping[str, An
 
 def _stop_if_weights_are_not_finite(run: Run, name: str, step: int, state: TrainState) -> None:
     for path, value in state.values.items():
-        if not bool(jnp.isfinite(value).all()):
+        if not np.isfinite(value).all():
             raise _diverged(run, name, f"{path} is not finite", step)
 
 
