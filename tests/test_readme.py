@@ -55,7 +55,27 @@ def test_the_digits_claims_hold():
     assert min(run["pruned"]["mac_reduction"] for run in runs) >= 0.5
     assert drop <= 0.010
     assert untrained >= 2 * max(drop, 0.001)
+    for control in ("random", "inverse"):
+        others = mean(lambda run, c=control: run["pruned_by_other_criteria"][c]["accuracy"])
+        assert dense - others >= 10 * drop
     assert max(run["seconds"] for run in runs) <= 240
+
+
+def test_random_stays_above_inverse_on_the_dense_weights():
+    paths = sorted((ROOT / "docs" / "results" / "digits_vgg").glob("sweep_seed*.json"))
+    rows = [row for path in paths for row in json.loads(path.read_text()) if row["fraction"] > 0]
+    assert len(paths) == 3
+
+    def mean(criterion, fraction):
+        return statistics.mean(
+            row["accuracy"]
+            for row in rows
+            if (row["weights"], row["criterion"], row["fraction"]) == ("dense", criterion, fraction)
+        )
+
+    for fraction in (0.1, 0.2, 0.3, 0.4, 0.5):
+        attention, random, inverse = (mean(c, fraction) for c in ("attention", "random", "inverse"))
+        assert attention > random > inverse
 
 
 def test_every_file_that_the_readme_names_is_there():
