@@ -4,11 +4,15 @@ import runpy
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 from ml_collections import ConfigDict
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
