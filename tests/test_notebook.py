@@ -11,7 +11,7 @@ def test_the_quickstart_runs_and_shows_its_pictures(tmp_path, monkeypatch, data_
     # Plain JAX, as a user has it: the strict settings of these tests do not reach the kernel.
     notebook = nbformat.read(ROOT / "launch" / "colab" / "quickstart.ipynb", as_version=4)
     settings = next(cell for cell in notebook.cells if cell.source.startswith("WORKDIR ="))
-    settings.source = f"WORKDIR = {str(tmp_path / 'run')!r}\nDENSE_EPOCHS, PRUNE_EPOCHS = 1, 21"
+    settings.source = f"WORKDIR = {str(tmp_path / 'run')!r}\nDENSE_EPOCHS, PRUNE_EPOCHS = 2, 21"
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}})
     client.execute()
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
