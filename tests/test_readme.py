@@ -78,6 +78,15 @@ def test_random_stays_above_inverse_on_the_dense_weights():
         assert attention > random > inverse
 
 
+def test_the_cost_of_a_dynamic_step_is_what_was_measured():
+    for name in ("vgg16_channels", "vgg16_channels_and_columns"):
+        path = ROOT / "docs" / "results" / "step_cost" / f"{name}.json"
+        dense, dynamic = json.loads(path.read_text())
+        assert (dense["step"], dynamic["step"], dense["network"]) == ("dense", "dynamic", "vgg16")
+        assert dynamic["cost"] <= 1.15
+        assert f"**{dynamic['cost']:.3f}×**" in README
+
+
 def test_every_file_that_the_readme_names_is_there():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
