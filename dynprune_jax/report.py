@@ -46,7 +46,8 @@ def write_report(
       pruned: the same after targeted dropout, or None without one.
       timings: for each phase trained, where its time went. Without them this is an evaluation of
         a run that was trained before, and what the old report says of its training stays.
-      started: `time.perf_counter()` when the run began.
+      started: `time.perf_counter()` when the run began, or was resumed: the report's `seconds`
+        are this process's, its `phases` add up over all.
 
     Returns:
       The content of report.json.
@@ -82,8 +83,7 @@ def write_report(
             "train_examples": len(run.dataset.train),
             "test_examples": len(run.dataset.test),
         },
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in _PACKAGES},
+        "versions": _versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": timings or {},
     }
@@ -102,6 +102,16 @@ def _command() -> str | None:
     if program.name != "main.py" or program.parent.name != "dynprune_jax":
         return None
     return shlex.join(["python", "-m", "dynprune_jax.main", *sys.argv[1:]])
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            versions[name] = "not installed"
+    return versions
 
 
 def _told_of_training(run: Run) -> dict[str, Any]:
