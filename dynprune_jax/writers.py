@@ -1,6 +1,7 @@
 """What a run writes as it goes: metrics.jsonl, TensorBoard events, and lines on the screen."""
 
 import contextlib
+import datetime
 import json
 import os
 import time
@@ -109,7 +110,8 @@ class Screen:
         self._task = self._bar.add_task(
             name, total=total, completed=step, rate=0.0, loss=float("nan")
         )
-        self._last = time.perf_counter()
+        self._began = self._last = time.perf_counter()
+        self._steps = self._images = 0  # of this process
         self._total = total
 
     def __enter__(self) -> "Screen":
@@ -121,6 +123,8 @@ class Screen:
 
     def advance(self, steps: int, batch_size: int, metrics: dict[str, Any]) -> None:
         """Moves the bar on."""
+        self._steps += steps
+        self._images += steps * batch_size
         now = time.perf_counter()
         rate = steps * batch_size / (now - self._last)
         self._last = now
@@ -129,7 +133,9 @@ class Screen:
     def say(
         self, step: int, steps_per_epoch: int, accuracy: float, ratios: dict[str, float | None]
     ) -> None:
-        """Prints one line on where the phase stands."""
+        """Prints one line on where the phase stands; its rate and time left count everything."""
+        seconds = time.perf_counter() - self._began
+        left = datetime.timedelta(seconds=round((self._total - step) * seconds / self._steps))
         at = ", ".join(
             f"{ratio:.2f} of the {axis.removesuffix('_ratio')}s"
             for axis, ratio in ratios.items()
@@ -138,7 +144,8 @@ class Screen:
         self._console.print(
             f"{self._name:>5}  epoch {step / steps_per_epoch:.0f} of"
             f" {self._total / steps_per_epoch:.0f}: test accuracy {accuracy:.4f}"
-            + (f", pruning {at}" if at else ""),
+            + (f", pruning {at}" if at else "")
+            + f" ({self._images / seconds:,.0f} images/s, {left} left)",
             highlight=False,
             soft_wrap=True,
         )
