@@ -59,14 +59,14 @@ def device_batch(
 
 
 def stream_batches(
-    split: Split, batch_size: int, seed: int, *, threads: int = 4, skip: int = 0
+    split: Split, batch_size: int, seed: int, *, threads: int = 4
 ) -> grain.DatasetIterator:
     """Streams shuffled training batches without end, decoding in threads ahead of the caller.
 
     Each pass over the split is shuffled anew and holds every example once; batches run across
     the border of two passes. What comes is determined by the seed and the position alone.
-    Save the position with `get_state()` and restore it with `set_state(state)`, or through
-    `grain.checkpoint.CheckpointSave` and `CheckpointRestore`. Call `close()` to end the threads.
+    Save the position with `get_state()` and restore it with `set_state(state)`. Call `close()` to
+    end the threads.
 
     Args:
         split: where the examples come from.
@@ -74,8 +74,6 @@ def stream_batches(
         seed: of the orders.
         threads: how many batches are decoded at the same time; 0 decodes when asked. As many
             are kept ready.
-        skip: how many batches to leave out at the start. A saved position counts from there:
-            restore it into a stream with the same `skip`.
 
     Returns:
         An iterator of `{"image": uint8 (batch, side, side, channels), "label": int32 (batch,)}`.
@@ -96,7 +94,7 @@ def stream_batches(
     # remainder; asking to drop it keeps grain from rounding its length up past an integer.
     batches = order.batch(batch_size, drop_remainder=True).map(read)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    return iter(batches[skip:].to_iter_dataset(options))
+    return iter(batches.to_iter_dataset(options))
 
 
 def eval_batches(

@@ -31,10 +31,8 @@ class DynamicConv(nnx.Conv):
     A grouped convolution keeps or skips whole groups of channels (depthwise: each channel is a
     group), ranked by the group's mean attention; its columns are as any other's.
 
-    Modes, set with `model.set_attributes(...)`, `model.train()` and `model.eval()`:
-      gated: False runs the plain convolution, at the plain convolution's cost.
-      deterministic: True (the default, and evaluation) drops every target; False (training)
-        drops each with `drop_probability`.
+    Its mode, `deterministic`, is set with `model.train()` and `model.eval()`: True (the default,
+    and evaluation) drops every target, False (training) each with `drop_probability`.
 
     Args:
       conv: the convolution to take over; it must be an `nnx.Conv` with a 2-D kernel.
@@ -72,7 +70,6 @@ class DynamicConv(nnx.Conv):
         self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
         self.criterion = criterion
         self.drop_probability = drop_probability
-        self.gated = True
         self.deterministic = True
         self.rngs = nnx.RngStream(rngs(), tag="gate")
 
@@ -84,8 +81,6 @@ class DynamicConv(nnx.Conv):
 
     def masks(self, x: Float[Array, "*batch height width channels"]) -> Masks:
         """What this input keeps: of each map `kept_count(ratio, n)` channels and columns."""
-        if not self.gated:
-            return Masks()
         channels = columns = None
         if self.channel_ratio is not None:
             scores = channel_attention(x)
