@@ -1,6 +1,7 @@
 """The architectures: shapes, parameters, MACs, shortcuts and modes."""
 
 import functools
+import inspect
 import math
 
 import jax
@@ -135,6 +136,54 @@ def test_dense_macs_agree_with_the_literature(name, size, macs, with_head):
     apply, arguments = forward(model, (1, size, size, 3))
     convolutions, products = count_macs(jax.make_jaxpr(apply)(*arguments).jaxpr)
     assert convolutions + with_head * products == pytest.approx(macs, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_width_of_one_is_the_default(name):
+    # That this is the network of the literature, the tests of its parameters and MACs tell.
+    assert inspect.signature(getattr(models, name)).parameters["width"].default == 1.0
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_macs_fall_with_the_square_of_the_width(name):
+    def macs(width):
+        side = 2 * SMALLEST[name]
+        model = abstract(name, image_size=side, width=width)
+        apply, arguments = forward(model, (1, side, side, 3 if "digits" not in name else 1))
+        return sum(count_macs(jax.make_jaxpr(apply)(*arguments).jaxpr))
+
+    # The image and the logits keep their channels, so the ends of the network fall by the width.
+    assert 0.25 < macs(0.5) / macs(1.0) < 0.31
+
+
+def test_width_scales_every_layer():
+    def features(name, width):
+        layers = [m for _, m in nnx.iter_modules(abstract(name, image_size=64, width=width))]
+        return {
+            kind: [(m.in_features, m.out_features) for m in layers if isinstance(m, kind)]
+            for kind in (nnx.Conv, nnx.Linear)
+        }
+
+    for name in ("vgg16_imagenet", "resnet20", "resnet18", "resnet50"):
+        full, half = features(name, 1.0), features(name, 0.5)
+        for kind, pairs in full.items():  # all but the image's 3 channels and the 10 logits
+            expected = [(i if i == 3 else i // 2, o if o == 10 else o // 2) for i, o in pairs]
+            assert half[kind] == expected
+    assert sorted(features("vgg16_imagenet", 0.01)[nnx.Linear]) == [(20, 41), (41, 10), (41, 41)]
+
+
+def test_width_is_rounded_and_at_least_one_channel():
+    assert layers.scaled(64, 0.3) == 19
+    assert layers.scaled(64, 0.29) == 19
+    assert layers.scaled(64, 1.5) == 96
+    assert layers.scaled(16, 0.001) == 1
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_width_that_is_not_a_factor_is_refused(name):
+    for width in (0.0, -0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^width is {width}; it must be a finite number"):
+            getattr(models, name)(10, width=width, rngs=nnx.Rngs(0))
 
 
 def test_layer_paths():

@@ -1,9 +1,9 @@
 """Architectures, one file each; nothing here knows of pruning or of a config.
 
 Every name below is a factory with the same signature, so that a config can name a model:
-`factory(num_classes, *, in_channels, image_size, dtype, rngs)`. The model maps float images
-(batch, height, width, channels) to float32 logits (batch, num_classes). Its `blocks` list has
-one entry per stage of equal resolution, the unit in which papers quote prune ratios.
+`factory(num_classes, *, in_channels, image_size, width, dtype, rngs)`. The model maps float
+images (batch, height, width, channels) to float32 logits (batch, num_classes). Its `blocks` list
+has one entry per stage of equal resolution, the unit in which papers quote prune ratios.
 """
 
 from dynprune_jax.models.resnet import resnet18, resnet50

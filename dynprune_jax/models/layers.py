@@ -1,5 +1,7 @@
 """The convolution and the batch normalization that every architecture here is made of."""
 
+import math
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -72,6 +74,24 @@ def norm(channels: int, *, zero_scale: bool = False, rngs: nnx.Rngs) -> nnx.Batc
         scale_init=nnx.initializers.zeros if zero_scale else nnx.initializers.ones,
         rngs=rngs,
     )
+
+
+def scaled(channels: int, width: float) -> int:
+    """Scales a number of channels, for a physically smaller or larger network.
+
+    Args:
+      channels: the number at width 1.
+      width: the factor, above 0.
+
+    Returns:
+      `channels * width`, rounded, at least 1.
+
+    Raises:
+      ValueError: if `width` is not a finite number above 0.
+    """
+    if not 0.0 < width < math.inf:
+        raise ValueError(f"width is {width}; it must be a finite number above 0")
+    return max(1, round(channels * width))
 
 
 def check_image_size(name: str, image_size: int, at_least: int) -> None:

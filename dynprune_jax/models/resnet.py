@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import check_image_size, conv, norm
+from dynprune_jax.models.layers import check_image_size, conv, norm, scaled
 
 
 def stem_pool(
@@ -94,6 +94,7 @@ class ResNet(nnx.Module):
       units: number of units of each stage.
       num_classes: width of the logits.
       in_channels: channels of the image.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -108,15 +109,16 @@ class ResNet(nnx.Module):
         num_classes: int,
         *,
         in_channels: int,
+        width: float = 1.0,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.stem = conv(in_channels, 64, kernel_size=7, stride=2, dtype=dtype, rngs=rngs)
-        self.stem_norm = norm(64, rngs=rngs)
+        inputs = scaled(64, width)
+        self.stem = conv(in_channels, inputs, kernel_size=7, stride=2, dtype=dtype, rngs=rngs)
+        self.stem_norm = norm(inputs, rngs=rngs)
         blocks = []
-        inputs = 64
         for stage, count in enumerate(units):
-            channels = 64 * 2**stage
+            channels = scaled(64 * 2**stage, width)
             layers = []
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
@@ -143,6 +145,7 @@ def resnet18(
     *,
     in_channels: int = 3,
     image_size: int = 224,
+    width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> ResNet:
@@ -152,6 +155,7 @@ def resnet18(
       num_classes: width of the logits.
       in_channels: channels of the image.
       image_size: side of the square image, in pixels, at least 32.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -159,11 +163,17 @@ def resnet18(
       The model, in training mode, with 4 blocks.
 
     Raises:
-      ValueError: if `image_size` is below 32.
+      ValueError: if `image_size` is below 32, or `width` is not above 0.
     """
     check_image_size("resnet18", image_size, at_least=32)
     return ResNet(
-        BasicUnit, (2, 2, 2, 2), num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs
+        BasicUnit,
+        (2, 2, 2, 2),
+        num_classes,
+        in_channels=in_channels,
+        width=width,
+        dtype=dtype,
+        rngs=rngs,
     )
 
 
@@ -172,6 +182,7 @@ def resnet50(
     *,
     in_channels: int = 3,
     image_size: int = 224,
+    width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> ResNet:
@@ -181,6 +192,7 @@ def resnet50(
       num_classes: width of the logits.
       in_channels: channels of the image.
       image_size: side of the square image, in pixels, at least 32.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -188,9 +200,15 @@ def resnet50(
       The model, in training mode, with 4 blocks.
 
     Raises:
-      ValueError: if `image_size` is below 32.
+      ValueError: if `image_size` is below 32, or `width` is not above 0.
     """
     check_image_size("resnet50", image_size, at_least=32)
     return ResNet(
-        BottleneckUnit, (3, 4, 6, 3), num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs
+        BottleneckUnit,
+        (3, 4, 6, 3),
+        num_classes,
+        in_channels=in_channels,
+        width=width,
+        dtype=dtype,
+        rngs=rngs,
     )

@@ -5,7 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import check_image_size, conv, norm
+from dynprune_jax.models.layers import check_image_size, conv, norm, scaled
 
 
 def option_a_shortcut(
@@ -69,6 +69,7 @@ class CifarResNet(nnx.Module):
       units: residual units per stage; the depth is 6 x units + 2.
       num_classes: width of the logits.
       in_channels: channels of the image.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -82,11 +83,13 @@ class CifarResNet(nnx.Module):
         num_classes: int,
         *,
         in_channels: int,
+        width: float = 1.0,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.stem = conv(in_channels, 16, dtype=dtype, rngs=rngs)
-        self.stem_norm = norm(16, rngs=rngs)
+        first, second, third = (scaled(channels, width) for channels in (16, 32, 64))
+        self.stem = conv(in_channels, first, dtype=dtype, rngs=rngs)
+        self.stem_norm = norm(first, rngs=rngs)
         self.blocks = nnx.List(
             nnx.Sequential(
                 CifarUnit(inputs, channels, stride=stride, dtype=dtype, rngs=rngs),
@@ -95,9 +98,13 @@ class CifarResNet(nnx.Module):
                     for _ in range(units - 1)
                 ],
             )
-            for inputs, channels, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
+            for inputs, channels, stride in (
+                (first, first, 1),
+                (first, second, 2),
+                (second, third, 2),
+            )
         )
-        self.head = nnx.Linear(64, num_classes, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(third, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
@@ -115,6 +122,7 @@ def resnet20(
     *,
     in_channels: int = 3,
     image_size: int = 32,
+    width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> CifarResNet:
@@ -124,6 +132,7 @@ def resnet20(
       num_classes: width of the logits.
       in_channels: channels of the image.
       image_size: side of the square image, in pixels, at least 4.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -131,10 +140,10 @@ def resnet20(
       The model, in training mode, with 3 blocks.
 
     Raises:
-      ValueError: if `image_size` is below 4.
+      ValueError: if `image_size` is below 4, or `width` is not above 0.
     """
     check_image_size("resnet20", image_size, at_least=4)
-    return CifarResNet(3, num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs)
+    return CifarResNet(3, num_classes, in_channels=in_channels, width=width, dtype=dtype, rngs=rngs)
 
 
 def resnet56(
@@ -142,6 +151,7 @@ def resnet56(
     *,
     in_channels: int = 3,
     image_size: int = 32,
+    width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> CifarResNet:
@@ -153,6 +163,7 @@ def resnet56(
       num_classes: width of the logits.
       in_channels: channels of the image.
       image_size: side of the square image, in pixels, at least 4.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -160,10 +171,10 @@ def resnet56(
       The model, in training mode, with 3 blocks.
 
     Raises:
-      ValueError: if `image_size` is below 4.
+      ValueError: if `image_size` is below 4, or `width` is not above 0.
     """
     check_image_size("resnet56", image_size, at_least=4)
-    return CifarResNet(9, num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs)
+    return CifarResNet(9, num_classes, in_channels=in_channels, width=width, dtype=dtype, rngs=rngs)
 
 
 def resnet110(
@@ -171,6 +182,7 @@ def resnet110(
     *,
     in_channels: int = 3,
     image_size: int = 32,
+    width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> CifarResNet:
@@ -180,6 +192,7 @@ def resnet110(
       num_classes: width of the logits.
       in_channels: channels of the image.
       image_size: side of the square image, in pixels, at least 4.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -187,7 +200,9 @@ def resnet110(
       The model, in training mode, with 3 blocks.
 
     Raises:
-      ValueError: if `image_size` is below 4.
+      ValueError: if `image_size` is below 4, or `width` is not above 0.
     """
     check_image_size("resnet110", image_size, at_least=4)
-    return CifarResNet(18, num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs)
+    return CifarResNet(
+        18, num_classes, in_channels=in_channels, width=width, dtype=dtype, rngs=rngs
+    )

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import check_image_size, conv, norm
+from dynprune_jax.models.layers import check_image_size, conv, norm, scaled
 
 # (number of convolutions, their channels) of each block; VGG16 is column D of the paper's table 1.
 _VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -46,6 +46,10 @@ def global_mean(
 def flatten(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch features"]:
     """Lays each example's whole map out as one vector."""
     return x.reshape(x.shape[0], -1)
+
+
+def _plan(plan: Sequence[tuple[int, int]], width: float) -> list[tuple[int, int]]:
+    return [(count, scaled(channels, width)) for count, channels in plan]
 
 
 class VGG(nnx.Module):
@@ -103,6 +107,7 @@ def vgg16(
     *,
     in_channels: int = 3,
     image_size: int = 32,
+    width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> VGG:
@@ -114,6 +119,7 @@ def vgg16(
       num_classes: width of the logits.
       in_channels: channels of the image.
       image_size: side of the square image, in pixels, at least 32.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -121,11 +127,12 @@ def vgg16(
       The model, in training mode, with 5 blocks.
 
     Raises:
-      ValueError: if `image_size` is below 32.
+      ValueError: if `image_size` is below 32, or `width` is not above 0.
     """
     check_image_size("vgg16", image_size, at_least=32)
-    head = nnx.Linear(512, num_classes, dtype=dtype, rngs=rngs)
-    return VGG(_VGG16, global_mean, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
+    plan = _plan(_VGG16, width)
+    head = nnx.Linear(plan[-1][1], num_classes, dtype=dtype, rngs=rngs)
+    return VGG(plan, global_mean, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
 
 
 def vgg16_imagenet(
@@ -133,6 +140,7 @@ def vgg16_imagenet(
     *,
     in_channels: int = 3,
     image_size: int = 224,
+    width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> VGG:
@@ -145,6 +153,8 @@ def vgg16_imagenet(
       num_classes: width of the logits.
       in_channels: channels of the image.
       image_size: side of the square image, in pixels, at least 32.
+      width: factor on the channels of every convolution and on the 4096 of the head's two hidden
+        layers, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys and of the dropout's.
 
@@ -152,20 +162,22 @@ def vgg16_imagenet(
       The model, in training mode, with 5 blocks.
 
     Raises:
-      ValueError: if `image_size` is below 32.
+      ValueError: if `image_size` is below 32, or `width` is not above 0.
     """
     check_image_size("vgg16_imagenet", image_size, at_least=32)
+    plan = _plan(_VGG16, width)
     side = image_size // 32
+    hidden = scaled(4096, width)
     head = nnx.Sequential(
-        nnx.Linear(side * side * 512, 4096, dtype=dtype, rngs=rngs),
+        nnx.Linear(side * side * plan[-1][1], hidden, dtype=dtype, rngs=rngs),
         nnx.relu,
         nnx.Dropout(0.5, rngs=rngs),
-        nnx.Linear(4096, 4096, dtype=dtype, rngs=rngs),
+        nnx.Linear(hidden, hidden, dtype=dtype, rngs=rngs),
         nnx.relu,
         nnx.Dropout(0.5, rngs=rngs),
-        nnx.Linear(4096, num_classes, dtype=dtype, rngs=rngs),
+        nnx.Linear(hidden, num_classes, dtype=dtype, rngs=rngs),
     )
-    return VGG(_VGG16, flatten, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
+    return VGG(plan, flatten, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
 
 
 def vgg_digits(
@@ -173,6 +185,7 @@ def vgg_digits(
     *,
     in_channels: int = 1,
     image_size: int = 16,
+    width: float = 1.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> VGG:
@@ -182,6 +195,7 @@ def vgg_digits(
       num_classes: width of the logits.
       in_channels: channels of the image.
       image_size: side of the square image, in pixels, at least 8.
+      width: factor on the channels of every convolution, rounded, at least 1 channel.
       dtype: compute dtype; parameters and batch statistics are float32.
       rngs: source of the kernels' keys.
 
@@ -189,8 +203,9 @@ def vgg_digits(
       The model, in training mode, with 3 blocks.
 
     Raises:
-      ValueError: if `image_size` is below 8.
+      ValueError: if `image_size` is below 8, or `width` is not above 0.
     """
     check_image_size("vgg_digits", image_size, at_least=8)
-    head = nnx.Linear(128, num_classes, dtype=dtype, rngs=rngs)
-    return VGG(_DIGITS, global_mean, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
+    plan = _plan(_DIGITS, width)
+    head = nnx.Linear(plan[-1][1], num_classes, dtype=dtype, rngs=rngs)
+    return VGG(plan, global_mean, head, in_channels=in_channels, dtype=dtype, rngs=rngs)

@@ -1,10 +1,11 @@
 """The dynamic convolution: a gate in front of a convolution, per input."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dynprune_jax.pruning import masks as masks_lib
 from dynprune_jax.pruning.attention import (
@@ -28,8 +29,9 @@ class DynamicConv(nnx.Conv):
     convolution's own input (AntiDote, arXiv 2008.06543) and is free of parameters; its ratios
     are `PruneRatio` variables, so a change of ratio never recompiles a step they are passed to.
 
-    A grouped convolution keeps or skips whole groups of channels (depthwise: each channel is a
-    group), ranked by the group's mean attention; its columns are as any other's.
+    What is ranked may be coarser than one channel or one column: groups of neighbouring channels
+    and square patches of columns, kept or skipped whole and ranked by their mean attention. A
+    grouped convolution keeps or skips whole groups of its own (depthwise: each channel is one).
 
     Its mode, `deterministic`, is set with `model.train()` and `model.eval()`: True (the default,
     and evaluation) drops every target, False (training) each with `drop_probability`.
@@ -38,6 +40,10 @@ class DynamicConv(nnx.Conv):
       conv: the convolution to take over; it must be an `nnx.Conv` with a 2-D kernel.
       channel_ratio: prune ratio over channels in [0, 1), or None for no gate on channels.
       column_ratio: prune ratio over columns in [0, 1), or None for no gate on columns.
+      channel_group: channels in a group; the largest divisor of the channels up to that is
+        taken. A grouped convolution has its own.
+      column_patch: side of a patch of columns; of a map that it does not divide, the largest
+        side up to that which does.
       criterion: turns attention into the scores to rank, see `attention.CRITERIA`.
       drop_probability: in training, the chance of a target to be dropped, in (0, 1].
       rngs: draws for the criterion `random` and for a `drop_probability` below 1.
@@ -52,6 +58,8 @@ class DynamicConv(nnx.Conv):
         *,
         channel_ratio: float | None = None,
         column_ratio: float | None = None,
+        channel_group: int = 1,
+        column_patch: int = 1,
         criterion: Criterion = attention,
         drop_probability: float = 1.0,
         rngs: nnx.Rngs,
@@ -61,6 +69,9 @@ class DynamicConv(nnx.Conv):
                 f"only an nnx.Conv with a 2-D kernel can be made dynamic, not {type(conv).__name__}"
                 f" with kernel size {getattr(conv, 'kernel_size', None)}"
             )
+        for name, size in (("channel_group", channel_group), ("column_patch", column_patch)):
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
         if not 0.0 < drop_probability <= 1.0:
             raise ValueError(f"drop_probability is {drop_probability}; it must be in (0, 1]")
         for name, value in vars(conv).items():
@@ -68,6 +79,8 @@ class DynamicConv(nnx.Conv):
                 setattr(self, name, value)
         self.channel_ratio = nnx.data(prune_ratio(channel_ratio, "channel_ratio"))
         self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
+        self.channel_group = channel_group
+        self.column_patch = column_patch
         self.criterion = criterion
         self.drop_probability = drop_probability
         self.deterministic = True
@@ -80,21 +93,37 @@ class DynamicConv(nnx.Conv):
         return self.convolve(inputs, self.masks(inputs), out_sharding)
 
     def masks(self, x: Float[Array, "*batch height width channels"]) -> Masks:
-        """What this input keeps: of each map `kept_count(ratio, n)` channels and columns."""
-        channels = columns = None
+        """What this input keeps: of each map `kept_count(ratio, n)` channels and columns.
+
+        Where the gate ranks groups or patches, `n` is their number.
+        """
+        *batch, height, width, channels = x.shape
+        keep_channels = keep_columns = None
         if self.channel_ratio is not None:
+            size = self.group_size(channels)
             scores = channel_attention(x)
-            if self.feature_group_count > 1:
-                groups = scores.reshape(*scores.shape[:-1], self.feature_group_count, -1)
-                kept = self._keep(jnp.mean(groups, axis=-1), self.channel_ratio)
-                channels = jnp.repeat(kept, groups.shape[-1], axis=-1)
-            else:
-                channels = self._keep(scores, self.channel_ratio)
+            if size > 1:
+                scores = jnp.mean(scores.reshape(*batch, -1, size), axis=-1)
+            keep_channels = jnp.repeat(self._keep(scores, self.channel_ratio), size, axis=-1)
         if self.column_ratio is not None:
+            side = self.patch_side(height, width)
             scores = column_attention(x)
-            flat = scores.reshape(*scores.shape[:-2], -1)
-            columns = self._keep(flat, self.column_ratio).reshape(scores.shape)
-        return Masks(channels, columns)
+            if side > 1:
+                patches = scores.reshape(*batch, height // side, side, width // side, side)
+                scores = jnp.mean(patches, axis=(-3, -1))
+            kept = self._keep(scores.reshape(*batch, -1), self.column_ratio).reshape(scores.shape)
+            keep_columns = jnp.repeat(jnp.repeat(kept, side, axis=-2), side, axis=-1)
+        return Masks(keep_channels, keep_columns)
+
+    def group_size(self, channels: int) -> int:
+        """How many neighbouring channels are kept or skipped together."""
+        if self.feature_group_count > 1:
+            return channels // self.feature_group_count
+        return _divisor(self.channel_group, channels)
+
+    def patch_side(self, height: int, width: int) -> int:
+        """The side of the square of columns that are kept or skipped together."""
+        return _divisor(self.column_patch, math.gcd(height, width))
 
     def convolve(
         self,
@@ -105,12 +134,21 @@ class DynamicConv(nnx.Conv):
         """Convolves the kept part of `x`: every way of executing it must equal this one."""
         return super().__call__(masks.apply(x), out_sharding)
 
-    def _keep(self, scores, ratio: PruneRatio):
-        count = masks_lib.kept_count(ratio[...], scores.shape[-1])
+    def kept_count(self, ratio: Any, n: int) -> int | Int[Array, ""]:
+        """How many of `n` a ratio of this gate keeps."""
+        return masks_lib.kept_count(ratio[...], n)
+
+    def _keep(self, scores: Any, ratio: Any) -> Any:
+        count = self.kept_count(ratio, scores.shape[-1])
         mask = masks_lib.keep_highest(self.criterion(scores, self.rngs), count)
         if self.deterministic or self.drop_probability == 1.0:
             return mask
         return masks_lib.drop_targets(self.rngs(), mask, self.drop_probability)
+
+
+def _divisor(size: int, n: int) -> int:
+    """The largest divisor of `n` that is at most `size`."""
+    return max(d for d in range(1, min(size, n) + 1) if n % d == 0)
 
 
 def prune_ratio(ratio: float | None, name: str) -> PruneRatio | None:

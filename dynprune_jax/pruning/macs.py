@@ -51,8 +51,8 @@ class LayerUsage:
       fan_out: outputs that one input channel feeds at one tap, `C_out / groups`.
       channels: input channels.
       columns: input columns, `height * width`.
-      ranked: how many the gate ranks, for each axis that it has: channels (of a grouped
-        convolution, groups), then columns.
+      ranked: how many the gate ranks, for each axis that it has: channels or groups of them,
+        then columns or patches of them.
     """
 
     kept_channels: Int[Leaf, "*batch"]
@@ -183,12 +183,12 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         positions = jax.eval_shape(ones, jnp.zeros((1, height, width, 1))).size
         dense_taps = int(taps(every_column)[0])
     fan_out = conv.out_features // conv.feature_group_count
+    dynamic = isinstance(conv, DynamicConv)
     ranked = []
     if masks.channels is not None:
-        grouped = conv.feature_group_count > 1
-        ranked.append(conv.feature_group_count if grouped else channels)
+        ranked.append(channels // (conv.group_size(channels) if dynamic else 1))
     if masks.columns is not None:
-        ranked.append(height * width)
+        ranked.append(height * width // (conv.patch_side(height, width) ** 2 if dynamic else 1))
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
         kept_columns=_kept(masks.columns, batch, height * width, axes=(-2, -1)),
@@ -275,29 +275,3 @@ def _kept(mask: Array | None, batch: list[int], n: int, axes: tuple[int, ...]) -
     if mask is None:
         return jnp.full(batch, n, jnp.int32)
     return jnp.sum(mask, axis=axes, dtype=jnp.int32)
-
-
-def meter(layer: nnx.Module, name: str, clock: Callable[[], int]) -> None:
-    """Makes a layer of a throw-away copy sow the `LayerUsage` of each of its calls.
-
-    The layer stays an instance of its own class, so a model that looks at it sees no difference.
-
-    Args:
-      layer: an `nnx.Conv` or `nnx.Linear`; it is changed.
-      name: its path in the model.
-      clock: numbers the calls.
-    """
-    kind: Any = type(layer)
-
-    class Metered(kind):
-        def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-            place = {"name": name, "order": clock()}
-            if isinstance(self, DynamicConv):
-                masks = self.masks(inputs)
-                self.sow(nnx.Intermediate, "usage", conv_usage(self, inputs.shape, masks, **place))
-                return self.convolve(inputs, masks, *args, **kwargs)
-            count = conv_usage if isinstance(self, nnx.Conv) else linear_usage
-            self.sow(nnx.Intermediate, "usage", count(self, inputs.shape, Masks(), **place))
-            return super().__call__(inputs, *args, **kwargs)
-
-    layer.__class__ = Metered

@@ -7,8 +7,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.pruning.macs import LayerUsage, Usage, meter, program_macs
-from dynprune_jax.pruning.surgery import path_name
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
+from dynprune_jax.pruning.masks import Masks
+from dynprune_jax.pruning.surgery import intercept
 
 
 def measure(
@@ -33,10 +35,18 @@ def measure(
     """
     clock = itertools.count().__next__
 
-    metered = nnx.clone(model)
-    for path, layer in list(nnx.iter_modules(metered)):
-        if isinstance(layer, nnx.Conv | nnx.Linear):
-            meter(layer, path_name(path), clock)
+    def count(name: str, layer: Any, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Sows the `LayerUsage` of each call of a layer."""
+        place = {"name": name, "order": clock()}
+        if isinstance(layer, DynamicConv):
+            masks = layer.masks(inputs)
+            layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
+            return layer.convolve(inputs, masks, *args, **kwargs)
+        usage = conv_usage if isinstance(layer, nnx.Conv) else linear_usage
+        layer.sow(nnx.Intermediate, "usage", usage(layer, inputs.shape, Masks(), **place))
+        return call(inputs, *args, **kwargs)
+
+    metered = intercept(model, (nnx.Conv, nnx.Linear), count)
     run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
     logits, sown = run(metered, images, *others)
     layers = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))

@@ -44,12 +44,42 @@ def dynamic_layers(model: nnx.Module) -> dict[str, DynamicConv]:
     return {k: v for k, v in conv_layers(model).items() if isinstance(v, DynamicConv)}
 
 
+def intercept(
+    model: Model, kinds: type[nnx.Module] | tuple[type[nnx.Module], ...], call: Callable[..., Any]
+) -> Model:
+    """Returns a throw-away copy of a model in which the calls of some layers go through `call`.
+
+    Args:
+      model: it is left as it is.
+      kinds: of the layers.
+      call: gets the layer's name, the layer, its own `__call__`, and the arguments. The layer
+        stays an instance of its own class, so a model that looks at it sees no difference.
+    """
+    copy = nnx.clone(model)
+    for path, layer in list(nnx.iter_modules(copy)):
+        if isinstance(layer, kinds):
+            _intercept(layer, path_name(path), call)
+    return copy
+
+
+def _intercept(layer: nnx.Module, name: str, call: Callable[..., Any]) -> None:
+    kind: Any = type(layer)
+
+    class Intercepted(kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return call(name, self, super().__call__, *args, **kwargs)
+
+    layer.__class__ = Intercepted
+
+
 def make_dynamic(
     model: Model,
     channel_ratio: Ratios = None,
     column_ratio: Ratios = None,
     *,
     layers: Layers = "*",
+    channel_group: int = 1,
+    column_patch: int = 1,
     criterion: Criterion = attention,
     drop_probability: float = 1.0,
     rngs: nnx.Rngs | None = None,
@@ -72,6 +102,9 @@ def make_dynamic(
         (`"blocks/*/conv2"`), several of them, or a function of the name and the convolution.
         A pattern with a wildcard leaves out what sees the image, told by its at most 4 input
         channels; its full name, or a function, may choose that too.
+      channel_group: how many neighbouring channels are kept or skipped together, see
+        `DynamicConv`.
+      column_patch: the side of the square of columns that are kept or skipped together.
       criterion: what to rank by, see `attention.CRITERIA`.
       drop_probability: of targeted dropout in training, in (0, 1].
       rngs: seeds the random criterion and stochastic dropout; `nnx.Rngs(0)` by default.
@@ -95,6 +128,8 @@ def make_dynamic(
             node,
             channel_ratio=channel.get(name),
             column_ratio=column.get(name),
+            channel_group=channel_group,
+            column_patch=column_patch,
             criterion=criterion,
             drop_probability=drop_probability,
             rngs=rngs,

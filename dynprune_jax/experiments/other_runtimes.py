@@ -1,0 +1,256 @@
+"""The same dense network in PyTorch and in ONNX Runtime, to time beside JAX.
+
+The packages are an extra, `pip install dynprune_jax[compare]`; without them this file does
+nothing, so they are imported only where they are used.
+"""
+
+import copy
+import importlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Float32
+
+from dynprune_jax.models import resnet, resnet_cifar, vgg
+
+# What cannot be timed without each package; the ONNX file is exported from the PyTorch network.
+_RUNTIMES = {
+    "torch": "PyTorch and ONNX Runtime",
+    "onnx": "ONNX Runtime",
+    "onnxruntime": "ONNX Runtime",
+}
+
+
+def other_runtimes(
+    model: nnx.Module,
+    images: Float32[np.ndarray, "batch height width channels"],
+    threads: int | None = None,
+) -> tuple[dict[str, Callable[[], np.ndarray]], list[str]]:
+    """Builds the model's dense network in other runtimes, on the CPU.
+
+    They compute what the model does in evaluation mode, in float32 whatever its compute dtype,
+    with each batch normalization folded into its convolution. Of a dynamic model it is the dense
+    network: the gates are ignored. The images are laid out for each runtime here, once.
+
+    Args:
+      model: one of the architectures of `dynprune_jax.models`, dense or dynamic.
+      images: what every call classifies.
+      threads: CPU threads of each runtime, all the machine has by default; for PyTorch this
+        is a setting of the whole process.
+
+    Returns:
+      functions: by name ("PyTorch", "PyTorch channels last", "ONNX Runtime"), each computes the
+        logits of the images, float32 (batch, classes).
+      notes: a line for each thing that was left out, and why.
+    """
+    threads = threads or os.cpu_count() or 1
+    absent = {}
+    for package in _RUNTIMES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            absent[package] = _line(error)
+    notes = [f"{_RUNTIMES[package]} left out: {why}" for package, why in absent.items()]
+    if "torch" in absent:
+        return {}, notes
+    try:
+        network = _torch_network(model)
+    except NotImplementedError as error:
+        return {}, [*notes, f"PyTorch and ONNX Runtime left out: {error}"]
+
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(threads)
+    planes = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    last: Any = {"memory_format": torch.channels_last}
+    functions = {
+        "PyTorch": _in_torch(network, planes),
+        "PyTorch channels last": _in_torch(copy.deepcopy(network).to(**last), planes.to(**last)),
+    }
+    if not absent:
+        try:
+            functions["ONNX Runtime"] = _in_onnxruntime(network, planes, threads)
+        except Exception as error:  # the exporters raise many kinds
+            notes.append(f"ONNX Runtime left out: {_line(error)}")
+    return functions, notes
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _in_torch(network: Any, planes: Any) -> Callable[[], np.ndarray]:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    def logits() -> np.ndarray:
+        with torch.inference_mode():
+            return network(planes).numpy()
+
+    return logits
+
+
+def _in_onnxruntime(network: Any, planes: Any, threads: int) -> Callable[[], np.ndarray]:
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "network.onnx")
+        _export(network, planes, path)
+        session: Any = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+    inputs = {session.get_inputs()[0].name: planes.numpy()}
+
+    def logits() -> np.ndarray:
+        return session.run(None, inputs)[0]
+
+    return logits
+
+
+def _export(network: Any, planes: Any, path: str) -> None:
+    """Writes the network as ONNX, for images of this shape only."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    def export(**kind: Any) -> None:
+        torch.onnx.export(network, (planes,), path, verbose=False, **kind)
+
+    with warnings.catch_warnings():
+        # Both exporters announce the end of something, and of that they use themselves.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            export(dynamo=False)  # quicker, and needs no onnxscript
+        except Exception:  # PyTorch is to drop that exporter, without saying when
+            export(dynamo=True, external_data=False)
+
+
+def _torch_network(model: nnx.Module) -> Any:
+    """Translates a model into a `torch.nn.Module` from NCHW images to logits.
+
+    Raises:
+      NotImplementedError: for a model, a unit or a layer that is not one of the package's own.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
+
+    class Residual(nn.Module):
+        """The relu of a branch plus a shortcut."""
+
+        def __init__(self, branch: Any, shortcut: Any):
+            super().__init__()
+            self.branch = branch
+            self.shortcut = shortcut
+
+        def forward(self, x: Any) -> Any:
+            return nn.functional.relu_(self.branch(x).add_(self.shortcut(x)))
+
+    class OptionA(nn.Module):
+        """Every `stride`-th column, with zero channels appended."""
+
+        def __init__(self, stride: int, extra: int):
+            super().__init__()
+            self.stride = stride
+            self.extra = extra
+
+        def forward(self, x: Any) -> Any:
+            x = x[:, :, :: self.stride, :: self.stride]
+            return nn.functional.pad(x, (0, 0, 0, 0, 0, self.extra))
+
+    class Flatten(nn.Module):
+        """Lays each map out as one vector, channels last: the order that the head was given."""
+
+        def forward(self, x: Any) -> Any:
+            return x.permute(0, 2, 3, 1).flatten(1)
+
+    def filled(layer: Any, weight: np.ndarray, bias: np.ndarray) -> Any:
+        layer.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+        return layer
+
+    def convolution(conv: Any, norm: Any) -> Any:
+        # In evaluation the normalization is a scale and a shift of each output channel.
+        factor = np.asarray(norm.scale) / np.sqrt(np.asarray(norm.var) + norm.epsilon)
+        kernel = np.asarray(conv.kernel) * factor
+        shift = np.asarray(norm.bias) - np.asarray(norm.mean) * factor
+        layer = nn.utils.skip_init(
+            nn.Conv2d,
+            conv.in_features,
+            conv.out_features,
+            conv.kernel_size,
+            stride=conv.strides,
+            # The convolutions of the models have the same padding on both sides, and no bias.
+            padding=tuple(before for before, _ in conv.padding),
+        )
+        return filled(layer, kernel.transpose(3, 2, 0, 1), shift)
+
+    def linear(layer: Any) -> Any:
+        empty = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features)
+        return filled(empty, np.asarray(layer.kernel).T, np.asarray(layer.bias))
+
+    def relu(*layers: Any) -> Any:
+        return nn.Sequential(*layers, nn.ReLU(inplace=True))
+
+    def mean() -> Any:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def two_convolutions(unit: Any) -> Any:
+        first = relu(convolution(unit.conv1, unit.norm1))
+        return nn.Sequential(first, convolution(unit.conv2, unit.norm2))
+
+    def three_convolutions(unit: Any) -> Any:
+        first = relu(two_convolutions(unit))
+        return nn.Sequential(first, convolution(unit.conv3, unit.norm3))
+
+    def projection(unit: Any) -> Any:
+        if not unit.projects:
+            return nn.Identity()
+        return convolution(unit.shortcut, unit.shortcut_norm)
+
+    def option_a(unit: Any) -> Any:
+        extra = unit.out_channels - unit.conv1.in_features
+        return OptionA(unit.stride, extra) if unit.stride > 1 or extra else nn.Identity()
+
+    def chain(*layers: Any) -> Any:
+        return nn.Sequential(*map(translate, layers))
+
+    counterparts: dict[Any, Callable[[Any], Any]] = {
+        vgg.VGG: lambda m: chain(*m.blocks, m.to_features, m.head),
+        resnet_cifar.CifarResNet: lambda m: nn.Sequential(
+            relu(convolution(m.stem, m.stem_norm)), chain(*m.blocks), mean(), linear(m.head)
+        ),
+        resnet.ResNet: lambda m: nn.Sequential(
+            relu(convolution(m.stem, m.stem_norm)),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            chain(*m.blocks),
+            mean(),
+            linear(m.head),
+        ),
+        vgg.VGGUnit: lambda m: relu(convolution(m.conv, m.norm)),
+        resnet_cifar.CifarUnit: lambda m: Residual(two_convolutions(m), option_a(m)),
+        resnet.BasicUnit: lambda m: Residual(two_convolutions(m), projection(m)),
+        resnet.BottleneckUnit: lambda m: Residual(three_convolutions(m), projection(m)),
+        vgg.max_pool: lambda _: nn.MaxPool2d(2),
+        vgg.global_mean: lambda _: mean(),
+        vgg.flatten: lambda _: Flatten(),
+        nnx.Sequential: lambda m: chain(*m.layers),
+        nnx.Linear: linear,
+        nnx.Dropout: lambda _: nn.Identity(),
+        nnx.relu: lambda _: relu(),
+    }
+
+    def translate(layer: Any) -> Any:
+        # By exact class: a subclass may compute something else.
+        key = type(layer) if isinstance(layer, nnx.Module) else layer
+        if key not in counterparts:
+            name = getattr(key, "__name__", repr(key))
+            raise NotImplementedError(f"{name} cannot be translated to PyTorch")
+        return counterparts[key](layer)
+
+    return translate(model).eval().requires_grad_(False)

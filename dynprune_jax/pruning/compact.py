@@ -1,0 +1,63 @@
+"""Compact execution: from a dynamic model to one that skips what its gates leave out."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flax import nnx
+
+from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.folding import fold_batch_norms
+from dynprune_jax.pruning.plan import Plan, measure_plan
+from dynprune_jax.pruning.surgery import conv_layers, path_name
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def compact(
+    model: Model,
+    images: Any,
+    *others: Any,
+    plan: Plan | str | os.PathLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Returns the model for inference: the same answers, to rounding, as fast as it goes here.
+
+    Batch norms are folded into convolutions, and every convolution is executed in the form that
+    is the fastest on this device: compact where that pays, masked where it does not. A model
+    without gates becomes the fastest dense one. Ratios are fixed: to change them, set them on
+    the dynamic model and make it compact again. Compile it: `nnx.jit(fast)(images)`.
+
+    Args:
+      model: any NNX model, usually from `make_dynamic`. It is left as it is.
+      images: an example batch, or its shape and dtype. The result takes any other batch too;
+        only the plan is made for this one.
+      *others: what else the model is called with.
+      plan: from `measure_plan`, or changed or made by hand; or a file: the plan is read from
+        there, or if there is none, measured and kept there. None: measured.
+      progress: called after each layer is measured, see `measure_plan`.
+
+    Raises:
+      ValueError: if the plan names a layer that the model does not have, or a form that a layer
+        cannot be executed in; if the file is not a plan.
+    """
+    folded = fold_batch_norms(model, images, *others)
+    if not isinstance(plan, Plan):
+        path = None if plan is None else Path(plan)
+        if path is not None and path.exists():
+            plan = Plan.load(path)
+        else:
+            plan = measure_plan(folded, images, *others, progress=progress)
+            if path is not None:
+                plan.save(path)
+    convs = conv_layers(folded)
+    for name in plan.forms:
+        if name not in convs:
+            raise ValueError(f"the plan names {name}, and the model has no such convolution")
+
+    def execute(path: tuple, node: Any) -> Any:
+        form = plan.forms.get(path_name(path))
+        return node if form is None else CompactConv(node, form)
+
+    return nnx.recursive_map(execute, folded)

@@ -1,0 +1,82 @@
+"""The compact convolution: what a gate leaves out is not computed."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynprune_jax.pruning import masks as masks_lib
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.forms import REPEATING, Form, Geometry, execute, layout, repeat_map
+from dynprune_jax.pruning.masks import Masks
+
+
+class CompactConv(DynamicConv):
+    """A convolution, dynamic or not, executed in a given form, for inference.
+
+    Its ratios are plain numbers and its kernel is laid out for the form, so neither can be
+    trained; the answers are those of the `DynamicConv` it was made from, to rounding.
+
+    Args:
+      conv: the convolution; it is left as it is.
+      form: how to execute it.
+    """
+
+    def __init__(self, conv: nnx.Conv, form: Form):
+        gates: dict[str, Any] = {}
+        if isinstance(conv, DynamicConv):
+            names = ("channel_group", "column_patch", "criterion")
+            gates = {name: getattr(conv, name) for name in names}
+        super().__init__(conv, **gates, rngs=nnx.Rngs(0))
+        if isinstance(conv, DynamicConv):
+            self.rngs = conv.rngs
+            self.channel_ratio = nnx.static(_number(conv.channel_ratio))
+            self.column_ratio = nnx.static(_number(conv.column_ratio))
+        self.form = form
+        if form != Form():
+            kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
+            (kernel,) = conv.promote_dtype((kernel,), dtype=conv.dtype)  # once, not in every call
+            self.kernel = nnx.Param(layout(form, kernel))
+
+    def kept_count(self, ratio: float | None, n: int) -> int:
+        """How many of `n` are kept; all of them without a gate."""
+        with jax.ensure_compile_time_eval():
+            return n if ratio is None else int(masks_lib.kept_count(ratio, n))
+
+    def convolve(
+        self,
+        x: Float[Array, "*batch height width channels"],
+        masks: Masks,
+        out_sharding: Any = None,
+    ) -> Float[Array, "*batch out_height out_width features"]:
+        """Convolves the kept part of `x` in this layer's form."""
+        if self.form == Form():
+            return super().convolve(x, masks, out_sharding)
+        *batch, _, _, channels = x.shape
+        x, masks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), (x, masks))
+        if self.padding in REPEATING:
+            x, masks = Masks(None, masks.columns).apply(x), Masks(masks.channels)
+            x = repeat_map(self, x)
+        height, width = x.shape[1:3]
+        group, patch = self.group_size(channels), self.patch_side(height, width) ** 2
+        bias = None if self.bias is None else self.bias[...]
+        x, weights, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        y = execute(
+            self.form,
+            Geometry.of(self, height, width),
+            weights,
+            x,
+            masks,
+            kept_channels=group * self.kept_count(self.channel_ratio, channels // group),
+            kept_columns=patch * self.kept_count(self.column_ratio, height * width // patch),
+            precision=self.precision,
+        )
+        if bias is not None:
+            y = y + bias.reshape(1, 1, 1, -1).astype(y.dtype)
+        return y.astype(self.preferred_element_type or x.dtype).reshape(*batch, *y.shape[1:])
+
+
+def _number(ratio: Any) -> float | None:
+    """A ratio as a plain number; None for a gate that keeps everything."""
+    return None if ratio is None else float(ratio[...]) or None

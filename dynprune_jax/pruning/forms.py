@@ -1,0 +1,366 @@
+"""The forms a convolution can be executed in: every one gives the same answers, at its own price.
+
+A convolution is a sum over the positions of its kernel (its *taps*). As a matrix product it can
+have the taps of its input side by side (`patches`, also known as im2col), the taps of its output
+(`taps`: one product for all of them, then shifted adds), or one kernel dimension on each side
+(`rows`). What a gate does not keep is set to zero (*masked*), or left out of the product
+(*gathered*: the kept rows and channels are collected, and of the kernel the rows of the kept
+channels, for each image its own).
+
+Images are computed a few at a time, in a loop, so that all between the map and its result stays
+in the cache. That is worth more than it seems: laid out for a whole batch, the patches of a large
+map take longer to write than to multiply.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from dynprune_jax.pruning.masks import Masks, kept_indices
+
+# Paddings that repeat the map instead of adding zeros around it.
+REPEATING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Form:
+    """One way to execute a convolution. It is data: plans save, print and compare it.
+
+    Attributes:
+      product: `conv` (XLA's own convolution), `patches`, `rows` or `taps`.
+      channels: whether the kept channels are gathered; if not, the others are masked.
+      columns: the same of columns; only `taps` gathers them.
+      images: how many are computed at a time; 0 for all.
+    """
+
+    product: str = "conv"
+    channels: bool = False
+    columns: bool = False
+    images: int = 0
+
+    def __str__(self) -> str:
+        gathered = [name for name in ("channels", "columns") if getattr(self, name)]
+        parts = [self.product, "+".join(gathered), f"by {self.images}" if self.images else ""]
+        return " ".join(filter(None, parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Where the taps of a convolution fall on its input: all static.
+
+    Attributes:
+      height: of the input, in columns.
+      width: of the input, in columns.
+      kernel: height and width of the kernel.
+      strides: down and across.
+      dilation: of the kernel, down and across.
+      padding: zeros before and after, down and across.
+    """
+
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+
+    @classmethod
+    def of(cls, conv: nnx.Conv, height: int, width: int) -> "Geometry":
+        """The geometry of a convolution of maps of this size.
+
+        A padding that repeats the map is no part of it: `repeat_map` adds that before.
+        """
+        kernel, strides = _pair(conv.kernel_size), _pair(conv.strides)
+        dilation, padding = _pair(conv.kernel_dilation), conv.padding
+        if padding in REPEATING:
+            padding = "VALID"
+        if isinstance(padding, str):
+            padding = lax.padtype_to_pads((height, width), _spans(conv), strides, padding)
+        elif isinstance(padding, int):
+            padding = (padding, padding)
+        down, across = (_pair(side) for side in padding)
+        return cls(height, width, kernel, strides, dilation, (down, across))
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        height, width = (
+            (n + sum(pad) - (k - 1) * d - 1) // s + 1
+            for n, pad, k, d, s in zip(
+                (self.height, self.width),
+                self.padding,
+                self.kernel,
+                self.dilation,
+                self.strides,
+                strict=True,
+            )
+        )
+        return height, width
+
+    def down(self, tap: int) -> slice:
+        """The rows of the padded input that a row of the kernel meets, one for each output row."""
+        return self._meets(0, tap)
+
+    def across(self, tap: int) -> slice:
+        """The same of columns of the kernel and of the padded input."""
+        return self._meets(1, tap)
+
+    def _meets(self, axis: int, tap: int) -> slice:
+        start = tap * self.dilation[axis]
+        return slice(
+            start, start + (self.out[axis] - 1) * self.strides[axis] + 1, self.strides[axis]
+        )
+
+
+def repeat_map(
+    conv: nnx.Conv, x: Float[Array, "batch height width channels"]
+) -> Float[Array, "batch padded_height padded_width channels"]:
+    """Adds the padding that `CIRCULAR` and `REFLECT` mean, as `nnx.Conv` does."""
+    sides = [((span - 1) // 2, span // 2) for span in _spans(conv)]
+    return jnp.pad(x, ((0, 0), *sides, (0, 0)), mode=REPEATING[str(conv.padding)])
+
+
+def _spans(conv: nnx.Conv) -> list[int]:
+    """The columns that a kernel spans, down and across."""
+    sizes = zip(_pair(conv.kernel_size), _pair(conv.kernel_dilation), strict=True)
+    return [(size - 1) * dilation + 1 for size, dilation in sizes]
+
+
+def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float[Array, "..."]:
+    """Lays a kernel out as the form multiplies it: once, when a network is made compact.
+
+    Returns:
+      For `conv` the kernel itself. Else `(taps of the input, channels, taps of the output *
+      features)`.
+    """
+    height, width, channels, features = kernel.shape
+    if form.product == "patches":
+        return kernel.reshape(height * width, channels, features)
+    if form.product == "rows":
+        return kernel.transpose(1, 2, 0, 3).reshape(width, channels, height * features)
+    if form.product == "taps":
+        return kernel.transpose(2, 0, 1, 3).reshape(1, channels, height * width * features)
+    return kernel
+
+
+def execute(
+    form: Form,
+    geometry: Geometry,
+    weights: Float[Array, "..."],
+    x: Float[Array, "batch height width channels"],
+    masks: Masks,
+    *,
+    kept_channels: int,
+    kept_columns: int,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "batch out_height out_width features"]:
+    """Convolves what the masks keep of each image.
+
+    Args:
+      form: how; `conv` only with gathered channels, for without it is the layer's own.
+      geometry: of the convolution on maps of this size.
+      weights: the kernel, from `layout`.
+      x: the maps.
+      masks: what each image keeps.
+      kept_channels: how many channels each image keeps.
+      kept_columns: how many columns each image keeps.
+      precision: of the products.
+
+    Returns:
+      The map without a bias, in float32 or, if `x` is wider, in its dtype.
+    """
+    batch = x.shape[0]
+    image: dict[str, Any] = {"x": x}
+    if masks.channels is not None:
+        if form.channels:
+            image["channels"], _ = kept_indices(masks.channels, kept_channels)
+        else:
+            image["channel_mask"] = masks.channels
+    if masks.columns is not None:
+        if form.columns:
+            flat = masks.columns.reshape(batch, -1)
+            image["columns"], places = kept_indices(flat, kept_columns)
+            image["places"] = places.reshape(masks.columns.shape)
+        else:
+            image["column_mask"] = masks.columns
+    product = _PRODUCTS[form.product]
+
+    def convolve(image: Mapping[str, Any]) -> Array:
+        dtype = jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
+        return product(geometry, weights, _Dot(precision, dtype), **image)
+
+    if form.product == "conv":  # a loop would keep XLA from its fast convolution
+        each = [convolve(jax.tree.map(lambda leaf, i=i: leaf[i], image)) for i in range(batch)]
+        return jnp.stack(each)
+    if form.images in (0, batch):
+        return jax.vmap(convolve)(image)
+    return lax.map(convolve, image, batch_size=form.images if form.images > 1 else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dot:
+    """A matrix product of `(..., n)` with `(n, features)`."""
+
+    precision: Any
+    dtype: Any
+
+    def __call__(self, left: Array, right: Array) -> Array:
+        return jnp.matmul(left, right, precision=self.precision, preferred_element_type=self.dtype)
+
+
+def _patches(
+    geometry: Geometry, weights: Array, dot: _Dot, x: Array, channels: Any = None, **masks: Any
+) -> Array:
+    """All taps on the input's side: a product of `taps * channels` with `features`."""
+    x, weights = _kept_part(x, weights, channels, **masks)
+    padded = _padded(x, geometry.padding)
+    views = [
+        padded[geometry.down(i), geometry.across(j)]
+        for i in range(geometry.kernel[0])
+        for j in range(geometry.kernel[1])
+    ]
+    side_by_side = views[0] if len(views) == 1 else jnp.concatenate(views, axis=-1)
+    return dot(side_by_side, weights.reshape(-1, weights.shape[-1]))
+
+
+def _rows(
+    geometry: Geometry, weights: Array, dot: _Dot, x: Array, channels: Any = None, **masks: Any
+) -> Array:
+    """The kernel's columns on the input's side, its rows on the output's: a third of the copies.
+
+    With a stride down, rows that nobody asked for would be computed too.
+    """
+    x, weights = _kept_part(x, weights, channels, **masks)
+    padded = _padded(x, ((0, 0), geometry.padding[1]))
+    views = [padded[:, geometry.across(j)] for j in range(geometry.kernel[1])]
+    y = dot(jnp.concatenate(views, axis=-1), weights.reshape(-1, weights.shape[-1]))
+    y = y.reshape(*y.shape[:2], geometry.kernel[0], -1)
+    y = jnp.pad(y, (geometry.padding[0], (0, 0), (0, 0), (0, 0)))
+    return sum(y[geometry.down(i), :, i] for i in range(geometry.kernel[0]))
+
+
+def _taps(
+    geometry: Geometry,
+    weights: Array,
+    dot: _Dot,
+    x: Array,
+    columns: Array,
+    places: Array,
+    channels: Any = None,
+    **masks: Any,
+) -> Array:
+    """All taps on the output's side: each kept column times the kernel, then shifted adds."""
+    kept = _take(x.reshape(-1, 1, x.shape[-1]), columns)
+    x, weights = _kept_part(kept, weights, channels, **masks)
+    nothing = jnp.zeros((1, x.shape[-1]), x.dtype)  # what a column that is not kept adds
+    y = dot(jnp.concatenate([x[:, 0], nothing]), weights[0])
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    y = lax.optimization_barrier(y).reshape(-1, y.shape[-1] // taps)
+    places = jnp.pad(places, geometry.padding, constant_values=len(columns))
+    return sum(
+        _take(y, places[geometry.down(i), geometry.across(j)] * taps + i * geometry.kernel[1] + j)
+        for i in range(geometry.kernel[0])
+        for j in range(geometry.kernel[1])
+    )
+
+
+def _conv(
+    geometry: Geometry, weights: Array, dot: _Dot, x: Array, channels: Array, **masks: Any
+) -> Array:
+    """XLA's convolution of the kept channels with their rows of the kernel."""
+    x = Masks(None, masks.get("column_mask")).apply(x)
+    y = lax.conv_general_dilated(
+        _take(x, channels, axis=-1)[None],
+        _take(weights, channels, axis=2),
+        geometry.strides,
+        geometry.padding,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=dot.precision,
+        preferred_element_type=dot.dtype,
+    )
+    return y[0]
+
+
+_PRODUCTS: dict[str, Callable[..., Array]] = {
+    "conv": _conv,
+    "patches": _patches,
+    "rows": _rows,
+    "taps": _taps,
+}
+
+
+def _kept_part(
+    x: Array,
+    weights: Array,
+    channels: Array | None,
+    channel_mask: Array | None = None,
+    column_mask: Array | None = None,
+) -> tuple[Array, Array]:
+    """The kept channels of a map and their rows of the kernel; the rest masked."""
+    x = Masks(channel_mask, column_mask).apply(x)
+    if channels is None:
+        return x, weights
+    return _take(x, channels, axis=-1), _take(weights, channels, axis=1)
+
+
+def _padded(x: Array, padding: Any) -> Array:
+    """The map with zeros around it. The barrier keeps XLA from making it again for every tap."""
+    if any(map(any, padding)):
+        x = jnp.pad(x, (*padding, (0, 0)))
+    return lax.optimization_barrier(x)
+
+
+def _take(x: Array, indices: Array, axis: int = 0) -> Array:
+    return jnp.take(x, indices, axis=axis, mode="clip")  # the default fills, and compares
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if value is None:
+        return (1, 1)
+    if isinstance(value, int | np.integer):
+        return (int(value), int(value))
+    first, second = value
+    return int(first), int(second)
+
+
+def candidates(
+    conv: nnx.Conv, batch: int, *, channels: bool, columns: bool, loops: bool
+) -> Iterator[Form]:
+    """The forms that can execute a convolution, most promising of each kind first.
+
+    Args:
+      conv: the convolution.
+      batch: images at a time.
+      channels: whether its gate leaves channels out.
+      columns: whether its gate leaves columns out.
+      loops: whether a loop over a few images at a time can pay: on a CPU, with its caches.
+    """
+    yield Form()
+    one_group = conv.feature_group_count == 1 and _pair(conv.input_dilation) == (1, 1)
+    if not one_group:
+        return
+    rows = _pair(conv.strides)[0] == 1 and _pair(conv.kernel_size)[0] > 1
+    products = ("patches", "rows") if rows else ("patches",)
+    some = [n for n in (1, 2, 4, 16) if loops and n < batch]
+    for n in (0, *some):
+        for product in products:
+            yield Form(product, images=n)
+    if channels:
+        if batch <= 8:
+            yield Form("conv", channels=True)
+        for n in (0, *some[:3]):
+            for product in products:
+                yield Form(product, channels=True, images=n)
+    if columns and conv.padding not in REPEATING:
+        for n in (0, *some):
+            yield Form("taps", columns=True, images=n)
+            if channels:
+                yield Form("taps", channels=True, columns=True, images=n)

@@ -1,0 +1,226 @@
+"""Plans: in which form each convolution of a network is executed, found by measuring."""
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.table
+from flax import nnx
+
+from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.forms import Form, candidates
+from dynprune_jax.pruning.surgery import conv_layers, intercept
+
+# In the first round each form runs once; one this much slower than the best is out.
+_HOPELESS = 1.5
+
+
+@dataclasses.dataclass
+class Plan:
+    """The form of every convolution. Data: print it, save it, load it, change it.
+
+    Attributes:
+      forms: by layer name. A layer that is not named is executed masked, by XLA's convolution.
+      milliseconds: what each form took, by layer name and form, for one batch.
+      measured_on: where: `device`, `jax`, and the shape and dtype of the `images`.
+    """
+
+    forms: dict[str, Form]
+    milliseconds: dict[str, dict[Form, float]] = dataclasses.field(default_factory=dict)
+    measured_on: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan as JSON."""
+        layers = {
+            name: {
+                "form": dataclasses.asdict(form),
+                "milliseconds": [
+                    {**dataclasses.asdict(other), "milliseconds": taken}
+                    for other, taken in sorted(
+                        self.milliseconds.get(name, {}).items(), key=lambda item: item[1]
+                    )
+                ],
+            }
+            for name, form in self.forms.items()
+        }
+        text = json.dumps({"measured_on": self.measured_on, "layers": layers}, indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Reads a plan that `save` wrote, or one made by hand without times.
+
+        Raises:
+          ValueError: if the file is not a plan.
+        """
+        try:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            plan = cls({}, {}, dict(stored.get("measured_on", {})))
+            for name, layer in stored["layers"].items():
+                plan.forms[name] = Form(**layer["form"])
+                taken = [dict(entry) for entry in layer.get("milliseconds", ())]
+                plan.milliseconds[name] = {
+                    Form(**entry): milliseconds
+                    for entry in taken
+                    for milliseconds in [entry.pop("milliseconds")]
+                }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a plan: {error}") from error
+        return plan
+
+    def table(self) -> rich.table.Table:
+        """The plan as a table: each layer's form, its time, and the next best."""
+        where = ", ".join(f"{key} {value}" for key, value in self.measured_on.items())
+        table = rich.table.Table(title=f"Plan ({where})" if where else "Plan")
+        table.add_column("layer")
+        table.add_column("form")
+        table.add_column("ms", justify="right")
+        table.add_column("next best", style="dim")
+        for name, form in self.forms.items():
+            taken = self.milliseconds.get(name, {})
+            others = sorted((ms, str(other)) for other, ms in taken.items() if other != form)
+            table.add_row(
+                name,
+                str(form),
+                f"{taken[form]:.3f}" if form in taken else "",
+                f"{others[0][1]} ({others[0][0]:.3f})" if others else "",
+            )
+        return table
+
+
+def interleaved(
+    functions: Mapping[Any, Callable[[], Any]], repeats: int, warmup: int = 2, pause: float = 0.0
+) -> dict[Any, list[float]]:
+    """Times functions in turn, so that a slow moment of the machine falls on all of them.
+
+    Args:
+      functions: each does its work and returns arrays, which are waited for.
+      repeats: how often each is timed.
+      warmup: untimed calls of each before that.
+      pause: seconds of rest before each call, for the threads of the one before to go to sleep.
+
+    Returns:
+      The seconds of every call, by name.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + repeats):
+        for name, function in functions.items():
+            time.sleep(pause)
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure_plan(
+    model: nnx.Module,
+    images: Any,
+    *others: Any,
+    repeats: int = 7,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Measures the forms of each convolution on this device, and keeps the fastest.
+
+    Each layer is measured by itself, on random maps of the shapes it sees. Layers of equal shape
+    and gates share a measurement.
+
+    Args:
+      model: any NNX model, usually from `make_dynamic`, as it will run (`fold_batch_norms`).
+      images: a batch, or its shape and dtype; the plan is for that batch size.
+      *others: what else the model is called with.
+      repeats: how often each form is timed after the first round.
+      progress: called after each layer with how many are done, and how many there are.
+    """
+    layers = conv_layers(model)
+    shapes = _input_shapes(model, images, *others)
+    plan = Plan(
+        {},
+        measured_on={
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "images": f"{'x'.join(map(str, images.shape))} {images.dtype}",
+        },
+    )
+    measured: dict[Any, dict[Form, float]] = {}
+    for done, (name, shape) in enumerate(shapes.items()):
+        case = _case(layers[name], shape)
+        if case not in measured:
+            measured[case] = _measure(layers[name], shape, repeats)
+        plan.milliseconds[name] = measured[case]
+        plan.forms[name] = min(measured[case], key=measured[case].__getitem__)
+        if progress is not None:
+            progress(done + 1, len(shapes))
+    return plan
+
+
+def _input_shapes(model: nnx.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """What each convolution sees, in the order of execution; the last call's, if several."""
+    layers = conv_layers(model)
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+
+    def record(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in layers:
+            batch = x.shape[:-3]
+            flat = (x.size // max(1, x[(0,) * len(batch)].size), *x.shape[-3:])
+            shapes[name] = jax.ShapeDtypeStruct(flat, x.dtype)
+        return call(x, *args, **kwargs)
+
+    watched = intercept(model, nnx.Conv, record)
+    graph, state = nnx.split(watched)
+    jax.eval_shape(lambda state, *x: nnx.merge(graph, state)(*x), state, *inputs)
+    return shapes
+
+
+def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
+    """All that the time of a layer depends on, so that equal layers are measured once."""
+    gates = ()
+    if isinstance(conv, DynamicConv):
+        compact = CompactConv(conv, Form())
+        gates = (compact.channel_ratio, compact.column_ratio, compact.channel_group)
+        gates += (compact.column_patch,)
+    return (
+        (shape.shape, str(shape.dtype), str(conv.dtype), conv.kernel[...].shape),
+        (str(conv.strides), str(conv.padding), str(conv.kernel_dilation)),
+        (str(conv.input_dilation), conv.feature_group_count, str(conv.precision)),
+        gates,
+    )
+
+
+def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[Form, float]:
+    """Times the forms of one layer, in milliseconds: hopeless ones once, the others often."""
+    gate = CompactConv(conv, Form())
+    x = jax.random.normal(jax.random.key(0), shape.shape, jnp.float32).astype(shape.dtype)
+    masks = jax.block_until_ready(jax.jit(gate.masks)(x))
+    runs = {}
+    for form in candidates(
+        conv,
+        shape.shape[0],
+        channels=masks.channels is not None,
+        columns=masks.columns is not None,
+        loops=jax.default_backend() == "cpu",
+    ):
+        graph, state = nnx.split(CompactConv(conv, form))
+        run = jax.jit(
+            lambda state, x, masks, graph=graph: nnx.merge(graph, state).convolve(x, masks)
+        )
+        compiled = run.lower(state, x, masks).compile()
+        runs[form] = lambda compiled=compiled, state=state: compiled(state, x, masks)
+    if len(runs) == 1:
+        return dict.fromkeys(runs, 0.0) | _milliseconds(interleaved(runs, 1))
+    times = _milliseconds(interleaved(runs, 1, warmup=1))
+    limit = _HOPELESS * min(times.values())
+    hopeful = {form: run for form, run in runs.items() if times[form] <= limit}
+    return times | _milliseconds(interleaved(hopeful, repeats, warmup=1))
+
+
+def _milliseconds(seconds: Mapping[Form, list[float]]) -> dict[Form, float]:
+    return {form: 1e3 * statistics.median(taken) for form, taken in seconds.items()}

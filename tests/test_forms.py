@@ -1,0 +1,139 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynprune_jax.pruning.attention import random
+from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.forms import Form, candidates
+
+
+def drawn(seed, *shape):
+    """Normal numbers from NumPy: JAX would compile its draw for every shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@st.composite
+def cases(draw):
+    """A dynamic convolution of any geometry and gates, and maps for it."""
+    kernel = (draw(st.sampled_from([1, 3, 5, 7])), draw(st.sampled_from([1, 3, 5, 7])))
+    dilation = draw(st.sampled_from([1, 1, 2]))
+    spans = [(k - 1) * dilation + 1 for k in kernel]
+    padding = draw(
+        st.sampled_from(["SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", 0, 2])
+        | st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2)
+    )
+    # A map that the kernel fits into, whatever the padding.
+    height, width = (draw(st.integers(span, span + 5)) for span in spans)
+    channels, features = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    seed = draw(st.integers(0, 99))
+    conv = nnx.Conv(
+        channels,
+        features,
+        kernel,
+        strides=draw(st.sampled_from([1, 2, (2, 1), (1, 2)])),
+        padding=padding,
+        kernel_dilation=dilation,
+        use_bias=draw(st.booleans()),
+        kernel_init=lambda key, shape, dtype: drawn(seed, *shape),
+        bias_init=lambda key, shape, dtype: drawn(seed, *shape),
+        rngs=nnx.Rngs(0),
+    )
+    ratios = st.none() | st.floats(0, 0.95)
+    gate = DynamicConv(
+        conv,
+        channel_ratio=draw(ratios),
+        column_ratio=draw(ratios),
+        channel_group=draw(st.integers(1, 3)),
+        column_patch=draw(st.integers(1, 3)),
+        rngs=nnx.Rngs(0),
+    )
+    return gate, drawn(seed + 1, draw(st.integers(1, 16)), height, width, channels)
+
+
+def all_forms(gate, x):
+    masks = CompactConv(gate, Form()).masks(x)
+    channels, columns = masks.channels is not None, masks.columns is not None
+    return set(candidates(gate, len(x), channels=channels, columns=columns, loops=True))
+
+
+def relative_error(y, reference):
+    y, reference = np.asarray(y, np.float64), np.asarray(reference, np.float64)
+    return np.max(np.abs(y - reference)) / max(np.max(np.abs(reference)), 1e-30)
+
+
+@settings(max_examples=40)
+@given(cases(), st.data())
+def test_every_form_equals_masked_execution(case, data):
+    gate, x = case
+    form = data.draw(st.sampled_from(sorted(all_forms(gate, x))))
+    y, reference = jax.jit(lambda x: (CompactConv(gate, form)(x), gate(x)))(x)
+    assert y.shape == reference.shape
+    assert y.dtype == reference.dtype
+    assert relative_error(y, reference) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "strides", "padding", "at_least"),
+    [(1, 1, "SAME", 18), (3, 1, ((1, 2), (0, 1)), 26), (3, 2, "SAME", 18), (3, 1, "CIRCULAR", 18)],
+)
+def test_all_forms_of_a_few_convolutions(kernel, strides, padding, at_least, dtype):
+    base = nnx.Conv(
+        8, 5, (kernel, kernel), strides=strides, padding=padding, dtype=dtype, rngs=nnx.Rngs(0)
+    )
+    gate = DynamicConv(base, channel_ratio=0.5, column_ratio=0.4, rngs=nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(0), (5, 6, 7, 8)).astype(dtype)
+    # bfloat16 keeps 8 bits, and the masked execution rounds once as well.
+    limit = 1e-5 if dtype == jnp.float32 else 2**-7
+    forms = sorted(all_forms(gate, x))
+    assert len(forms) >= at_least
+    run = jax.jit(lambda x: (gate(x), [CompactConv(gate, form)(x) for form in forms]))
+    reference, results = run(x)
+    for form, y in zip(forms, results, strict=True):
+        assert y.dtype == dtype
+        error = relative_error(y.astype(jnp.float32), reference.astype(jnp.float32))
+        assert error < limit, form
+
+
+def test_one_image_without_a_batch_axis_and_several_batch_axes():
+    gate = DynamicConv(
+        nnx.Conv(6, 4, (3, 3), rngs=nnx.Rngs(0)),
+        channel_ratio=0.5,
+        column_ratio=0.5,
+        rngs=nnx.Rngs(1),
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 5, 6))
+    for form in (Form("rows", channels=True, images=2), Form("taps", columns=True)):
+        fast = nnx.jit(CompactConv(gate, form))
+        np.testing.assert_allclose(fast(x), gate(x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(fast(x[0, 0]), gate(x)[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_mask_stays():
+    mask = jnp.zeros((3, 3, 4, 2)).at[1].set(1.0)
+    base = nnx.Conv(4, 2, (3, 3), mask=mask, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+    np.testing.assert_allclose(CompactConv(base, Form("rows"))(x), base(x), rtol=1e-4, atol=1e-6)
+
+
+def test_grouped_and_dilated_inputs_are_left_to_xla():
+    for options in ({"feature_group_count": 2}, {"input_dilation": 2, "padding": 1}):
+        base = nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0), **options)
+        gate = DynamicConv(base, channel_ratio=0.5, rngs=nnx.Rngs(1))
+        x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+        assert all_forms(gate, x) == {Form()}
+        np.testing.assert_array_equal(CompactConv(gate, Form())(x), gate(x))
+
+
+def test_random_selection_works_in_every_form():
+    base = nnx.Conv(8, 4, (3, 3), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (4, 5, 5, 8))
+    for form in (Form(), Form("rows", channels=True, images=2)):
+        gate = DynamicConv(base, channel_ratio=0.5, criterion=random, rngs=nnx.Rngs(3))
+        same = DynamicConv(base, channel_ratio=0.5, criterion=random, rngs=nnx.Rngs(3))
+        np.testing.assert_allclose(CompactConv(gate, form)(x), same(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,201 @@
+"""The dense network in PyTorch and ONNX Runtime: the same logits, and what is left out."""
+
+import math
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dynprune_jax
+from dynprune_jax import models
+from dynprune_jax.experiments.other_runtimes import other_runtimes
+from dynprune_jax.models.vgg import VGG, VGGUnit
+
+RUNTIMES = ["PyTorch", "PyTorch channels last", "ONNX Runtime"]
+
+
+def trained(name, **kwargs):
+    """Returns a model in evaluation mode with every array drawn, as if it had been trained."""
+    # Drawn by NumPy: a factory's own draws would be compiled, for longer than all the rest.
+    model = nnx.eval_shape(lambda: getattr(models, name)(10, rngs=nnx.Rngs(0), **kwargs))
+    model.eval()
+    rng = np.random.default_rng(0)
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, nnx.Conv | nnx.Linear):
+            *fan_in, _ = layer.kernel.shape
+            fill(layer.kernel, rng, scale=math.sqrt(2 / math.prod(fan_in)))
+        if isinstance(layer, nnx.BatchNorm | nnx.Linear):
+            fill(layer.bias, rng, scale=0.2)
+        if isinstance(layer, nnx.BatchNorm):
+            fill(layer.mean, rng, scale=0.2)
+            fill(layer.var, rng, scale=0.5, least=0.5)
+            fill(layer.scale, rng, scale=0.3, least=0.8)
+        if isinstance(layer, nnx.Dropout):
+            layer.rngs = None
+    return model
+
+
+def fill(variable, rng, scale, least=None):
+    """Draws an array around 0, or from `least` upwards."""
+    values = draw(rng, scale, variable.shape)
+    variable.set_value(jnp.asarray(values if least is None else least + abs(values)))
+
+
+@nnx.jit
+def call(model, images):
+    return model(images)
+
+
+def draw(rng, scale, shape):
+    return rng.normal(scale=scale, size=shape).astype(np.float32)
+
+
+def batch(side, channels=3):
+    return draw(np.random.default_rng(1), 1.0, (2, side, side, channels))
+
+
+def assert_same_logits(functions, model, images):
+    expected = call(model, images)
+    assert expected.std() > 0.1
+    assert np.ptp(expected, axis=0).max() > 0.01  # the two images are told apart
+    for function in functions.values():
+        logits = function()
+        assert type(logits) is np.ndarray
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(function(), logits)
+
+
+@pytest.fixture
+def packages():
+    for package in ("torch", "onnx", "onnxruntime"):
+        pytest.importorskip(package)
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize(
+    ("name", "width", "side"),
+    [
+        ("vgg16", 0.125, 32),
+        ("vgg16_imagenet", 0.0625, 32),
+        ("vgg16_imagenet", 0.0625, 64),  # a last map of 2x2, so the order of the vector counts
+        ("resnet20", 1.0, 32),
+        ("resnet20", 0.3, 31),  # odd sides: where a stride starts counts
+        ("resnet18", 0.25, 64),
+        ("resnet18", 0.1, 59),
+        ("resnet50", 0.125, 64),
+    ],
+)
+def test_every_runtime_agrees(name, width, side):
+    model = trained(name, width=width, image_size=side)
+    images = batch(side)
+    functions, notes = other_runtimes(model, images, threads=1)
+    assert list(functions) == RUNTIMES
+    assert notes == []
+    assert_same_logits(functions, model, images)
+
+
+@pytest.mark.usefixtures("packages")
+def test_read_only_grey_images_of_an_odd_side():
+    model = trained("vgg_digits", width=0.25, image_size=13)
+    images = batch(13, channels=1)
+    images.flags.writeable = False
+    functions, notes = other_runtimes(model, images)
+    assert notes == []
+    assert_same_logits(functions, model, images)
+
+
+@pytest.mark.usefixtures("packages")
+def test_of_a_dynamic_model_it_is_the_dense_network():
+    dense = trained("resnet20", width=0.5)
+    dynamic = dynprune_jax.make_dynamic(dense, channel_ratio=0.5, column_ratio=0.5)
+    functions, _ = other_runtimes(dynamic, batch(32), threads=1)
+    assert_same_logits(functions, dense, batch(32))
+
+
+@pytest.mark.usefixtures("packages")
+def test_the_newer_exporter_serves_when_the_first_fails(monkeypatch):
+    import torch
+
+    pytest.importorskip("onnxscript")
+    export = torch.onnx.export
+
+    def without_the_first(*args, dynamo, **kwargs):
+        if not dynamo:
+            raise TypeError("unexpected keyword argument 'dynamo'")
+        return export(*args, dynamo=True, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", without_the_first)
+    model = trained("resnet20", width=0.25, image_size=8)
+    functions, notes = other_runtimes(model, batch(8), threads=1)
+    assert notes == []
+    assert_same_logits(functions, model, batch(8))
+
+
+@pytest.mark.usefixtures("packages")
+def test_an_export_that_fails_is_noted(monkeypatch):
+    import torch
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no such operator\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    functions, notes = other_runtimes(trained("vgg_digits", width=0.1), batch(16, 1), threads=1)
+    assert list(functions) == RUNTIMES[:2]
+    assert notes == ["ONNX Runtime left out: RuntimeError: no such operator"]
+
+
+@pytest.mark.usefixtures("packages")
+def test_a_model_or_a_layer_of_another_kind_is_noted():
+    class OtherUnit(VGGUnit):
+        pass
+
+    class OtherModel(VGG):
+        pass
+
+    def model(kind, to_features):
+        head = nnx.Linear(4, 10, rngs=nnx.Rngs(0))
+        dtype = np.float32
+        return kind(((1, 4),), to_features, head, in_channels=3, dtype=dtype, rngs=nnx.Rngs(0))
+
+    def peak(x):
+        return x.max(axis=(1, 2))
+
+    unit = model(VGG, peak)
+    unit.blocks[0].layers[0] = OtherUnit(3, 4, dtype=np.float32, rngs=nnx.Rngs(0))
+    for other, name in (
+        (model(OtherModel, peak), "OtherModel"),
+        (model(VGG, peak), "peak"),
+        (unit, "OtherUnit"),
+    ):
+        functions, notes = other_runtimes(other, batch(8), threads=1)
+        assert functions == {}
+        assert notes == [
+            f"PyTorch and ONNX Runtime left out: {name} cannot be translated to PyTorch"
+        ]
+
+
+def test_absent_packages_are_noted(monkeypatch):
+    for package in ("torch", "onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, package, None)
+    functions, notes = other_runtimes(trained("vgg_digits", width=0.1), batch(16, 1))
+    assert functions == {}
+    assert len(notes) == 3
+    for note, start in zip(
+        notes, ("PyTorch and ONNX Runtime", "ONNX Runtime", "ONNX Runtime"), strict=True
+    ):
+        assert note.startswith(f"{start} left out: ModuleNotFoundError: ")
+    for note, package in zip(notes, ("torch", "onnx", "onnxruntime"), strict=True):
+        assert f" {package} " in note
+
+
+@pytest.mark.usefixtures("packages")
+def test_pytorch_alone_still_serves(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    model = trained("vgg_digits", width=0.1)
+    functions, notes = other_runtimes(model, batch(16, 1), threads=1)
+    assert list(functions) == RUNTIMES[:2]
+    assert len(notes) == 1
+    assert_same_logits(functions, model, batch(16, 1))
