@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dynprune_jax.pruning.masks import Masks, drop_targets, keep_highest, kept_count
+from dynprune_jax.pruning.masks import (
+    Masks,
+    drop_targets,
+    highest,
+    keep_highest,
+    kept_count,
+    kept_indices,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +91,26 @@ def test_masks_zero_what_is_not_kept():
     np.testing.assert_array_equal(Masks(channels, columns).apply(x), expected)
     assert Masks().apply(x) is x
     assert Masks(channels).apply(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@given(st.integers(1, 3), st.integers(1, 150), st.data())
+def test_kept_indices_are_those_of_the_mask(batch, n, data):
+    count = data.draw(st.integers(1, n))
+    scores = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=(batch, n))
+    mask = slow_mask(scores, count)
+    kept, place = kept_indices(jnp.asarray(mask), count)
+    for row, indices, places in zip(mask, kept, place, strict=True):
+        np.testing.assert_array_equal(indices, np.flatnonzero(row))
+        np.testing.assert_array_equal(places[row], np.arange(count))
+        assert (places[~row] == count).all()
+
+
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=few_values), st.data()
+)
+def test_highest_are_the_indices_of_what_keep_highest_marks(scores, data):
+    count = data.draw(st.integers(1, scores.shape[1]))
+    for row, indices in zip(
+        slow_mask(scores, count), highest(jnp.asarray(scores), count), strict=True
+    ):
+        np.testing.assert_array_equal(np.sort(indices), np.flatnonzero(row))

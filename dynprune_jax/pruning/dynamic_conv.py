@@ -97,23 +97,43 @@ class DynamicConv(nnx.Conv):
 
         Where the gate ranks groups or patches, `n` is their number.
         """
+        return self.choose(x.shape, *self.scores(x))
+
+    def choose(
+        self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None
+    ) -> Masks:
+        """The masks of maps of a shape, from the scores of what the gate ranks."""
+        channels = columns = None
+        if channel_scores is not None:
+            channels = self._keep(channel_scores, self.channel_ratio)
+            channels = jnp.repeat(channels, self.group_size(shape[-1]), axis=-1)
+        if column_scores is not None:
+            side = self.patch_side(*shape[-3:-1])
+            flat = column_scores.reshape(*column_scores.shape[:-2], -1)
+            columns = self._keep(flat, self.column_ratio).reshape(column_scores.shape)
+            columns = jnp.repeat(jnp.repeat(columns, side, axis=-2), side, axis=-1)
+        return Masks(channels, columns)
+
+    def scores(
+        self, x: Float[Array, "*batch height width channels"]
+    ) -> tuple[Float[Array, "*batch groups"] | None, Float[Array, "*batch rows patches"] | None]:
+        """What the gate ranks, of channels and of columns: the highest are kept."""
         *batch, height, width, channels = x.shape
-        keep_channels = keep_columns = None
+        of_channels = of_columns = None
         if self.channel_ratio is not None:
             size = self.group_size(channels)
-            scores = channel_attention(x)
+            of_channels = channel_attention(x)
             if size > 1:
-                scores = jnp.mean(scores.reshape(*batch, -1, size), axis=-1)
-            keep_channels = jnp.repeat(self._keep(scores, self.channel_ratio), size, axis=-1)
+                of_channels = jnp.mean(of_channels.reshape(*batch, -1, size), axis=-1)
+            of_channels = self.criterion(of_channels, self.rngs)
         if self.column_ratio is not None:
             side = self.patch_side(height, width)
-            scores = column_attention(x)
+            of_columns = column_attention(x)
             if side > 1:
-                patches = scores.reshape(*batch, height // side, side, width // side, side)
-                scores = jnp.mean(patches, axis=(-3, -1))
-            kept = self._keep(scores.reshape(*batch, -1), self.column_ratio).reshape(scores.shape)
-            keep_columns = jnp.repeat(jnp.repeat(kept, side, axis=-2), side, axis=-1)
-        return Masks(keep_channels, keep_columns)
+                patches = of_columns.reshape(*batch, height // side, side, width // side, side)
+                of_columns = jnp.mean(patches, axis=(-3, -1))
+            of_columns = self.criterion(of_columns, self.rngs)
+        return of_channels, of_columns
 
     def group_size(self, channels: int) -> int:
         """How many neighbouring channels are kept or skipped together."""
@@ -140,7 +160,7 @@ class DynamicConv(nnx.Conv):
 
     def _keep(self, scores: Any, ratio: Any) -> Any:
         count = self.kept_count(ratio, scores.shape[-1])
-        mask = masks_lib.keep_highest(self.criterion(scores, self.rngs), count)
+        mask = masks_lib.keep_highest(scores, count)
         if self.deterministic or self.drop_probability == 1.0:
             return mask
         return masks_lib.drop_targets(self.rngs(), mask, self.drop_probability)

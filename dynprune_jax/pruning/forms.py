@@ -180,7 +180,10 @@ def execute(
     image: dict[str, Any] = {"x": x}
     if masks.channels is not None:
         if form.channels:
-            image["channels"], _ = kept_indices(masks.channels, kept_channels)
+            kept = masks.kept_channels
+            if kept is None:
+                kept, _ = kept_indices(masks.channels, kept_channels)
+            image["channels"] = kept
         else:
             image["channel_mask"] = masks.channels
     if masks.columns is not None:
