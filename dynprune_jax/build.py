@@ -31,7 +31,7 @@ from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.schedules import ascent_steps
 from dynprune_jax.pruning.surgery import make_dynamic
 from dynprune_jax.train_step import Network, TrainState, Values
-from dynprune_jax.writers import reading, write_json
+from dynprune_jax.writers import progress_bar, write_json
 
 # What may differ between a run and the command that goes on with it: it changes no result.
 FREE_FIELDS = (
@@ -43,6 +43,8 @@ FREE_FIELDS = (
     "log_every_steps",
     "sweep.fractions",
     "benchmark.repeats",
+    "benchmark.batch_sizes",
+    "benchmark.ratios",
 )
 
 
@@ -77,8 +79,14 @@ def build_dataset(config: Config) -> Dataset:
     return dataset
 
 
-def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
+def build_model(config: Config, num_classes: int, channels: int, width: float = 1.0) -> nnx.Module:
     """The dense model, with weights drawn from the config's seed.
+
+    Args:
+      config: a checked config.
+      num_classes: width of the logits.
+      channels: of the images.
+      width: factor on the channels of every convolution.
 
     Raises:
       UserError: if the model cannot take images of this size.
@@ -89,6 +97,7 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
             in_channels=channels,
             image_size=config.data.image_size,
             dtype=jnp.dtype(config.dtype),
+            width=width,
             rngs=nnx.Rngs(config.seed),
         )
     except ValueError as error:
@@ -97,6 +106,8 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
 
 def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx.Module:
     """The model with gates at the config's target ratios; it shares the model's parameters.
+
+    With every ratio 0 that is the model itself.
 
     Args:
       config: a checked config.
@@ -117,11 +128,15 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
             )
         # A ratio of 0 needs no gate, and a gate not there costs nothing.
         ratios[field] = {f"blocks/{i}/*": ratio for i, ratio in enumerate(given) if ratio} or None
+    if not any(ratios.values()):
+        return model
     try:
         return make_dynamic(
             model,
             **ratios,
             layers=config.gate.layers,
+            channel_group=config.gate.channel_group,
+            column_patch=config.gate.column_patch,
             criterion=CRITERIA[criterion or config.gate.criterion],
             drop_probability=config.gate.drop_probability,
             rngs=nnx.Rngs(config.seed),
@@ -227,14 +242,7 @@ class Run:
         Raises:
           UserError: if it cannot be written.
         """
-        try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            (self.workdir / ".writable").touch()
-            (self.workdir / ".writable").unlink()
-        except OSError as error:
-            raise UserError(
-                f"--workdir={self.workdir} cannot be written: {error.strerror}"
-            ) from error
+        make_folder(self.workdir)
 
     def claim(self) -> None:
         """Makes the work directory this run's own: writes config.json if it is not there.
@@ -268,7 +276,7 @@ class Run:
     @functools.cached_property
     def train_arrays(self) -> tuple[Any, Any]:
         """The training split, read to memory: uint8 images and int32 labels."""
-        with reading("training images") as progress:
+        with progress_bar("reading training images") as progress:
             return self.dataset.train.read_all(progress)
 
     @functools.cached_property
@@ -364,6 +372,20 @@ class Run:
             warmup_steps=round(section.warmup_epochs * self.steps_per_epoch),
             total_steps=max(self.phase_steps(phase), 1),
         )
+
+
+def make_folder(workdir: Path) -> None:
+    """Makes a work directory.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / ".writable").touch()
+        (workdir / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
 def _build_both(

@@ -64,6 +64,8 @@ def base_config() -> Config:
                 "channel_ratio": (),
                 "column_ratio": (),
                 "layers": ("*",),  # patterns of layer names: which convolutions are gated
+                "channel_group": 1,  # neighbouring channels that are kept or skipped together
+                "column_patch": 1,  # side of the square of columns kept or skipped together
                 "criterion": "attention",  # or a control: random, inverse
                 "drop_probability": 1.0,  # of a target in training; 1: as at test time
             },
@@ -84,8 +86,9 @@ def base_config() -> Config:
             "optim": {"momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0},
             # --mode=sweep: the ratios above times each of these, with every criterion.
             "sweep": {"fractions": (0.0, 0.25, 0.5, 0.75, 1.0)},
-            # --mode=benchmark: how often each side is timed.
-            "benchmark": {"repeats": 15},
+            # --mode=benchmark and --mode=step_cost: how often each side is timed. The benchmark's
+            # batch sizes, and ratios for all blocks to be measured besides the config's own.
+            "benchmark": {"repeats": 15, "batch_sizes": (1, 8, 64), "ratios": (0.0, 0.5)},
         }
     )
 
@@ -199,7 +202,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.weight_decay": _at_least(0.0),
     "optim.label_smoothing": _in(0.0, 1.0),
     "sweep.fractions": _each((lambda value: 0 <= value <= 1, "it must be in [0, 1]")),
+    "gate.channel_group": _at_least(1),
+    "gate.column_patch": _at_least(1),
     "benchmark.repeats": _at_least(3),
+    "benchmark.batch_sizes": _each(_at_least(1), int),
+    "benchmark.ratios": _each(_in(0.0, 1.0)),
 }
 
 
@@ -251,6 +258,8 @@ def _check_combinations(config: Config) -> None:
         raise UserError("config.gate.layers is (); give a pattern of layer names, such as ('*',)")
     if not config.sweep.fractions:
         raise UserError("config.sweep.fractions is (); give at least one fraction")
+    if not config.benchmark.batch_sizes:
+        raise UserError("config.benchmark.batch_sizes is (); give at least one")
     if config.dense.epochs + config.prune.epochs == 0:
         raise UserError("config.dense.epochs and config.prune.epochs are both 0; nothing to train")
     if config.prune.epochs and config.prune.start == "dense" and not config.dense.epochs:

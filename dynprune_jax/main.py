@@ -3,7 +3,7 @@
 python -m dynprune_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]
                             [--config.FIELD=VALUE ...]
 
-MODE: train (the default, ends with the evaluation), evaluate, sweep or benchmark.
+MODE: train (the default, ends with the evaluation), evaluate, sweep, benchmark or step_cost.
 """
 
 import sys
@@ -14,6 +14,7 @@ from absl import logging
 
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import benchmark
+from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.flags import parse
 from dynprune_jax.train import evaluate_workdir, train_and_evaluate
@@ -23,6 +24,7 @@ MODES: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate_workdir,
     "sweep": sweep,
     "benchmark": benchmark,
+    "step_cost": step_cost,
 }
 
 

@@ -1,4 +1,4 @@
-"""Figures of a run: training curves, MACs by layer and by image, columns kept, sweeps.
+"""Figures: training curves, MACs by layer and by image, columns kept, sweeps, speedups.
 
 Each `*_figure` function draws and each `plot_*` function saves its figure as a PNG. A `plot_*`
 function returns whether it wrote the file: with nothing to show it writes none, returns False.
@@ -370,3 +370,95 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
       Whether the file was written; False if there is no row.
     """
     return bool(rows) and _save(sweep_figure(rows), path)
+
+
+def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws the measured speedup over the MACs removed, beside the ideal and the break-even.
+
+    Args:
+      rows: as `plot_speedup`, at least one.
+
+    Returns:
+      The figure; one line for each batch size.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    highest = max(max(row["mac_reduction"] for row in rows), 0.1)
+    cuts = np.linspace(0.0, highest, 100)
+    axes.plot(cuts, 1 / (1 - cuts), color="0.4", linestyle="--", label="ideal, 1 / (1 − cut)")
+    axes.axhline(1.0, color="0.6", linewidth=1)
+    axes.annotate("as fast as dense", (highest, 1.0), ha="right", va="top", color="0.4", fontsize=9)
+    styles = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"))
+    for i, batch in enumerate(dict.fromkeys(row["batch_size"] for row in rows)):
+        points = sorted(
+            (row["mac_reduction"], row["speedup"]) for row in rows if row["batch_size"] == batch
+        )
+        colour, marker = styles[i % len(styles)]
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=f"batch {batch}")
+    first = rows[0]
+    axes.set_title(f"{first['network']}, {first['image_size']}², {first['dtype']}")
+    axes.set_xlabel("MACs removed (of the whole network)")
+    axes.set_ylabel("speedup over the fastest dense network")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(color="0.9")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_speedup(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
+    """Saves the measured speedup over the MACs removed.
+
+    Args:
+      rows: of benchmark.json, each with "network", "image_size", "dtype", "batch_size",
+        "mac_reduction" and "speedup".
+      path: the PNG to write.
+
+    Returns:
+      Whether the file was written; False if there is no row.
+    """
+    return bool(rows) and _save(speedup_figure(rows), path)
+
+
+def layer_times_figure(dense: Mapping[str, float], compact: Mapping[str, float]) -> Figure:
+    """Draws the time of each layer, dense and compact, side by side.
+
+    Args:
+      dense: as `plot_layer_times`, at least one layer.
+      compact: as `plot_layer_times`.
+
+    Returns:
+      The figure, as high as the number of layers asks for.
+    """
+    names = list(dense)
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(names))
+    for offset, times, colour, label in (
+        (-0.2, dense, _GREY, "dense, fastest form"),
+        (0.2, compact, _BLUE, "pruned, fastest form"),
+    ):
+        values = [times.get(name, 0.0) for name in names]
+        axes.barh(places + offset, values, 0.4, color=colour, label=label)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a batch, each layer measured by itself")
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def plot_layer_times(
+    dense: Mapping[str, float], compact: Mapping[str, float], path: str | os.PathLike[str]
+) -> bool:
+    """Saves the time of each layer, dense and compact.
+
+    Args:
+      dense: milliseconds by layer name, in the order to show.
+      compact: the same of the pruned network.
+      path: the PNG to write.
+
+    Returns:
+      Whether the file was written; False if there is no layer.
+    """
+    return bool(dense) and _save(layer_times_figure(dense, compact), path)

@@ -72,8 +72,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def reading(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar on a terminal while something is read; gives `progress(done, total)`."""
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar on a terminal while something is done; gives `progress(done, total)`."""
     console = rich.console.Console()
     with rich.progress.Progress(
         *rich.progress.Progress.get_default_columns(),
@@ -81,7 +81,7 @@ def reading(what: str) -> Iterator[Callable[[int, int], None]]:
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task(f"reading {what}")
+        task = bar.add_task(description)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -14,6 +14,7 @@ from dynprune_jax.pruning.masks import (
     drop_targets,
     highest,
     keep_highest,
+    keep_highest_of_few,
     kept_count,
     kept_indices,
 )
@@ -110,7 +111,7 @@ def test_kept_indices_are_those_of_the_mask(batch, n, data):
 )
 def test_highest_are_the_indices_of_what_keep_highest_marks(scores, data):
     count = data.draw(st.integers(1, scores.shape[1]))
-    for row, indices in zip(
-        slow_mask(scores, count), highest(jnp.asarray(scores), count), strict=True
-    ):
+    mask = slow_mask(scores, count)
+    np.testing.assert_array_equal(keep_highest_of_few(jnp.asarray(scores), count), mask)
+    for row, indices in zip(mask, highest(jnp.asarray(scores), count), strict=True):
         np.testing.assert_array_equal(np.sort(indices), np.flatnonzero(row))

@@ -2,7 +2,6 @@ import json
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -11,7 +10,7 @@ from PIL import Image
 from dynprune_jax import plots
 from dynprune_jax.build import Run
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.benchmark import benchmark, interleaved
+from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.train import Feed, evaluate_workdir, ratio_schedule, train_and_evaluate
@@ -256,24 +255,12 @@ def test_sweep_scales_the_ratios(config, workdir):
     assert (workdir / "sweep.png").stat().st_size > 10_000
 
 
-def test_benchmark_times_both_steps(config, tmp_path):
-    rows = benchmark(config, tmp_path / "b")
+def test_step_cost_times_both_steps(config, tmp_path):
+    rows = step_cost(config, tmp_path / "b")
     assert [row["step"] for row in rows] == ["dense", "dynamic"]
     assert rows[0]["cost"] == 1.0
     assert all(row["median_ms"] > 0 and row["repeats"] == 3 for row in rows)
-    assert json.loads((tmp_path / "b" / "benchmark.json").read_text()) == rows
-
-
-def test_interleaved_takes_turns_after_the_warm_up():
-    calls = []
-
-    def work(name):
-        calls.append(name)
-        return jnp.zeros(())
-
-    seconds = interleaved({n: (lambda n=n: work(n)) for n in "ab"}, repeats=3, warmup=1)
-    assert calls == ["a", "b"] * 4
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert json.loads((tmp_path / "b" / "step_cost.json").read_text()) == rows
 
 
 def test_an_unfinished_run_is_not_evaluated(config, workdir, tmp_path):

@@ -1,124 +1,367 @@
-"""Time, measured: interleaved in one process, median and spread."""
+"""Skipped work as time: a compact network against the fastest dense one, in one process."""
 
+import functools
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+from flax import nnx
+from ml_collections import ConfigDict
 
-from dynprune_jax import sharding
-from dynprune_jax.build import Run
+from dynprune_jax import config as config_lib
+from dynprune_jax import models, plots
+from dynprune_jax.build import Run, build_dynamic, build_model, make_folder
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
-from dynprune_jax.train import Feed, ratio_schedule
-from dynprune_jax.train_step import TrainState
-from dynprune_jax.writers import write_json
+from dynprune_jax.experiments.other_runtimes import other_runtimes
+from dynprune_jax.pruning.compact import compact
+from dynprune_jax.pruning.folding import fold_batch_norms
+from dynprune_jax.pruning.forms import Form
+from dynprune_jax.pruning.macs import program_macs
+from dynprune_jax.pruning.measure import measure
+from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
+from dynprune_jax.train_step import Network
+from dynprune_jax.writers import progress_bar, write_json
 
-
-def interleaved(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Times functions in turn, so that a slow moment of the machine falls on all of them.
-
-    Args:
-      functions: each does its work and returns arrays, which are waited for.
-      repeats: how often each is timed.
-      warmup: untimed calls of each before that.
-
-    Returns:
-      The seconds of every call, by name.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(warmup + repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+# Of fresh weights, for data sets that need not be at hand: (classes, channels).
+_SETS = {
+    "digits": (10, 1),
+    "cifar100": (100, 3),
+    "imagenet100": (100, 3),
+    "imagenet2012": (1000, 3),
+}
+_PAUSE = 0.01  # seconds: other runtimes' threads spin for a while after their work
+_HOPELESS = 2.0  # times the fastest: what is slower is timed three times only
 
 
 def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Times a training step, dense and with targeted dropout, on freshly drawn weights.
+    """Times inference: dense in every way at hand, masked, compact, and two controls.
 
-    Writes `benchmark.json`.
+    The weights are those of the finished run in `workdir` or, if there is none, fresh ones: no
+    time depends on them. Every batch size is measured at the config's own ratios, and at each of
+    `config.benchmark.ratios` on all axes that it gates. All that is compared in a row takes
+    turns in one process. Writes `benchmark.json`, the plans, `speedup.png` and, for each batch
+    size, `layer_times_batch_N.png`.
 
     Returns:
-      A row for each kind of step: `step`, `network`, `image_size`, `batch_size`, `dtype`,
-      `device`, median and quartiles in milliseconds, `images_per_second`, and `cost`, the
-      median over turns of its time by the dense one's of the same turn.
+      Rows with the setting (`network`, `image_size`, `dtype`, `device`, `batch_size`,
+      `channel_ratio`, `column_ratio`, `mac_reduction`), medians in milliseconds a batch
+      (`fastest_dense_ms`, `masked_ms`, `compact_ms`, of the config's own ratios also
+      `random_masks_ms` and `static_ms`), every dense way's (`dense_ms`), quartiles, `speedup`
+      over the fastest dense way in JAX, `ideal_speedup`, `realised` (the share of the ideal), and
+      the memory that XLA plans for, in MB.
 
     Raises:
       UserError: for a mistake in the config.
     """
-    run = Run.open(config, workdir)
-    if run.dynamic is None:
-        raise UserError("config.prune.epochs is 0: there is no dynamic step to time")
-    sharding.check_batch(config.batch_size, run.mesh)
-    run.make_workdir()
-    steps = {}
-    for name, phase, network in (("dense", "dense", run.dense), ("dynamic", "prune", run.dynamic)):
-        feed = Feed(run, phase, network, ratio_schedule(run, network), run.mesh)
-        state = TrainState.create(run.dense.weights, network, run.optimizer(phase))
-        steps[name] = _Stepper(feed, feed.place(state))
-    seconds = interleaved(steps, config.benchmark.repeats)
-    rows = []
-    for name, times in seconds.items():
-        quartiles = statistics.quantiles(times, n=4)
-        ratios = [mine / dense for mine, dense in zip(times, seconds["dense"], strict=True)]
-        rows.append(
-            {
-                "step": name,
-                "network": config.model,
-                "image_size": config.data.image_size,
-                "batch_size": config.batch_size,
-                "dtype": config.dtype,
-                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-                "repeats": len(times),
-                "median_ms": 1e3 * statistics.median(times),
-                "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]],
-                "images_per_second": config.batch_size / statistics.median(times),
-                "cost": float(np.median(ratios)),
-            }
+    config_lib.check(config)
+    if not any((*config.gate.channel_ratio, *config.gate.column_ratio)):
+        raise UserError(
+            "config.gate.channel_ratio and config.gate.column_ratio prune nothing; there is"
+            " nothing to compare"
         )
-    write_json(run.workdir / "benchmark.json", rows)
-    _print_table(rows)
+    folder = Path(workdir).expanduser()
+    model = _trained_or_fresh(config, folder)
+    model.eval()
+    for ratio in config.benchmark.ratios:
+        build_dynamic(_at(config, ratio), model)  # a mistake shows before the first minute
+    build_dynamic(config, model)
+    make_folder(folder)
+    console = rich.console.Console()
+    rows: list[dict[str, Any]] = []
+    for batch_size in config.benchmark.batch_sizes:
+        bench = _Bench(config, model, batch_size, folder, console)
+        for ratio in config.benchmark.ratios:
+            rows.append(bench.row(_at(config, ratio)))
+        rows.append(bench.row(config, controls=True))
+        write_json(folder / "benchmark.json", rows)
+    plots.plot_speedup(rows, folder / "speedup.png")
+    _print_tables(rows, console)
     return rows
 
 
-class _Stepper:
-    """One training step a call, each on from the last; of a stream, always its first batch."""
+class _Bench:
+    """One batch size: the dense ways, measured once, and rows against them."""
 
-    def __init__(self, feed: Feed, state: TrainState):
-        self._feed = feed
-        self._state = state
-        self._batch = feed.next_batch()
+    def __init__(
+        self,
+        config: Config,
+        model: nnx.Module,
+        batch_size: int,
+        folder: Path,
+        console: rich.console.Console,
+    ):
+        self._config, self._model, self._folder = config, model, folder
+        self._console = console
+        self._known: dict[Any, dict[Form, float]] = {}
+        (first,) = [conv for _, conv in nnx.iter_modules(model) if isinstance(conv, nnx.Conv)][:1]
+        side = config.data.image_size
+        shape = (batch_size, side, side, first.in_features)
+        self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
+        self._dense_plan = self._plan("dense", model)
+        folded = fold_batch_norms(model, self._images)
+        products = {
+            name: Form("patches") if Form("patches") in taken else Form()
+            for name, taken in self._dense_plan.milliseconds.items()
+        }
+        self._dense = {
+            "lax.conv": self._compile(folded),
+            "lax.conv, norms apart": self._compile(model),
+            "matrix products": self._compile(compact(model, self._images, plan=Plan(products))),
+            "best form of each layer": self._compile(
+                compact(model, self._images, plan=self._dense_plan)
+            ),
+        }
+
+    def row(self, config: Config, controls: bool = False) -> dict[str, Any]:
+        """Measures one setting of ratios; with the controls and the other runtimes or without."""
+        dynamic = build_dynamic(config, self._model)
+        dynamic.eval()
+        usage = _usage(dynamic, self._images[:1])
+        name = f"{usage.mac_reduction:.3f}"
+        plan = self._plan(name, dynamic)
+        ways = {f"dense: {name}": run for name, run in self._dense.items()}
+        ways["masked"] = self._compile(fold_batch_norms(dynamic, self._images))
+        ways["compact"] = self._compile(compact(dynamic, self._images, plan=plan))
+        extra: dict[str, Any] = {}
+        if controls:
+            random = build_dynamic(config, self._model, criterion="random")
+            ways["random masks"] = self._compile(compact(random, self._images, plan=plan))
+            static, extra["static_mac_reduction"] = self._static(usage)
+            ways["static"] = self._compile(
+                compact(static, self._images, plan=self._plan("static", static))
+            )
+            plots.plot_layer_times(
+                self._dense_plan.fastest,
+                plan.fastest,
+                self._folder / f"layer_times_batch_{len(self._images)}.png",
+            )
+        seconds = _time(ways, self._config.benchmark.repeats)
+        if controls:  # in turns of their own: their threads spin on, and would slow the others
+            others = {f"other: {name}": run for name, run in self._others().items()}
+            seconds |= _time(others, self._config.benchmark.repeats)
+        row = summary(seconds, usage.mac_reduction)
+        memory = {name: getattr(run, "memory_mb", None) for name, run in ways.items()}
+        return {
+            "network": config.model,
+            "image_size": config.data.image_size,
+            "dtype": config.dtype,
+            "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+            "jax": jax.__version__,
+            "batch_size": len(self._images),
+            "channel_ratio": list(config.gate.channel_ratio),
+            "column_ratio": list(config.gate.column_ratio),
+            "channel_group": config.gate.channel_group,
+            "column_patch": config.gate.column_patch,
+            **row,
+            **extra,
+            "dense_memory_mb": memory[f"dense: {row['fastest_dense']}"],
+            "compact_memory_mb": memory["compact"],
+        }
+
+    def _plan(self, name: str, model: nnx.Module) -> Plan:
+        """Measures the forms of a network's layers, and keeps them beside the results."""
+        batch = len(self._images)
+        began = time.perf_counter()
+        with progress_bar(f"batch {batch}, {name}: measuring the forms of each layer") as progress:
+            plan = measure_plan(
+                fold_batch_norms(model, self._images),
+                self._images,
+                known=self._known,
+                progress=progress,
+            )
+        plan.save(self._folder / f"plan_batch_{batch}_{name}.json")
+        self._console.print(
+            f"batch {batch}, {name}: planned {len(plan.forms)} layers in"
+            f" {time.perf_counter() - began:.0f} s"
+        )
+        return plan
+
+    def _compile(self, model: nnx.Module) -> "_Compiled":
+        return _Compiled(model, self._images)
+
+    def _static(self, usage: Any) -> tuple[nnx.Module, float]:
+        """A physically smaller dense network of as many MACs, and its reduction."""
+        width = _equal_width(self._config, self._images.shape, float(np.mean(usage.macs)))
+        static = build_model(self._config, 10, self._images.shape[-1], width=width)
+        static.eval()
+        return static, float(1.0 - _macs(static, self._images[:1]) / usage.dense_macs)
+
+    def _others(self) -> Mapping[str, Callable[[], Any]]:
+        if self._config.dtype != "float32":
+            self._console.print("PyTorch and ONNX Runtime left out: float32 only")
+            return {}
+        functions, notes = other_runtimes(self._model, np.asarray(self._images))
+        for note in notes:
+            self._console.print(note)
+        return functions
+
+
+class _Compiled:
+    """A network compiled for a batch of images; a call runs it on them."""
+
+    def __init__(self, model: nnx.Module, images: jax.Array):
+        graph, self._state = nnx.split(model)
+        run = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
+        self._images = images
+        self._run = run.lower(self._state, images).compile()
+        memory = self._run.memory_analysis()
+        self.memory_mb = memory and 1e-6 * (
+            memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        )
 
     def __call__(self) -> Any:
-        self._state, metrics = self._feed.advance(self._state, 1, self._batch)
-        return self._state, metrics
+        return self._run(self._state, self._images)
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def summary(seconds: Mapping[str, list[float]], mac_reduction: float) -> dict[str, Any]:
+    """Turns times into a row's figures.
+
+    Args:
+      seconds: of each call, by way; a dense one in JAX is named `dense: WAY`, one in another
+        runtime `other: NAME`.
+      mac_reduction: the share of the MACs removed.
+    """
+    milliseconds = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
+
+    def kind(prefix: str) -> dict[str, float]:
+        return {
+            name.removeprefix(prefix): taken
+            for name, taken in milliseconds.items()
+            if name.startswith(prefix)
+        }
+
+    dense = kind("dense: ")
+    fastest = min(dense, key=dense.__getitem__)
+    speedup = dense[fastest] / milliseconds["compact"]
+    ideal = 1.0 / (1.0 - mac_reduction)
+    return {
+        "mac_reduction": mac_reduction,
+        "fastest_dense": fastest,
+        "fastest_dense_ms": dense[fastest],
+        "fastest_dense_quartiles_ms": _quartiles(seconds[f"dense: {fastest}"]),
+        **{
+            f"{name.replace(' ', '_')}_ms": taken
+            for name, taken in milliseconds.items()
+            if ":" not in name
+        },
+        "compact_quartiles_ms": _quartiles(seconds["compact"]),
+        "speedup": speedup,
+        "ideal_speedup": ideal,
+        "realised": speedup / ideal,
+        "dense_ms": dense,
+        "other_runtimes_ms": kind("other: "),
+    }
+
+
+def _quartiles(seconds: list[float]) -> list[float]:
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return [1e3 * low, 1e3 * high]
+
+
+def _time(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Times all ways in turns; a hopelessly slow dense or masked one three times only."""
+    first = interleaved(ways, 3, warmup=1, pause=_PAUSE)
+    limit = _HOPELESS * min((min(taken) for taken in first.values()), default=0.0)
+    again = {
+        name: run
+        for name, run in ways.items()
+        if min(first[name]) <= limit or name in ("compact", "static")
+    }
+    return first | interleaved(again, repeats, warmup=1, pause=_PAUSE)
+
+
+def _at(config: Config, ratio: float) -> Config:
+    """The config with one ratio for every block, on the axes that it gates."""
+    changed = ConfigDict(config.to_dict())  # a copy of the sections too
+    for field in ("channel_ratio", "column_ratio"):
+        changed.gate[field] = tuple(
+            ratio if any(config.gate[field]) else 0.0 for _ in config.gate[field]
+        )
+    return changed
+
+
+def _trained_or_fresh(config: Config, folder: Path) -> nnx.Module:
+    if (folder / "checkpoints").is_dir():
+        run = Run.open(config, folder)
+        dense, pruned = run.trained_values()
+        return Network(run.model).bind(pruned or dense or {})
+    classes, channels = _SETS.get(config.data.name, (10, 3))
+    return build_model(config, classes, channels)
+
+
+def _usage(model: nnx.Module, images: jax.Array) -> Any:
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state, x: measure(nnx.merge(graph, state), x)[1])(state, images)
+
+
+def _macs(model: nnx.Module, images: Any) -> int:
+    graph, state = nnx.split(model)
+    return program_macs(lambda state, x: nnx.merge(graph, state)(x), state, images)
+
+
+def _equal_width(config: Config, shape: tuple[int, ...], macs: float) -> float:
+    """The width at which the dense network has so many MACs, by bisection."""
+    factory = getattr(models, config.model)
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        width = (low + high) / 2
+        make = functools.partial(
+            factory, 10, in_channels=shape[-1], image_size=shape[1], width=width
+        )
+        model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
+        model.eval()
+        if _macs(model, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)) > macs:
+            high = width
+        else:
+            low = width
+    return (low + high) / 2
+
+
+def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> None:
     first = rows[0]
     table = rich.table.Table(
-        title=f"Training step of {first['network']}, {first['image_size']}² images, batch"
-        f" {first['batch_size']}, {first['dtype']}, {first['device']}"
+        title=f"{first['network']}, {first['image_size']}² images, {first['dtype']},"
+        f" {first['device']}, jax {first['jax']}: milliseconds a batch"
     )
-    for column in ("step", "median ms", "quartiles ms", "images/s", "cost"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+    for column in ("batch", "cut", "dense", "compact", "images/s", "speedup", "ideal", "realised"):
+        table.add_column(column, justify="right")
+    table.add_column("memory", justify="right")
     for row in rows:
-        low, high = row["quartiles_ms"]
+        memory = (row["compact_memory_mb"] or 0.0) / (row["dense_memory_mb"] or 1.0)
         table.add_row(
-            row["step"],
-            f"{row['median_ms']:.1f}",
-            f"{low:.1f} to {high:.1f}",
-            f"{row['images_per_second']:.0f}",
-            f"{row['cost']:.3f}",
+            str(row["batch_size"]),
+            f"{row['mac_reduction']:.1%}",
+            f"{row['fastest_dense_ms']:.2f}",
+            f"{row['compact_ms']:.2f}",
+            f"{1e3 * row['batch_size'] / row['compact_ms']:.0f}",
+            f"{row['speedup']:.2f}×",
+            f"{row['ideal_speedup']:.2f}×",
+            f"{row['realised']:.0%}",
+            f"{memory:.2f}×",
         )
-    rich.console.Console().print(table)
+    console.print(table)
+    own = [row for row in rows if "static_ms" in row]
+    table = rich.table.Table(title="Beside them: milliseconds a batch")
+    table.add_column("way")
+    for row in own:
+        table.add_column(f"batch {row['batch_size']}", justify="right")
+    for key in ("dense_ms", "other_runtimes_ms"):
+        for name in dict.fromkeys(name for row in own for name in row[key]):
+            taken = [row[key].get(name) for row in own]
+            table.add_row(f"dense, {name}", *("" if t is None else f"{t:.2f}" for t in taken))
+    for name, key in (
+        ("masked", "masked_ms"),
+        ("compact, random masks", "random_masks_ms"),
+        ("static smaller network of equal MACs", "static_ms"),
+    ):
+        table.add_row(name, *(f"{row[key]:.2f}" for row in own))
+    console.print(table)

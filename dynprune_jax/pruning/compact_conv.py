@@ -13,7 +13,7 @@ from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import REPEATING, Form, Geometry, execute, layout, repeat_map
 from dynprune_jax.pruning.masks import Masks
 
-# Of so many scores, over a batch, `top_k` is faster than a mask and its indices (on 2 CPU cores).
+# Of up to so many scores, over a batch, `top_k` is the fastest way to choose (on 2 CPU cores).
 _FEW = 8192
 
 
@@ -49,20 +49,24 @@ class CompactConv(DynamicConv):
         with jax.ensure_compile_time_eval():
             return n if ratio is None else int(masks_lib.kept_count(ratio, n))
 
-    def masks(self, x: Float[Array, "*batch height width channels"]) -> Masks:
-        """What this input keeps; where few channels are ranked, with their indices."""
-        scores = self.scores(x)
-        masks = self.choose(x.shape, *scores)
-        ranked = scores[0]
-        if ranked is None or not self.form.channels or ranked.size > _FEW:
+    def choose(
+        self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None
+    ) -> Masks:
+        """The masks of maps of a shape; where few channels are ranked, their indices too."""
+        masks = super().choose(shape, channel_scores, column_scores)
+        if channel_scores is None or channel_scores.size > _FEW:
             return masks
-        # XLA drops the mask that nobody reads then.
-        size = self.group_size(x.shape[-1])
-        groups = masks_lib.highest(ranked, self.kept_count(self.channel_ratio, ranked.shape[-1]))
+        # XLA drops what nobody reads: the indices, or the mask.
+        size, ranked = self.group_size(shape[-1]), channel_scores.shape[-1]
+        groups = masks_lib.highest(channel_scores, self.kept_count(self.channel_ratio, ranked))
         members = jnp.arange(size, dtype=groups.dtype).reshape((1,) * groups.ndim + (size,))
-        kept = groups[..., None] * size + members
-        kept = kept.reshape(*groups.shape[:-1], -1)
+        kept = (groups[..., None] * size + members).reshape(*shape[:-3], -1)
         return dataclasses.replace(masks, kept_channels=kept)
+
+    def _keep(self, scores: Any, ratio: Any) -> Any:
+        if scores.size > _FEW:
+            return super()._keep(scores, ratio)
+        return masks_lib.keep_highest_of_few(scores, self.kept_count(ratio, scores.shape[-1]))
 
     def convolve(
         self,

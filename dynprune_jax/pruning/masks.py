@@ -91,6 +91,15 @@ def highest(scores: Float[Array, "*batch n"], count: int) -> Int[Array, "*batch 
     return jax.lax.top_k(_clean(scores), count)[1]
 
 
+def keep_highest_of_few(scores: Float[Array, "*batch n"], count: int) -> Bool[Array, "*batch n"]:
+    """The mask of `keep_highest`, by finding the fewer: those to keep, or those to drop."""
+    n = scores.shape[-1]
+    if count > n // 2:  # from the right and negated, so that of equal scores the last is dropped
+        dropped = n - 1 - jax.lax.top_k(-_clean(scores)[..., ::-1], n - count)[1]
+        return ~jnp.any(jax.nn.one_hot(dropped, n, dtype=bool), axis=-2)
+    return jnp.any(jax.nn.one_hot(highest(scores, count), n, dtype=bool), axis=-2)
+
+
 def _clean(scores: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     """Scores in float32 that compare alike everywhere: -0 as 0, NaN as -inf."""
     scores = scores.astype(jnp.float32)

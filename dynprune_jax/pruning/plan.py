@@ -37,6 +37,15 @@ class Plan:
     milliseconds: dict[str, dict[Form, float]] = dataclasses.field(default_factory=dict)
     measured_on: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def fastest(self) -> dict[str, float]:
+        """The milliseconds of each layer in its form, where they were measured."""
+        return {
+            name: self.milliseconds[name][form]
+            for name, form in self.forms.items()
+            if form in self.milliseconds.get(name, {})
+        }
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as JSON."""
         layers = {
@@ -126,6 +135,7 @@ def measure_plan(
     images: Any,
     *others: Any,
     repeats: int = 7,
+    known: dict[Any, dict[Form, float]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Measures the forms of each convolution on this device, and keeps the fastest.
@@ -138,6 +148,7 @@ def measure_plan(
       images: a batch, or its shape and dtype; the plan is for that batch size.
       *others: what else the model is called with.
       repeats: how often each form is timed after the first round.
+      known: measurements of other networks on this device, to use and to add to.
       progress: called after each layer with how many are done, and how many there are.
     """
     layers = conv_layers(model)
@@ -150,7 +161,7 @@ def measure_plan(
             "images": f"{'x'.join(map(str, images.shape))} {images.dtype}",
         },
     )
-    measured: dict[Any, dict[Form, float]] = {}
+    measured = {} if known is None else known
     for done, (name, shape) in enumerate(shapes.items()):
         case = _case(layers[name], shape)
         if case not in measured:
