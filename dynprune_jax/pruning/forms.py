@@ -267,11 +267,33 @@ def _taps(
     taps = geometry.kernel[0] * geometry.kernel[1]
     y = lax.optimization_barrier(y).reshape(-1, y.shape[-1] // taps)
     places = jnp.pad(places, geometry.padding, constant_values=len(columns))
-    return sum(
-        _take(y, places[geometry.down(i), geometry.across(j)] * taps + i * geometry.kernel[1] + j)
-        for i in range(geometry.kernel[0])
-        for j in range(geometry.kernel[1])
+
+    # A loop over halves of the map: without its boundary XLA writes each of the terms to memory
+    # where several readers follow, a gate and a convolution say.
+    height, _ = geometry.out
+    rows = max((n for n in range(1, height) if height % n == 0), default=height)
+    half = dataclasses.replace(
+        geometry,
+        height=(rows - 1) * geometry.strides[0] + _span(geometry),
+        padding=((0, 0),) * 2,
+        width=places.shape[1],
     )
+
+    def add_up(start: Array) -> Array:
+        near = lax.dynamic_slice_in_dim(places, start, half.height)
+        return sum(
+            _take(y, near[half.down(i), half.across(j)] * taps + i * geometry.kernel[1] + j)
+            for i in range(geometry.kernel[0])
+            for j in range(geometry.kernel[1])
+        )
+
+    starts = jnp.arange(height // rows, dtype=jnp.int32) * (rows * geometry.strides[0])
+    return lax.map(add_up, starts).reshape(*geometry.out, -1)
+
+
+def _span(geometry: Geometry) -> int:
+    """The rows that the kernel spans."""
+    return (geometry.kernel[0] - 1) * geometry.dilation[0] + 1
 
 
 def _conv(
