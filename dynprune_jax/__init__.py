@@ -1,20 +1,29 @@
 """Convolutional networks that decide per input which channels and columns to compute."""
 
 from dynprune_jax import models
+from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
+from dynprune_jax.pruning.folding import fold_batch_norms
+from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.macs import LayerUsage, Usage
 from dynprune_jax.pruning.measure import measure
+from dynprune_jax.pruning.plan import Plan, measure_plan
 from dynprune_jax.pruning.schedules import ratio_ascent
 from dynprune_jax.pruning.surgery import dynamic_layers, make_dynamic, set_ratios
 
 __all__ = [
     "DynamicConv",
+    "Form",
     "LayerUsage",
+    "Plan",
     "PruneRatio",
     "Usage",
+    "compact",
     "dynamic_layers",
+    "fold_batch_norms",
     "make_dynamic",
     "measure",
+    "measure_plan",
     "models",
     "ratio_ascent",
     "set_ratios",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.forms import Form, candidates
+from dynprune_jax.pruning.forms import Form, candidates, possible
 
 
 def drawn(seed, *shape):
@@ -57,8 +57,16 @@ def cases(draw):
 
 def all_forms(gate, x):
     masks = CompactConv(gate, Form()).masks(x)
-    channels, columns = masks.channels is not None, masks.columns is not None
-    return set(candidates(gate, len(x), channels=channels, columns=columns, loops=True))
+    group = 0 if masks.channels is None else gate.group_size(x.shape[-1])
+    columns = masks.columns is not None
+    forms = set(candidates(gate, len(x), group_size=group, columns=columns, platform="cpu"))
+    # For GPUs; here it is interpreted.
+    return forms | ({Form("pallas", channels=True)} & set(possible_forms(gate)))
+
+
+def possible_forms(gate):
+    gates = {"channels": bool(gate.channel_ratio), "columns": bool(gate.column_ratio)}
+    return possible(gate, **gates)
 
 
 def relative_error(y, reference):

@@ -54,10 +54,17 @@ def compact(
     convs = conv_layers(folded)
     for name in plan.forms:
         if name not in convs:
-            raise ValueError(f"the plan names {name}, and the model has no such convolution")
+            raise ValueError(
+                f"the plan names {name!r}, which is none of the model's {len(convs)} convolutions"
+            )
 
     def execute(path: tuple, node: Any) -> Any:
-        form = plan.forms.get(path_name(path))
-        return node if form is None else CompactConv(node, form)
+        name = path_name(path)
+        if name not in plan.forms:
+            return node
+        try:
+            return CompactConv(node, plan.forms[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     return nnx.recursive_map(execute, folded)

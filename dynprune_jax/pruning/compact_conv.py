@@ -10,7 +10,15 @@ from jaxtyping import Array, Float
 
 from dynprune_jax.pruning import masks as masks_lib
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.forms import REPEATING, Form, Geometry, execute, layout, repeat_map
+from dynprune_jax.pruning.forms import (
+    REPEATING,
+    Form,
+    Geometry,
+    execute,
+    layout,
+    possible,
+    repeat_map,
+)
 from dynprune_jax.pruning.masks import Masks
 
 # Of up to so many scores, over a batch, `top_k` is the fastest way to choose (on 2 CPU cores).
@@ -26,6 +34,9 @@ class CompactConv(DynamicConv):
     Args:
       conv: the convolution; it is left as it is.
       form: how to execute it.
+
+    Raises:
+      ValueError: for a form that cannot execute this convolution with its gates.
     """
 
     def __init__(self, conv: nnx.Conv, form: Form):
@@ -38,6 +49,14 @@ class CompactConv(DynamicConv):
             self.rngs = conv.rngs
             self.channel_ratio = nnx.static(_number(conv.channel_ratio))
             self.column_ratio = nnx.static(_number(conv.column_ratio))
+        forms = possible(
+            self, channels=self.channel_ratio is not None, columns=self.column_ratio is not None
+        )
+        if dataclasses.replace(form, images=0) not in forms or form.images < 0:
+            raise ValueError(
+                f"the form {str(form)!r} cannot execute this convolution; choose one of"
+                f" {', '.join(map(str, forms))}"
+            )
         self.form = form
         if form != Form():
             kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
@@ -94,6 +113,7 @@ class CompactConv(DynamicConv):
             masks,
             kept_channels=group * self.kept_count(self.channel_ratio, channels // group),
             kept_columns=patch * self.kept_count(self.column_ratio, height * width // patch),
+            group_size=group,
             precision=self.precision,
         )
         if bias is not None:

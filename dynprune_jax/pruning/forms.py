@@ -34,7 +34,8 @@ class Form:
     """One way to execute a convolution. It is data: plans save, print and compare it.
 
     Attributes:
-      product: `conv` (XLA's own convolution), `patches`, `rows` or `taps`.
+      product: `conv` (XLA's own convolution), `patches`, `rows`, `taps`, or `pallas` (a kernel
+        of ours that reads kept groups of channels in place; for GPUs).
       channels: whether the kept channels are gathered; if not, the others are masked.
       columns: the same of columns; only `taps` gathers them.
       images: how many are computed at a time; 0 for all.
@@ -159,6 +160,7 @@ def execute(
     *,
     kept_channels: int,
     kept_columns: int,
+    group_size: int = 1,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "batch out_height out_width features"]:
     """Convolves what the masks keep of each image.
@@ -171,12 +173,24 @@ def execute(
       masks: what each image keeps.
       kept_channels: how many channels each image keeps.
       kept_columns: how many columns each image keeps.
+      group_size: how many neighbouring channels are kept or left out together.
       precision: of the products.
 
     Returns:
       The map without a bias, in float32 or, if `x` is wider, in its dtype.
     """
     batch = x.shape[0]
+    if form.product == "pallas":
+        assert masks.channels is not None
+        groups, _ = kept_indices(masks.channels[:, ::group_size], kept_channels // group_size)
+        return _kept_groups_conv(
+            Masks(None, masks.columns).apply(x),
+            weights,
+            groups,
+            group_size=group_size,
+            padding=geometry.padding,
+            interpret=jax.default_backend() == "cpu",
+        )
     image: dict[str, Any] = {"x": x}
     if masks.channels is not None:
         if form.channels:
@@ -265,35 +279,23 @@ def _taps(
     nothing = jnp.zeros((1, x.shape[-1]), x.dtype)  # what a column that is not kept adds
     y = dot(jnp.concatenate([x[:, 0], nothing]), weights[0])
     taps = geometry.kernel[0] * geometry.kernel[1]
-    y = lax.optimization_barrier(y).reshape(-1, y.shape[-1] // taps)
+    y = y.reshape(-1, y.shape[-1] // taps)
+    # The barrier keeps XLA from working places out again for every value that is gathered.
     places = jnp.pad(places, geometry.padding, constant_values=len(columns))
+    places = lax.optimization_barrier(places)
 
-    # A loop over halves of the map: without its boundary XLA writes each of the terms to memory
-    # where several readers follow, a gate and a convolution say.
-    height, _ = geometry.out
-    rows = max((n for n in range(1, height) if height % n == 0), default=height)
-    half = dataclasses.replace(
-        geometry,
-        height=(rows - 1) * geometry.strides[0] + _span(geometry),
-        padding=((0, 0),) * 2,
-        width=places.shape[1],
-    )
-
-    def add_up(start: Array) -> Array:
-        near = lax.dynamic_slice_in_dim(places, start, half.height)
+    def add_up(rows: slice) -> Array:
         return sum(
-            _take(y, near[half.down(i), half.across(j)] * taps + i * geometry.kernel[1] + j)
+            _take(y, near[rows] * taps + i * geometry.kernel[1] + j)
             for i in range(geometry.kernel[0])
             for j in range(geometry.kernel[1])
+            for near in [places[geometry.down(i), geometry.across(j)]]
         )
 
-    starts = jnp.arange(height // rows, dtype=jnp.int32) * (rows * geometry.strides[0])
-    return lax.map(add_up, starts).reshape(*geometry.out, -1)
-
-
-def _span(geometry: Geometry) -> int:
-    """The rows that the kernel spans."""
-    return (geometry.kernel[0] - 1) * geometry.dilation[0] + 1
+    # In halves: XLA fuses the terms of each into one pass. A whole sum that has several readers,
+    # a gate and a convolution say, it would leave to them, and write every term to memory.
+    half = geometry.out[0] // 2
+    return jnp.concatenate([add_up(slice(half)), add_up(slice(half, None))])
 
 
 def _conv(
@@ -336,6 +338,13 @@ def _kept_part(
     return _take(x, channels, axis=-1), _take(weights, channels, axis=1)
 
 
+def _kept_groups_conv(*args: Any, **options: Any) -> Array:
+    # Imported when it is needed: Pallas's GPU back ends come and go with JAX's versions.
+    from dynprune_jax.pruning.pallas_conv import kept_groups_conv
+
+    return kept_groups_conv(*args, **options)
+
+
 def _padded(x: Array, padding: Any) -> Array:
     """The map with zeros around it. The barrier keeps XLA from making it again for every tap."""
     if any(map(any, padding)):
@@ -357,35 +366,49 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def candidates(
-    conv: nnx.Conv, batch: int, *, channels: bool, columns: bool, loops: bool
+    conv: nnx.Conv, batch: int, *, group_size: int, columns: bool, platform: str
 ) -> Iterator[Form]:
-    """The forms that can execute a convolution, most promising of each kind first.
+    """The forms worth measuring for a convolution.
 
     Args:
       conv: the convolution.
       batch: images at a time.
+      group_size: of the channels that its gate leaves out; 0 if it leaves none out.
+      columns: whether its gate leaves columns out.
+      platform: `cpu`, where loops over a few images keep to the cache, `gpu` or `tpu`.
+    """
+    some = [n for n in (1, 2, 4, 16) if platform == "cpu" and n < batch]
+    for form in possible(conv, channels=group_size > 0, columns=columns):
+        if form.product == "pallas":
+            if platform == "gpu" and group_size % 16 == 0:
+                yield form
+        elif form == Form() or (form.product == "conv" and batch <= 8):
+            yield form
+        elif form.product != "conv":
+            counts = [n for n in some if n <= 4] if form.channels else some
+            yield from (dataclasses.replace(form, images=n) for n in (0, *counts))
+
+
+def possible(conv: nnx.Conv, *, channels: bool, columns: bool) -> list[Form]:
+    """The forms that can execute a convolution, all images at a time.
+
+    Args:
+      conv: the convolution.
       channels: whether its gate leaves channels out.
       columns: whether its gate leaves columns out.
-      loops: whether a loop over a few images at a time can pay: on a CPU, with its caches.
     """
-    yield Form()
-    one_group = conv.feature_group_count == 1 and _pair(conv.input_dilation) == (1, 1)
-    if not one_group:
-        return
-    rows = _pair(conv.strides)[0] == 1 and _pair(conv.kernel_size)[0] > 1
-    products = ("patches", "rows") if rows else ("patches",)
-    some = [n for n in (1, 2, 4, 16) if loops and n < batch]
-    for n in (0, *some):
-        for product in products:
-            yield Form(product, images=n)
+    if conv.feature_group_count > 1 or _pair(conv.input_dilation) != (1, 1):
+        return [Form()]
+    products = ["patches"]
+    if _pair(conv.strides)[0] == 1 and _pair(conv.kernel_size)[0] > 1:
+        products.append("rows")
+    forms = [Form(), *map(Form, products)]
     if channels:
-        if batch <= 8:
-            yield Form("conv", channels=True)
-        for n in (0, *some[:3]):
-            for product in products:
-                yield Form(product, channels=True, images=n)
+        forms += [Form(product, channels=True) for product in ("conv", *products)]
+        if _pair(conv.strides) == _pair(conv.kernel_dilation) == (1, 1):
+            forms.append(Form("pallas", channels=True))
     if columns and conv.padding not in REPEATING:
-        for n in (0, *some):
-            yield Form("taps", columns=True, images=n)
-            if channels:
-                yield Form("taps", channels=True, columns=True, images=n)
+        forms.append(Form("taps", columns=True))
+        if channels:
+            forms.append(Form("taps", channels=True, columns=True))
+    return forms

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
@@ -31,8 +32,11 @@ def measure(
       usage: a `Usage`; `usage.macs` and `usage.executed_macs` have the shape `(batch,)`.
 
     Raises:
-      ValueError: if a layer sees another number of maps than there are images.
+      ValueError: if a layer sees another number of maps than there are images, or the model is
+        compact: its masks are those of the dynamic model it was made from.
     """
+    if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
+        raise ValueError("this model is compact; measure the model that it was made from")
     clock = itertools.count().__next__
 
     def count(name: str, layer: Any, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:

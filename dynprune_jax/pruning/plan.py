@@ -215,9 +215,9 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
     for form in candidates(
         conv,
         shape.shape[0],
-        channels=masks.channels is not None,
+        group_size=0 if masks.channels is None else gate.group_size(shape.shape[-1]),
         columns=masks.columns is not None,
-        loops=jax.default_backend() == "cpu",
+        platform=jax.default_backend(),
     ):
         graph, state = nnx.split(CompactConv(conv, form))
         run = jax.jit(

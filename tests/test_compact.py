@@ -1,0 +1,210 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dynprune_jax
+from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.folding import FoldedNorm
+from dynprune_jax.pruning.forms import Form, possible
+from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
+from dynprune_jax.pruning.surgery import conv_layers
+
+
+def trained(name, **kwargs):
+    """A model with weights and batch statistics as after training, drawn by NumPy."""
+    model = nnx.eval_shape(
+        lambda: getattr(dynprune_jax.models, name)(10, rngs=nnx.Rngs(0), **kwargs)
+    )
+    rng = np.random.default_rng(0)
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, nnx.Conv | nnx.Linear):
+            fan_in = np.prod(layer.kernel.shape[:-1])
+            fill(layer.kernel, rng.normal(size=layer.kernel.shape) * np.sqrt(2 / fan_in))
+        if isinstance(layer, nnx.BatchNorm | nnx.Linear):
+            fill(layer.bias, 0.1 * rng.normal(size=layer.bias.shape))
+        if isinstance(layer, nnx.BatchNorm):
+            fill(layer.mean, 0.1 * rng.normal(size=layer.mean.shape))
+            fill(layer.var, rng.uniform(0.8, 1.2, size=layer.var.shape))
+            fill(layer.scale, rng.uniform(0.4, 0.6, size=layer.scale.shape))
+    return model
+
+
+def fill(variable, values):
+    variable.set_value(jnp.asarray(values, jnp.float32))
+
+
+def run(model, x):
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+
+
+def mixed_plan(model):
+    """Every form somewhere: each layer takes the next of those that can execute it."""
+    forms = {}
+    for i, (name, conv) in enumerate(conv_layers(model).items()):
+        gates = {axis: bool(getattr(conv, f"{axis[:-1]}_ratio", None)) for axis in AXES}
+        choice = [form for form in possible(conv, **gates) if form.product != "pallas"]
+        form = choice[i % len(choice)]
+        forms[name] = dataclasses.replace(form, images=0 if form.product == "conv" else i % 3)
+    return Plan(forms)
+
+
+AXES = ("channels", "columns")
+
+
+@pytest.mark.parametrize(
+    ("name", "ratios"),
+    [
+        ("vgg16", {"channel_ratio": (0.2, 0.2, 0.6, 0.9, 0.9)}),
+        ("resnet56", {"channel_ratio": (0.3, 0.3, 0.6), "column_ratio": 0.3}),
+    ],
+)
+def test_a_compact_network_gives_the_answers_of_the_masked_one(name, ratios):
+    layers = "*/conv2" if name == "resnet56" else "*"
+    model = trained(name)
+    dynamic = dynprune_jax.make_dynamic(model, **ratios, layers=layers)
+    dynamic.eval()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 32, 32, 3)), jnp.float32)
+    fast = dynprune_jax.compact(dynamic, x, plan=mixed_plan(dynamic))
+    assert len({layer.form.product for layer in conv_layers_of(fast)}) >= 3
+    slow, quick = np.asarray(run(dynamic, x)), np.asarray(run(fast, x))
+    assert np.abs(slow).max() > 0.1
+    np.testing.assert_array_equal(quick.argmax(1), slow.argmax(1))
+    np.testing.assert_allclose(quick, slow, atol=1e-4)
+
+
+def conv_layers_of(model):
+    return [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, CompactConv)]
+
+
+class Branches(nnx.Module):
+    """A normalization that may be folded, and three that may not."""
+
+    def __init__(self, rngs):
+        self.conv1 = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm1 = nnx.BatchNorm(8, rngs=rngs)
+        self.conv2 = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+        self.norm2 = nnx.BatchNorm(8, rngs=rngs)  # its convolution's output is read twice
+        self.conv3 = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+        self.norm3 = nnx.BatchNorm(8, rngs=rngs)  # called twice
+        self.norm4 = nnx.BatchNorm(8, rngs=rngs)  # after a relu
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm1(self.conv1(x)))
+        y = self.conv2(x)
+        x = y + self.norm2(y)
+        x = self.norm3(self.norm3(self.conv3(x)))
+        return self.norm4(nnx.relu(x))
+
+
+def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
+    model = Branches(nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for _, norm in nnx.iter_modules(model):
+        if isinstance(norm, nnx.BatchNorm):
+            fill(norm.mean, rng.normal(size=8))
+            fill(norm.var, rng.uniform(0.5, 2, size=8))
+            fill(norm.scale, rng.normal(size=8))
+            fill(norm.bias, rng.normal(size=8))
+    before = nnx.state(nnx.clone(model))
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
+    folded = dynprune_jax.fold_batch_norms(model, x)
+    kinds = {name: type(getattr(folded, name)) for name in ("norm1", "norm2", "norm3", "norm4")}
+    assert [kind is FoldedNorm for kind in kinds.values()] == [True, False, False, False]
+    assert not model.norm1.use_running_average  # the model is as it was
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    model.eval()
+    np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_folding_by_hand():
+    model = nnx.Sequential(
+        nnx.Conv(1, 1, (1, 1), kernel_init=nnx.initializers.constant(3.0), rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(1, epsilon=0.0, rngs=nnx.Rngs(0)),
+    )
+    norm = model.layers[1]
+    for variable, value in ((norm.mean, 1.0), (norm.var, 4.0), (norm.scale, 5.0), (norm.bias, 7.0)):
+        fill(variable, [value])
+    folded = dynprune_jax.fold_batch_norms(model, jnp.ones((1, 2, 2, 1)))
+    np.testing.assert_allclose(folded.layers[0].kernel, 3.0 * 5.0 / 2.0)
+    np.testing.assert_allclose(folded.layers[0].bias, 7.0 - 1.0 * 5.0 / 2.0)
+    np.testing.assert_allclose(folded(jnp.full((1, 2, 2, 1), 2.0)), (6.0 - 1.0) * 2.5 + 7.0)
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = trained("vgg_digits", image_size=8, width=0.25)
+    dynamic = dynprune_jax.make_dynamic(model, channel_ratio=0.5, column_ratio=0.3)
+    dynamic.eval()
+    return dynamic, jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 1)), jnp.float32)
+
+
+def test_a_plan_takes_the_fastest_form_and_measures_equal_layers_once(small):
+    dynamic, x = small
+    known = {}
+    calls = []
+    plan = measure_plan(
+        dynamic, x, repeats=2, known=known, progress=lambda *counts: calls.append(counts)
+    )
+    assert list(plan.forms) == list(conv_layers(dynamic))
+    assert calls == [(i + 1, 7) for i in range(7)]
+    assert len(known) == 6  # the last two of the 7 layers are equal
+    for name, form in plan.forms.items():
+        assert plan.milliseconds[name][form] == min(plan.milliseconds[name].values())
+    again = measure_plan(dynamic, x, known=known)
+    assert again == plan
+    assert "blocks/2/layers/2/conv" in list(plan.table().columns[0].cells)
+
+
+def test_a_plan_is_kept_read_and_changed(small, tmp_path):
+    dynamic, x = small
+    name = "blocks/1/layers/1/conv"
+    plan = Plan({name: Form("rows", images=2)}, {name: {Form("rows", images=2): 1.5}}, {"jax": "1"})
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    fast = dynprune_jax.compact(dynamic, x, plan=tmp_path / "plan.json")
+    (layer,) = conv_layers_of(fast)
+    assert layer.form == Form("rows", images=2)
+    plan.forms[name] = Form("taps", channels=True, columns=True)
+    fast = dynprune_jax.compact(dynamic, x, plan=plan)
+    np.testing.assert_allclose(run(fast, x), run(dynamic, x), atol=1e-5)
+
+
+def test_a_compact_network_takes_other_batches_and_shows_no_ratios(small):
+    dynamic, x = small
+    fast = dynprune_jax.compact(dynamic, x, plan=mixed_plan(dynamic))
+    more = jnp.concatenate([x, -x, x[:1]])
+    np.testing.assert_allclose(run(fast, more), run(dynamic, more), atol=1e-5)
+    with pytest.raises(ValueError, match="this model is compact"):
+        dynprune_jax.measure(fast, x)
+
+
+def test_mistakes_in_plans_are_told(small, tmp_path):
+    dynamic, x = small
+    with pytest.raises(ValueError, match="names 'nowhere', which is none of the model's 7"):
+        dynprune_jax.compact(dynamic, x, plan=Plan({"nowhere": Form()}))
+    dense = trained("vgg_digits", image_size=8, width=0.25)
+    for form in (Form("taps", columns=True), Form("faster"), Form("rows", images=-1)):
+        with pytest.raises(ValueError, match=f"conv: the form '{form}' cannot execute"):
+            dynprune_jax.compact(dense, x, plan=Plan({"blocks/1/layers/1/conv": form}))
+    for content in ("{", "[]", '{"layers": {"a": {"form": {"speed": 1}}}}', json.dumps({})):
+        (tmp_path / "plan.json").write_text(content)
+        with pytest.raises(ValueError, match="is not a plan"):
+            dynprune_jax.compact(dynamic, x, plan=tmp_path / "plan.json")
+
+
+def test_interleaved_takes_turns_after_the_warm_up():
+    calls = []
+
+    def work(name):
+        calls.append(name)
+        return jnp.zeros(())
+
+    seconds = interleaved({n: (lambda n=n: work(n)) for n in "ab"}, repeats=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
