@@ -47,7 +47,7 @@ def mixed_plan(model):
     """Every form somewhere: each layer takes the next of those that can execute it."""
     forms = {}
     for i, (name, conv) in enumerate(conv_layers(model).items()):
-        gates = {axis: bool(getattr(conv, f"{axis[:-1]}_ratio", None)) for axis in AXES}
+        gates = {axis: getattr(conv, f"{axis[:-1]}_ratio", None) is not None for axis in AXES}
         choice = [form for form in possible(conv, **gates) if form.product != "pallas"]
         form = choice[i % len(choice)]
         forms[name] = dataclasses.replace(form, images=0 if form.product == "conv" else i % 3)

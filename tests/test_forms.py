@@ -65,8 +65,9 @@ def all_forms(gate, x):
 
 
 def possible_forms(gate):
-    gates = {"channels": bool(gate.channel_ratio), "columns": bool(gate.column_ratio)}
-    return possible(gate, **gates)
+    fixed = CompactConv(gate, Form())
+    ratios = {"channels": fixed.channel_ratio, "columns": fixed.column_ratio}
+    return possible(gate, **{axis: ratio is not None for axis, ratio in ratios.items()})
 
 
 def relative_error(y, reference):

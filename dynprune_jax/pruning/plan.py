@@ -1,6 +1,7 @@
 """Plans: in which form each convolution of a network is executed, found by measuring."""
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -220,11 +221,8 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
         platform=jax.default_backend(),
     ):
         graph, state = nnx.split(CompactConv(conv, form))
-        run = jax.jit(
-            lambda state, x, masks, graph=graph: nnx.merge(graph, state).convolve(x, masks)
-        )
-        compiled = run.lower(state, x, masks).compile()
-        runs[form] = lambda compiled=compiled, state=state: compiled(state, x, masks)
+        run = jax.jit(lambda state, *x, graph=graph: nnx.merge(graph, state).convolve(*x))
+        runs[form] = functools.partial(run, state, x, masks)
     if len(runs) == 1:
         return dict.fromkeys(runs, 0.0) | _milliseconds(interleaved(runs, 1))
     times = _milliseconds(interleaved(runs, 1, warmup=1))
