@@ -11,7 +11,7 @@ import dynprune_jax
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.forms import Form, possible
-from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
+from dynprune_jax.pruning.plan import Plan, measure_plan
 from dynprune_jax.pruning.surgery import conv_layers
 
 

@@ -69,6 +69,27 @@ def test_grouped_convolutions_keep_whole_groups(groups, kept):
     np.testing.assert_array_equal(channels.all(2), strength >= np.sort(strength)[:, [-kept]])
 
 
+def test_groups_of_channels_and_patches_of_columns_are_kept_whole():
+    gate = dynamic(conv(), channel_ratio=0.5, column_ratio=0.5, channel_group=2, column_patch=3)
+    x = jax.random.normal(jax.random.key(0), (5, 6, 4, 8))  # gcd(6, 4) = 2: patches of 2 x 2
+    masks = gate.masks(x)
+    groups = np.asarray(masks.channels).reshape(5, 4, 2)
+    strength = np.asarray(x).mean((1, 2)).reshape(5, 4, 2).mean(2)
+    assert (groups.all(2) == groups.any(2)).all()
+    np.testing.assert_array_equal(groups.all(2), strength >= np.sort(strength)[:, [2]])
+    patches = np.asarray(masks.columns).reshape(5, 3, 2, 2, 2)
+    strength = np.asarray(x).mean(3).reshape(5, 3, 2, 2, 2).mean((2, 4)).reshape(5, 6)
+    assert (patches.all((2, 4)) == patches.any((2, 4))).all()
+    kept = patches.all((2, 4)).reshape(5, 6)
+    np.testing.assert_array_equal(kept, strength >= np.sort(strength)[:, [3]])
+
+
+def test_sizes_of_groups_and_patches_below_one_are_refused():
+    for field in ("channel_group", "column_patch"):
+        with pytest.raises(ValueError, match=f"{field} is 0; it must be at least 1"):
+            dynamic(conv(), channel_ratio=0.5, **{field: 0})
+
+
 def test_every_input_keeps_exactly_k_and_its_own():
     gate = dynamic(conv(), channel_ratio=0.4, column_ratio=0.3)
     masks = gate.masks(jax.random.normal(jax.random.key(0), (6, 5, 5, 8)))

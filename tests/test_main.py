@@ -137,6 +137,13 @@ MISTAKES = {
         "prune nothing",
     ),
     "layers that match nothing": (["--config.gate.layers=('conv9',)"], "'conv9' matches none"),
+    "channel group of 0": (["--config.gate.channel_group=0"], r"channel_group is 0; .*at least 1"),
+    "batch size of 0": (
+        ["--config.benchmark.batch_sizes=(0,)"],
+        r"batch_sizes is \(0,\).*at least",
+    ),
+    "no batch size": (["--config.benchmark.batch_sizes=()"], r"batch_sizes is \(\); give"),
+    "ratio of 1": (["--config.benchmark.ratios=(1.0,)"], r"benchmark.ratios.*\[0.0, 1.0\)"),
     "drop probability of 0": (["--config.gate.drop_probability=0."], r"drop_probability.*\(0, 1\]"),
     "ascent that never arrives": (
         ["--config.ascent.interval_epochs=90"],

@@ -220,3 +220,36 @@ def test_sweep_draws_a_line_for_each_criterion_in_a_panel_for_each_set_of_weight
     assert plots.plot_sweep(rows, tmp_path / "sweep.png")
     assert not plots.plot_sweep([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_speedup_draws_a_line_for_each_batch_beside_the_ideal(tmp_path):
+    rows = [
+        {
+            "network": "vgg16",
+            "image_size": 32,
+            "dtype": "float32",
+            "batch_size": batch,
+            "mac_reduction": cut,
+            "speedup": 1 + cut,
+        }
+        for batch in (1, 8)
+        for cut in (0.5, 0.0)
+    ]
+    (axes,) = plots.speedup_figure(rows).axes
+    ideal, _, *lines = axes.lines
+    assert (ideal.get_xdata()[-1], ideal.get_ydata()[-1]) == (0.5, 2.0)
+    assert [line.get_label() for line in lines] == ["batch 1", "batch 8"]
+    for line in lines:
+        np.testing.assert_array_equal(line.get_xdata(), [0.0, 0.5])
+        np.testing.assert_array_equal(line.get_ydata(), [1.0, 1.5])
+    assert plots.plot_speedup(rows, tmp_path / "speedup.png")
+    assert not plots.plot_speedup([], tmp_path / "none.png")
+
+
+def test_layer_times_draws_two_bars_a_layer(tmp_path):
+    dense, compact = {"a": 2.0, "b": 1.0}, {"a": 1.5}
+    (axes,) = plots.layer_times_figure(dense, compact).axes
+    assert [bar.get_width() for bar in axes.patches] == [2.0, 1.0, 1.5, 0.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert plots.plot_layer_times(dense, compact, tmp_path / "layers.png")
+    assert not plots.plot_layer_times({}, {}, tmp_path / "none.png")

@@ -1,0 +1,113 @@
+import json
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.benchmark import benchmark, summary
+from dynprune_jax.pruning.plan import Plan, interleaved
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("benchmark")
+
+
+@pytest.fixture
+def rows(config, folder):
+    """The benchmark of the small digits network, run once: two batch sizes, ratio 0 besides."""
+    if not (folder / "benchmark.json").exists():
+        config.benchmark.batch_sizes = (1, 2)
+        config.benchmark.ratios = (0.0,)
+        benchmark(config, folder)
+    return json.loads((folder / "benchmark.json").read_text())
+
+
+def test_its_rows_hold_what_they_promise(rows):
+    assert [(row["batch_size"], bool(row["mac_reduction"])) for row in rows] == [
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+    ]
+    for row in rows:
+        assert row["network"] == "vgg_digits"
+        assert row["image_size"] == 8
+        assert row["dtype"] == "float32"
+        assert "cpu" in row["device"]
+        assert row["fastest_dense_ms"] == min(row["dense_ms"].values())
+        assert row["speedup"] == row["fastest_dense_ms"] / row["compact_ms"]
+        assert row["ideal_speedup"] == 1 / (1 - row["mac_reduction"])
+        assert row["realised"] == row["speedup"] / row["ideal_speedup"]
+        assert row["masked_ms"] > 0
+        assert row["compact_memory_mb"] > 0
+        low, high = row["compact_quartiles_ms"]
+        assert low <= row["compact_ms"] <= high
+    for row in rows[1::2]:
+        assert row["channel_ratio"] == [0.3, 0.4, 0.5]
+        assert row["random_masks_ms"] > 0
+        assert row["static_ms"] > 0
+        # A smaller network of as many MACs, to what whole channels allow.
+        assert abs(row["static_mac_reduction"] - row["mac_reduction"]) < 0.05
+
+
+def test_at_ratio_0_the_compact_network_is_the_dense_one(rows, folder):
+    dense = Plan.load(folder / "plan_batch_1_dense.json")
+    assert Plan.load(folder / "plan_batch_1_0.000.json") == dense
+    for row in rows[::2]:
+        assert row["ideal_speedup"] == 1.0
+        same = row["dense_ms"]["best form of each layer"] / row["compact_ms"]
+        assert 1 / 3 < same < 3  # the same program: noise alone, on a machine that runs tests
+
+
+def test_it_draws_its_pictures(rows, folder):
+    for name in ("speedup.png", "layer_times_batch_1.png", "layer_times_batch_2.png"):
+        assert (folder / name).stat().st_size > 10_000
+
+
+def test_a_slowed_dense_way_is_not_the_baseline():
+    def work(seconds):
+        time.sleep(seconds)
+        return jnp.zeros(())
+
+    ways = {
+        "dense: slowed": lambda: work(0.02),
+        "dense: quick": lambda: work(0.0),
+        "compact": lambda: work(0.0),
+        "other: elsewhere": lambda: work(0.0),
+    }
+    row = summary(interleaved(ways, repeats=5), mac_reduction=0.5)
+    assert row["fastest_dense"] == "quick"
+    assert set(row["dense_ms"]) == {"slowed", "quick"}
+    assert set(row["other_runtimes_ms"]) == {"elsewhere"}
+    assert row["ideal_speedup"] == 2.0
+
+
+def test_summary_by_hand():
+    row = summary({"dense: a": [0.3, 0.1, 0.2], "compact": [0.1] * 3, "masked": [0.4] * 3}, 0.6)
+    assert row["fastest_dense_ms"] == 200.0
+    assert row["compact_ms"] == 100.0
+    assert row["masked_ms"] == 400.0
+    assert row["speedup"] == 2.0
+    assert row["realised"] == pytest.approx(0.8)
+
+
+def test_a_config_that_prunes_nothing_has_nothing_to_compare(config, tmp_path):
+    config.gate.channel_ratio = config.gate.column_ratio = ()
+    config.prune.epochs = 0
+    with pytest.raises(UserError, match="nothing to compare"):
+        benchmark(config, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_interleaved_takes_turns_after_the_warm_up():
+    calls = []
+
+    def work(name):
+        calls.append(name)
+        return jnp.zeros(())
+
+    seconds = interleaved({n: (lambda n=n: work(n)) for n in "ab"}, repeats=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
