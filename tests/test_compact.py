@@ -196,15 +196,3 @@ def test_mistakes_in_plans_are_told(small, tmp_path):
         (tmp_path / "plan.json").write_text(content)
         with pytest.raises(ValueError, match="is not a plan"):
             dynprune_jax.compact(dynamic, x, plan=tmp_path / "plan.json")
-
-
-def test_interleaved_takes_turns_after_the_warm_up():
-    calls = []
-
-    def work(name):
-        calls.append(name)
-        return jnp.zeros(())
-
-    seconds = interleaved({n: (lambda n=n: work(n)) for n in "ab"}, repeats=3, warmup=1)
-    assert calls == ["a", "b"] * 4
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynprune_jax.pruning import masks as masks_lib
+from dynprune_jax.pruning import native
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import (
     REPEATING,
@@ -57,6 +58,8 @@ class CompactConv(DynamicConv):
                 f"the form {str(form)!r} cannot execute this convolution; choose one of"
                 f" {', '.join(map(str, forms))}"
             )
+        if form.product == "native" and (reason := native.why_not()):
+            raise ValueError(f"the form {str(form)!r} cannot be executed here: {reason}")
         self.form = form
         if form != Form():
             kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
@@ -73,7 +76,7 @@ class CompactConv(DynamicConv):
     ) -> Masks:
         """The masks of maps of a shape; where few channels are ranked, their indices too."""
         masks = super().choose(shape, channel_scores, column_scores)
-        if channel_scores is None or channel_scores.size > _FEW:
+        if not self.form.channels or self.form.product == "native" or channel_scores.size > _FEW:
             return masks
         # XLA drops what nobody reads: the indices, or the mask.
         size, ranked = self.group_size(shape[-1]), channel_scores.shape[-1]
@@ -83,6 +86,8 @@ class CompactConv(DynamicConv):
         return dataclasses.replace(masks, kept_channels=kept)
 
     def _keep(self, scores: Any, ratio: Any) -> Any:
+        if native.why_not() is None:
+            return native.keep_highest(scores, self.kept_count(ratio, scores.shape[-1]))
         if scores.size > _FEW:
             return super()._keep(scores, ratio)
         return masks_lib.keep_highest_of_few(scores, self.kept_count(ratio, scores.shape[-1]))
@@ -111,6 +116,7 @@ class CompactConv(DynamicConv):
             weights,
             x,
             masks,
+            features=self.out_features,
             kept_channels=group * self.kept_count(self.channel_ratio, channels // group),
             kept_columns=patch * self.kept_count(self.column_ratio, height * width // patch),
             group_size=group,

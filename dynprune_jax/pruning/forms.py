@@ -7,9 +7,12 @@ have the taps of its input side by side (`patches`, also known as im2col), the t
 (*gathered*: the kept rows and channels are collected, and of the kernel the rows of the kept
 channels, for each image its own).
 
-Images are computed a few at a time, in a loop, so that all between the map and its result stays
-in the cache. That is worth more than it seems: laid out for a whole batch, the patches of a large
-map take longer to write than to multiply.
+Two products are not XLA's: `native`, compiled C++ for CPUs, and `pallas`, for GPUs. Both read what
+is kept of the map and of the kernel in place.
+
+With the others, images are computed a few at a time, in a loop, so that all between the map and
+its result stays in the cache. That is worth more than it seems: laid out for a whole batch, the
+patches of a large map take longer to write than to multiply.
 """
 
 import dataclasses
@@ -23,7 +26,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from dynprune_jax.pruning import native
 from dynprune_jax.pruning.masks import Masks, kept_indices
+from dynprune_jax.pruning.native import kept_conv, kernel_panels
 
 # Paddings that repeat the map instead of adding zeros around it.
 REPEATING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
@@ -34,10 +39,9 @@ class Form:
     """One way to execute a convolution. It is data: plans save, print and compare it.
 
     Attributes:
-      product: `conv` (XLA's own convolution), `patches`, `rows`, `taps`, or `pallas` (a kernel
-        of ours that reads kept groups of channels in place; for GPUs).
-      channels: whether the kept channels are gathered; if not, the others are masked.
-      columns: the same of columns; only `taps` gathers them.
+      product: `conv` (XLA's own convolution), `patches`, `rows`, `taps`, `native` or `pallas`.
+      channels: whether only the kept channels are multiplied; if not, the others are masked.
+      columns: the same of columns; only `taps` and `native` skip them.
       images: how many are computed at a time; 0 for all.
     """
 
@@ -138,8 +142,8 @@ def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float
     """Lays a kernel out as the form multiplies it: once, when a network is made compact.
 
     Returns:
-      For `conv` the kernel itself. Else `(taps of the input, channels, taps of the output *
-      features)`.
+      For `conv` and `pallas` the kernel itself, for `native` panels of 32 features. Else `(taps
+      of the input, channels, taps of the output * features)`.
     """
     height, width, channels, features = kernel.shape
     if form.product == "patches":
@@ -148,7 +152,7 @@ def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float
         return kernel.transpose(1, 2, 0, 3).reshape(width, channels, height * features)
     if form.product == "taps":
         return kernel.transpose(2, 0, 1, 3).reshape(1, channels, height * width * features)
-    return kernel
+    return kernel_panels(kernel) if form.product == "native" else kernel
 
 
 def execute(
@@ -158,6 +162,7 @@ def execute(
     x: Float[Array, "batch height width channels"],
     masks: Masks,
     *,
+    features: int,
     kept_channels: int,
     kept_columns: int,
     group_size: int = 1,
@@ -171,6 +176,7 @@ def execute(
       weights: the kernel, from `layout`.
       x: the maps.
       masks: what each image keeps.
+      features: of the kernel.
       kept_channels: how many channels each image keeps.
       kept_columns: how many columns each image keeps.
       group_size: how many neighbouring channels are kept or left out together.
@@ -180,6 +186,18 @@ def execute(
       The map without a bias, in float32 or, if `x` is wider, in its dtype.
     """
     batch = x.shape[0]
+    if form.product == "native":
+        return kept_conv(
+            x,
+            weights,
+            masks.channels,
+            masks.columns,
+            features=features,
+            kernel_size=geometry.kernel,
+            strides=geometry.strides,
+            dilation=geometry.dilation,
+            padding=geometry.padding,
+        )
     if form.product == "pallas":
         assert masks.channels is not None
         groups, _ = kept_indices(masks.channels[:, ::group_size], kept_channels // group_size)
@@ -382,6 +400,9 @@ def candidates(
         if form.product == "pallas":
             if platform == "gpu" and group_size % 16 == 0:
                 yield form
+        elif form.product == "native":
+            if native.why_not() is None:
+                yield form
         elif form == Form() or (form.product == "conv" and batch <= 8):
             yield form
         elif form.product != "conv":
@@ -402,12 +423,13 @@ def possible(conv: nnx.Conv, *, channels: bool, columns: bool) -> list[Form]:
     products = ["patches"]
     if _pair(conv.strides)[0] == 1 and _pair(conv.kernel_size)[0] > 1:
         products.append("rows")
-    forms = [Form(), *map(Form, products)]
+    columns = columns and conv.padding not in REPEATING
+    forms = [Form(), *map(Form, products), Form("native", channels=channels, columns=columns)]
     if channels:
         forms += [Form(product, channels=True) for product in ("conv", *products)]
         if _pair(conv.strides) == _pair(conv.kernel_dilation) == (1, 1):
             forms.append(Form("pallas", channels=True))
-    if columns and conv.padding not in REPEATING:
+    if columns:
         forms.append(Form("taps", columns=True))
         if channels:
             forms.append(Form("taps", channels=True, columns=True))

@@ -1,0 +1,428 @@
+// For CPUs: choosing what to keep of each image, and a convolution that multiplies nothing else.
+//
+// The convolution follows the input. A tile of a few kept columns, packed with their kept channels alone, is
+// multiplied by the rows of the kernel for those channels, one tap after the other, and added
+// where that tap lands. The kernel is read in place: none is gathered for an image. A tap that
+// lands nowhere for a whole tile (outside, or not at a stride) is not multiplied.
+//
+// The kernel comes in panels of 32 features. All tiles of a task go through one tap of one panel
+// before the next, so that those rows of the kernel stay in the first or second level cache.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// What the vector registers hold: floats in one, and the vectors and columns of a tile of sums.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 2, kTile = 14;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kVectors = 2, kTile = 6;
+#elif defined(__ARM_NEON)
+constexpr int kLanes = 4, kVectors = 2, kTile = 12;
+#else
+constexpr int kLanes = 4, kVectors = 2, kTile = 6;
+#endif
+constexpr int kPanel = 32;  // native_conv.py lays the kernel out in panels as wide
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// Bytes that the tiles and sums of a task may take: a share of the second level cache.
+int64_t CacheBytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes / 2;
+#endif
+  return 384 * 1024;
+}
+
+struct Convolution {
+  int64_t batch, height, width, channels;
+  int64_t out_height, out_width, features;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_down, stride_across, dilation_down, dilation_across, top, left;
+  const float *x, *kernel;
+  const bool *channel_mask, *column_mask;  // no gate on that axis: null
+  float* y;
+
+  int64_t taps() const { return kernel_height * kernel_width; }
+  int64_t panels() const { return (features + kPanel - 1) / kPanel; }
+};
+
+// A part of the output: some rows and panels of some images.
+struct Task {
+  int64_t image, images, row, rows, panel, panels;
+};
+
+// A kept column: its image, counted from the task's first, and its place in the map.
+struct Column {
+  int32_t image, place;
+};
+
+// Columns that are multiplied together. They share their kept channels.
+struct Tile {
+  int64_t first, columns;          // in `kept`
+  int64_t first_channel, depth;    // in `channels`
+  int64_t packed;                  // where its values begin in `packed`
+};
+
+// The buffers of a thread, kept between tasks.
+struct Scratch {
+  std::vector<int32_t> channels;       // the kept channels of one image after the other
+  std::vector<int64_t> first_channel;  // where those of each image begin
+  std::vector<Column> kept;
+  std::vector<Tile> tiles;
+  std::vector<int32_t> landings;  // of each tile, tap and column: the row of sums, or -1
+  std::vector<float> packed;      // of each tile, channel and column
+  std::vector<float> sums;        // of one panel: of each place of the output; the last is nowhere
+};
+
+// Adds the product of a tile of M columns with rows of the kernel to M rows of sums.
+template <int M>
+void Multiply(int64_t depth, const float* __restrict tile, const float* __restrict kernel,
+              const int32_t* __restrict rows, float* const* sums) {
+  for (int part = 0; part < kPanel; part += kLanes * kVectors) {
+    Vector total[M][kVectors];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * kLanes);
+    for (int64_t k = 0; k < depth; ++k) {
+      const float* row = kernel + int64_t{rows[k]} * kPanel + part;
+      Vector weights[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        weights[v] = *reinterpret_cast<const Vector*>(row + v * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) total[m][v] += tile[k * M + m] * weights[v];
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        *reinterpret_cast<Vector*>(sums[m] + part + v * kLanes) = total[m][v];
+  }
+}
+
+template <int M>
+void Pack(int64_t depth, const int32_t* channels, const float* const* columns, float* tile) {
+  for (int64_t k = 0; k < depth; ++k)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) tile[k * M + m] = columns[m][channels[k]];
+}
+
+// Both for each number of columns that a tile can have.
+template <int... M>
+struct ForTiles {
+  static constexpr void (*multiply[])(int64_t, const float*, const float*, const int32_t*,
+                                      float* const*) = {Multiply<M + 1>...};
+  static constexpr void (*pack[])(int64_t, const int32_t*, const float* const*,
+                                  float*) = {Pack<M + 1>...};
+};
+template <int... M>
+ForTiles<M...> Each(std::integer_sequence<int, M...>);
+using Of = decltype(Each(std::make_integer_sequence<int, kTile>()));
+
+int64_t Modulo(int64_t a, int64_t n) { return ((a % n) + n) % n; }
+
+// The kept channels of each image of a task: without a gate, all of them, once.
+void FindChannels(const Convolution& c, const Task& task, Scratch& scratch) {
+  scratch.channels.clear();
+  scratch.first_channel.clear();
+  const int64_t lists = c.channel_mask ? task.images : 1;
+  for (int64_t i = 0; i < lists; ++i) {
+    scratch.first_channel.push_back(scratch.channels.size());
+    const bool* mask = c.channel_mask ? c.channel_mask + (task.image + i) * c.channels : nullptr;
+    for (int64_t channel = 0; channel < c.channels; ++channel)
+      if (!mask || mask[channel]) scratch.channels.push_back(channel);
+  }
+  scratch.first_channel.push_back(scratch.channels.size());
+}
+
+// Divides the kept columns from `first` on into tiles of about equal size.
+void CloseTiles(const Convolution& c, int64_t first, Scratch& scratch) {
+  const int64_t count = scratch.kept.size() - first, parts = (count + kTile - 1) / kTile;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
+    const int64_t list = c.channel_mask ? scratch.kept[begin].image : 0;
+    const int64_t channel = scratch.first_channel[list];
+    const int64_t depth = scratch.first_channel[list + 1] - channel;
+    int64_t packed = 0;
+    if (!scratch.tiles.empty()) {
+      const Tile& last = scratch.tiles.back();
+      packed = last.packed + last.columns * last.depth;
+    }
+    scratch.tiles.push_back({begin, end - begin, channel, depth, packed});
+  }
+}
+
+// The kept columns that reach the rows of a task, in tiles.
+void FindTiles(const Convolution& c, const Task& task, Scratch& scratch) {
+  scratch.kept.clear();
+  scratch.tiles.clear();
+  const int64_t reach = (c.kernel_height - 1) * c.dilation_down + 1;
+  const int64_t low = std::max<int64_t>(0, task.row * c.stride_down - c.top);
+  const int64_t high =
+      std::min(c.height, (task.row + task.rows - 1) * c.stride_down - c.top + reach);
+  // With a stride, columns apart from each other by less are reached by different taps.
+  for (int64_t down = 0; down < c.stride_down; ++down)
+    for (int64_t across = 0; across < c.stride_across; ++across) {
+      int64_t first = scratch.kept.size();
+      for (int64_t i = 0; i < task.images; ++i) {
+        const bool* mask =
+            c.column_mask ? c.column_mask + (task.image + i) * c.height * c.width : nullptr;
+        for (int64_t h = low + Modulo(down - c.top - low, c.stride_down); h < high;
+             h += c.stride_down)
+          for (int64_t w = Modulo(across - c.left, c.stride_across); w < c.width;
+               w += c.stride_across)
+            if (!mask || mask[h * c.width + w])
+              scratch.kept.push_back({int32_t(i), int32_t(h * c.width + w)});
+        if (c.channel_mask) {  // each image has its own kept channels
+          CloseTiles(c, first, scratch);
+          first = scratch.kept.size();
+        }
+      }
+      if (!c.channel_mask) CloseTiles(c, first, scratch);
+    }
+}
+
+// Packs the values of a tile, and finds where each tap of each of its columns lands.
+void FillTile(const Convolution& c, const Task& task, const Tile& tile, Scratch& scratch) {
+  const float* columns[kTile];
+  int32_t* landings = scratch.landings.data() + tile.first * c.taps();
+  for (int64_t m = 0; m < tile.columns; ++m) {
+    const Column& column = scratch.kept[tile.first + m];
+    columns[m] = c.x + ((task.image + column.image) * c.height * c.width + column.place) * c.channels;
+    const int64_t h = column.place / c.width + c.top, w = column.place % c.width + c.left;
+    for (int64_t i = 0, tap = 0; i < c.kernel_height; ++i) {
+      const int64_t down = h - i * c.dilation_down, row = down / c.stride_down - task.row;
+      const bool inside = down >= 0 && down % c.stride_down == 0 && row >= 0 && row < task.rows;
+      for (int64_t j = 0; j < c.kernel_width; ++j, ++tap) {
+        const int64_t across = w - j * c.dilation_across, place = across / c.stride_across;
+        const bool lands =
+            inside && across >= 0 && across % c.stride_across == 0 && place < c.out_width;
+        landings[tap * tile.columns + m] =
+            lands ? (column.image * task.rows + row) * c.out_width + place : -1;
+      }
+    }
+  }
+  Of::pack[tile.columns - 1](tile.depth, scratch.channels.data() + tile.first_channel, columns,
+                             scratch.packed.data() + tile.packed);
+}
+
+void Run(const Convolution& c, const Task& task, Scratch& scratch) {
+  FindChannels(c, task, scratch);
+  FindTiles(c, task, scratch);
+  const std::vector<Tile>& tiles = scratch.tiles;
+  const int64_t taps = c.taps(), nowhere = task.images * task.rows * c.out_width;
+  if (!tiles.empty())
+    scratch.packed.resize(tiles.back().packed + tiles.back().columns * tiles.back().depth);
+  scratch.landings.resize(scratch.kept.size() * taps);
+  scratch.sums.resize((nowhere + 1) * kPanel);
+  for (const Tile& tile : tiles) FillTile(c, task, tile, scratch);
+
+  for (int64_t panel = task.panel; panel < task.panel + task.panels; ++panel) {
+    const int64_t features = std::min<int64_t>(kPanel, c.features - panel * kPanel);
+    float* sums = scratch.sums.data();
+    std::memset(sums, 0, nowhere * kPanel * sizeof(float));
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (const Tile& tile : tiles) {
+        const int32_t* landing =
+            scratch.landings.data() + tile.first * taps + tap * tile.columns;
+        float* rows[kTile];
+        bool lands = false;
+        for (int64_t m = 0; m < tile.columns; ++m) {
+          lands |= landing[m] >= 0;
+          rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
+        }
+        if (lands)
+          Of::multiply[tile.columns - 1](tile.depth, scratch.packed.data() + tile.packed,
+                                         c.kernel + (panel * taps + tap) * c.channels * kPanel,
+                                         scratch.channels.data() + tile.first_channel, rows);
+      }
+    for (int64_t i = 0; i < task.images; ++i) {
+      const int64_t row = (task.image + i) * c.out_height + task.row;
+      float* y = c.y + row * c.out_width * c.features + panel * kPanel;
+      for (int64_t place = 0; place < task.rows * c.out_width; ++place) {
+        std::memcpy(y, sums, features * sizeof(float));
+        sums += kPanel;
+        y += c.features;
+      }
+    }
+  }
+}
+
+int64_t Parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// How many are kept, where every image keeps as many.
+int64_t Count(const bool* mask, int64_t n) { return mask ? std::count(mask, mask + n, true) : n; }
+
+// Tasks of equal size, at least one for each thread and each small enough for the cache: of
+// several images, or of a part of one.
+std::vector<Task> Divide(const Convolution& c, int64_t threads) {
+  const int64_t depth = Count(c.channel_mask, c.channels);
+  const int64_t columns = Count(c.column_mask, c.height * c.width);
+  const int64_t image_bytes = 4 * (columns * depth + c.out_height * c.out_width * kPanel);
+  const int64_t pieces = Parts(image_bytes, CacheBytes());
+  int64_t images = 1, bands = 1, panel_groups = 1;
+  if (c.batch >= threads && pieces == 1) {
+    const int64_t most = std::max<int64_t>(1, CacheBytes() / image_bytes);
+    // Two rounds, as threads are not equally fast; one where images are smaller than tiles.
+    const int64_t least = Parts(8 * kTile, std::max<int64_t>(1, columns));
+    const int64_t even = c.batch >= 2 * threads * least ? 2 : 1;
+    images = Parts(c.batch, threads * std::max(even, Parts(c.batch, threads * most)));
+  } else {
+    const int64_t share = Parts(threads, c.batch);  // tasks of an image, to occupy all threads
+    bands = Parts(pieces, share) * share;
+    // Features of one image are divided where its rows are few, or its kernel is larger than it.
+    if (pieces == 1 && c.panels() >= share && c.out_height < 16 * share) {
+      bands = 1;
+      panel_groups = std::clamp(c.panels() / 2, share, 4 * share);
+    }
+    bands = std::min(bands, c.out_height);
+  }
+  std::vector<Task> tasks;
+  for (int64_t image = 0; image < c.batch; image += images)
+    for (int64_t band = 0; band < bands; ++band)
+      for (int64_t group = 0; group < panel_groups; ++group) {
+        const int64_t row = c.out_height * band / bands, panel = c.panels() * group / panel_groups;
+        tasks.push_back({image, std::min(images, c.batch - image), row,
+                         c.out_height * (band + 1) / bands - row, panel,
+                         c.panels() * (group + 1) / panel_groups - panel});
+      }
+  return tasks;
+}
+
+// Runs `run(i)` for each i below `count` on the threads of a pool and on this one.
+//
+// Threads take one after the other; one that comes late finds none left. Only what a thread has
+// begun is waited for, so a helper that never gets a turn holds up nobody.
+template <typename Function>
+void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
+  struct Shared {
+    Function run;
+    int64_t count;
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+
+    Shared(Function run, int64_t count) : run(std::move(run)), count(count) {}
+    void Take() {
+      for (int64_t i; (i = next.fetch_add(1)) < count;) {
+        run(i);
+        if (done.fetch_add(1) + 1 == count) {
+          std::lock_guard<std::mutex> lock(mutex);
+          finished.notify_all();
+        }
+      }
+    }
+  };
+  auto shared = std::make_shared<Shared>(std::move(run), count);
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Take(); });
+  shared->Take();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->finished.wait(lock, [&] { return shared->done == count; });
+}
+
+ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
+                    ffi::Buffer<ffi::PRED> channel_mask, ffi::Buffer<ffi::PRED> column_mask,
+                    ffi::Span<const int64_t> geometry, ffi::ResultBuffer<ffi::F32> y) {
+  const auto in = x.dimensions(), out = y->dimensions();
+  if (in.size() != 4 || out.size() != 4 || geometry.size() != 8)
+    return ffi::Error::InvalidArgument("maps have four dimensions, a geometry eight numbers");
+  Convolution c;
+  c.batch = in[0], c.height = in[1], c.width = in[2], c.channels = in[3];
+  c.out_height = out[1], c.out_width = out[2], c.features = out[3];
+  int64_t* const fields[] = {&c.kernel_height, &c.kernel_width,    &c.stride_down, &c.stride_across,
+                             &c.dilation_down, &c.dilation_across, &c.top,         &c.left};
+  for (size_t i = 0; i < 8; ++i) *fields[i] = geometry[i];
+  const auto fits = [](size_t size, int64_t expected) { return int64_t(size) == expected; };
+  const auto fits_or_empty = [&](size_t size, int64_t n) { return size == 0 || fits(size, n); };
+  if (out[0] != c.batch || !fits(kernel.element_count(), c.panels() * c.taps() * c.channels * kPanel) ||
+      !fits_or_empty(channel_mask.element_count(), c.batch * c.channels) ||
+      !fits_or_empty(column_mask.element_count(), c.batch * c.height * c.width))
+    return ffi::Error::InvalidArgument("the sizes of the operands do not fit each other");
+  if (y->element_count() == 0) return ffi::Error::Success();
+  c.x = x.typed_data(), c.kernel = kernel.typed_data(), c.y = y->typed_data();
+  c.channel_mask = channel_mask.element_count() ? channel_mask.typed_data() : nullptr;
+  c.column_mask = column_mask.element_count() ? column_mask.typed_data() : nullptr;
+
+  const std::vector<Task> tasks = Divide(c, std::max<int64_t>(1, pool.num_threads()));
+  ForEach(pool, tasks.size(), [c, tasks](int64_t i) {
+    thread_local Scratch scratch;
+    Run(c, tasks[i], scratch);
+  });
+  return ffi::Error::Success();
+}
+
+// Marks the highest scores of a row; of equal scores those of lower index. NaN ranks lowest.
+void KeepHighest(const float* scores, int64_t n, int64_t count, bool* mask) {
+  thread_local std::vector<float> ranked;
+  ranked.assign(scores, scores + n);
+  for (float& score : ranked)
+    if (std::isnan(score)) score = -INFINITY;
+  const auto last = ranked.begin() + (count - 1);
+  std::nth_element(ranked.begin(), last, ranked.end(), std::greater<float>());
+  const float threshold = *last;
+  int64_t room = count - std::count_if(ranked.begin(), last, [&](float s) { return s > threshold; });
+  for (int64_t i = 0; i < n; ++i) {
+    const float score = std::isnan(scores[i]) ? -INFINITY : scores[i];
+    mask[i] = score > threshold || (score == threshold && room-- > 0);
+  }
+}
+
+ffi::Error Keep(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, int64_t count,
+                ffi::ResultBuffer<ffi::PRED> mask) {
+  if (scores.dimensions().size() != 2 || mask->element_count() != scores.element_count())
+    return ffi::Error::InvalidArgument("the scores have two dimensions, and the mask is as large");
+  const int64_t batch = scores.dimensions()[0], n = scores.dimensions()[1];
+  if (batch == 0) return ffi::Error::Success();
+  if (count < 1 || count > n) return ffi::Error::InvalidArgument("the count is out of range");
+  const int64_t rows = Parts(16384, n);  // of a part that is worth a thread's while
+  ForEach(pool, Parts(batch, rows),
+          [=, from = scores.typed_data(), to = mask->typed_data()](int64_t part) {
+            for (int64_t i = part * rows; i < std::min(batch, (part + 1) * rows); ++i)
+              KeepHighest(from + i * n, n, count, to + i * n);
+          });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+extern "C" XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_convolve, Convolve,
+                                         ffi::Ffi::Bind()
+                                             .Ctx<ffi::ThreadPool>()
+                                             .Arg<ffi::Buffer<ffi::F32>>()
+                                             .Arg<ffi::Buffer<ffi::F32>>()
+                                             .Arg<ffi::Buffer<ffi::PRED>>()
+                                             .Arg<ffi::Buffer<ffi::PRED>>()
+                                             .Attr<ffi::Span<const int64_t>>("geometry")
+                                             .Ret<ffi::Buffer<ffi::F32>>());
+
+extern "C" XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_keep, Keep,
+                                         ffi::Ffi::Bind()
+                                             .Ctx<ffi::ThreadPool>()
+                                             .Arg<ffi::Buffer<ffi::F32>>()
+                                             .Attr<int64_t>("count")
+                                             .Ret<ffi::Buffer<ffi::PRED>>());

@@ -1,0 +1,174 @@
+"""For CPUs: a convolution that multiplies only what is kept, in C++ behind XLA's FFI.
+
+XLA has no product that reads the kept rows of a kernel in place: it would copy them for every
+image first. `native.cc` has. The machine's own compiler compiles it, once and in a few seconds;
+the result is kept in the user's cache folder.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+_SOURCE = Path(__file__).with_name("native.cc")
+_TARGETS = ("dynprune_convolve", "dynprune_keep")
+_PANEL = 32  # features side by side, as in the source
+_COMPILERS = ("c++", "g++", "clang++")
+_TIMEOUT = 300  # seconds
+_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
+
+
+def kernel_panels(
+    kernel: Float[Array, "kernel_height kernel_width channels features"],
+) -> Float[Array, "panels taps channels 32"]:
+    """Lays a kernel out as `kept_conv` reads it: panels of 32 features, the last filled with 0."""
+    height, width, channels, features = kernel.shape
+    panels = -(-features // _PANEL)
+    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, panels * _PANEL - features)))
+    return kernel.reshape(height * width, channels, panels, _PANEL).transpose(2, 0, 1, 3)
+
+
+def kept_conv(
+    x: Float[Array, "batch height width channels"],
+    panels: Float[Array, "panels taps channels 32"],
+    channel_mask: Bool[Array, "batch channels"] | None,
+    column_mask: Bool[Array, "batch height width"] | None,
+    *,
+    features: int,
+    kernel_size: tuple[int, int],
+    strides: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> Float[Array, "batch out_height out_width features"]:
+    """Convolves what the masks keep of each image, on a CPU and in float32.
+
+    Equal, to rounding, to the dense convolution of `x` with all else set to zero. It has no
+    gradient: it is for inference.
+
+    Args:
+      x: the maps.
+      panels: the kernel, from `kernel_panels`.
+      channel_mask: the kept channels; None for all.
+      column_mask: the kept columns; None for all.
+      features: of the kernel.
+      kernel_size: height and width.
+      strides: down and across.
+      dilation: of the kernel, down and across.
+      padding: zeros before and after, down and across.
+
+    Raises:
+      RuntimeError: with the reason, if `why_not` has one.
+      ValueError: for maps of float64.
+    """
+    _demand()
+    if x.dtype == jnp.float64:
+        raise ValueError("the form 'native' multiplies in float32; the maps are float64")
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    sides = zip(x.shape[1:3], padding, spans, strides, strict=True)
+    out = [(side + sum(pad) - span) // stride + 1 for side, pad, span, stride in sides]
+    everything = jnp.zeros(0, bool)
+    call = jax.ffi.ffi_call(
+        "dynprune_convolve",
+        jax.ShapeDtypeStruct((x.shape[0], *out, features), jnp.float32),
+        vmap_method="sequential",
+    )
+    return call(
+        x.astype(jnp.float32),
+        panels.astype(jnp.float32),
+        everything if channel_mask is None else channel_mask,
+        everything if column_mask is None else column_mask,
+        geometry=np.array(
+            [*kernel_size, *strides, *dilation, padding[0][0], padding[1][0]], np.int64
+        ),
+    )
+
+
+def keep_highest(scores: Float[Array, "*batch n"], count: int) -> Bool[Array, "*batch n"]:
+    """Marks the `count` highest scores of each row, as `masks.keep_highest` does.
+
+    Args:
+      scores: float32.
+      count: from 1 to `n`.
+
+    Raises:
+      RuntimeError: with the reason, if `why_not` has one.
+    """
+    _demand()
+    flat = scores.astype(jnp.float32).reshape(-1, scores.shape[-1])
+    call = jax.ffi.ffi_call(
+        "dynprune_keep", jax.ShapeDtypeStruct(flat.shape, bool), vmap_method="sequential"
+    )
+    return call(flat, count=np.int64(count)).reshape(scores.shape)
+
+
+def _demand() -> None:
+    if reason := why_not():
+        raise RuntimeError(f"the compiled kernel for CPUs is not to be had: {reason}")
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Compiles and registers the kernel if need be; if that fails, says why in one line.
+
+    Two environment variables matter: `CXX` names the compiler, by default the first there is of
+    `c++`, `g++` and `clang++`; `XDG_CACHE_HOME` is where the compiled kernel is kept, by default
+    `~/.cache`.
+    """
+    if jax.default_backend() != "cpu":
+        return f"it runs on CPUs, and the default device is a {jax.default_backend()}"
+    named = os.environ.get("CXX")
+    compiler = next(filter(shutil.which, [named] if named else _COMPILERS), None)
+    if compiler is None:
+        return f"no C++ compiler was found under the name {named or ', '.join(_COMPILERS)}"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+        for target in _TARGETS:
+            handler = jax.ffi.pycapsule(getattr(library, target))
+            jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} failed: {next(iter(error.stderr.splitlines()), error)}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library, compiled if there is none yet for this compiler, processor and JAX."""
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    command = [compiler, *_FLAGS, native, "-isystem", jax.ffi.include_dir(), str(_SOURCE)]
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            arguments, check=True, capture_output=True, text=True, timeout=_TIMEOUT
+        )
+        return done.stdout
+
+    # The macros tell the compiler's version, and what `native` means on this processor.
+    macros = run(compiler, native, "-dM", "-E", "-x", "c++", os.devnull)
+    made_of = "\n".join([*command, jaxlib.version.__version__, macros, _SOURCE.read_text()])
+    name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dynprune_jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = tempfile.mkdtemp(dir=folder)
+    except OSError:  # no home to write to: for this process alone
+        unfinished = tempfile.mkdtemp()
+        folder = Path(unfinished)
+    library = folder / name
+    if not library.exists():
+        run(*command, "-o", f"{unfinished}/{name}")
+        os.replace(f"{unfinished}/{name}", library)  # whole, or not there
+    if folder != Path(unfinished):
+        os.rmdir(unfinished)
+    return library
