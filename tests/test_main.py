@@ -143,7 +143,7 @@ MISTAKES = {
         r"batch_sizes is \(0,\).*at least",
     ),
     "no batch size": (["--config.benchmark.batch_sizes=()"], r"batch_sizes is \(\); give"),
-    "benchmark ratio of 1": (["--config.benchmark.ratios=(1.0,)"], r"benchmark.ratios.*\[0.0, 1.0\)"),
+    "timed ratio of 1": (["--config.benchmark.ratios=(1.0,)"], r"benchmark.ratios.*\[0.0, 1.0\)"),
     "drop probability of 0": (["--config.gate.drop_probability=0."], r"drop_probability.*\(0, 1\]"),
     "ascent that never arrives": (
         ["--config.ascent.interval_epochs=90"],

@@ -38,7 +38,7 @@ _SETS = {
     "imagenet100": (100, 3),
     "imagenet2012": (1000, 3),
 }
-_PAUSE = 0.01  # seconds: other runtimes' threads spin for a while after their work
+_TURN = 0.03  # seconds that a way is called again and again before the next has its turn
 _HOPELESS = 2.0  # times the fastest: what is slower is timed three times only
 
 
@@ -145,7 +145,7 @@ class _Bench:
                 self._folder / f"layer_times_batch_{len(self._images)}.png",
             )
         seconds = _time(ways, self._config.benchmark.repeats)
-        if controls:  # in turns of their own: their threads spin on, and would slow the others
+        if controls:  # in turns of their own: their threads spin after their work
             others = {f"other: {name}": run for name, run in self._others().items()}
             seconds |= _time(others, self._config.benchmark.repeats)
         row = summary(seconds, usage.mac_reduction)
@@ -269,14 +269,14 @@ def _quartiles(seconds: list[float]) -> list[float]:
 
 def _time(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Times all ways in turns; a hopelessly slow dense or masked one three times only."""
-    first = interleaved(ways, 3, warmup=1, pause=_PAUSE)
+    first = interleaved(ways, 3, warmup=1, least=_TURN)
     limit = _HOPELESS * min((min(taken) for taken in first.values()), default=0.0)
     again = {
         name: run
         for name, run in ways.items()
         if min(first[name]) <= limit or name in ("compact", "static")
     }
-    return first | interleaved(again, repeats, warmup=1, pause=_PAUSE)
+    return first | interleaved(again, repeats, warmup=1, least=_TURN)
 
 
 def _at(config: Config, ratio: float) -> Config:

@@ -410,7 +410,7 @@ ffi::Error Keep(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, int64_t coun
 
 }  // namespace
 
-extern "C" XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_convolve, Convolve,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_convolve, Convolve,
                                          ffi::Ffi::Bind()
                                              .Ctx<ffi::ThreadPool>()
                                              .Arg<ffi::Buffer<ffi::F32>>()
@@ -420,7 +420,7 @@ extern "C" XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_convolve, Convolve,
                                              .Attr<ffi::Span<const int64_t>>("geometry")
                                              .Ret<ffi::Buffer<ffi::F32>>());
 
-extern "C" XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_keep, Keep,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_keep, Keep,
                                          ffi::Ffi::Bind()
                                              .Ctx<ffi::ThreadPool>()
                                              .Arg<ffi::Buffer<ffi::F32>>()

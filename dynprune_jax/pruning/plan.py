@@ -22,6 +22,7 @@ from dynprune_jax.pruning.surgery import conv_layers, intercept
 
 # In the first round each form runs once; one this much slower than the best is out.
 _HOPELESS = 1.5
+_TURN = 0.005  # seconds, see `interleaved`
 
 
 @dataclasses.dataclass
@@ -107,27 +108,30 @@ class Plan:
 
 
 def interleaved(
-    functions: Mapping[Any, Callable[[], Any]], repeats: int, warmup: int = 2, pause: float = 0.0
+    functions: Mapping[Any, Callable[[], Any]], repeats: int, warmup: int = 2, least: float = 0.0
 ) -> dict[Any, list[float]]:
     """Times functions in turn, so that a slow moment of the machine falls on all of them.
 
     Args:
       functions: each does its work and returns arrays, which are waited for.
-      repeats: how often each is timed.
-      warmup: untimed calls of each before that.
-      pause: seconds of rest before each call, for the threads of the one before to go to sleep.
+      repeats: how many turns of each are timed.
+      warmup: untimed turns of each before that.
+      least: seconds that a turn lasts at the least. A quick function is called again until then,
+        as in steady use: a single call would mostly time caches and threads waking up.
 
     Returns:
-      The seconds of every call, by name.
+      The mean seconds of a call, of every turn, by name.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
-            time.sleep(pause)
-            start = time.perf_counter()
-            jax.block_until_ready(function())
+            calls, start, passed = 0, time.perf_counter(), 0.0
+            while not calls or passed < least:
+                jax.block_until_ready(function())
+                calls += 1
+                passed = time.perf_counter() - start
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(passed / calls)
     return seconds
 
 
@@ -228,7 +232,7 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
     times = _milliseconds(interleaved(runs, 1, warmup=1))
     limit = _HOPELESS * min(times.values())
     hopeful = {form: run for form, run in runs.items() if times[form] <= limit}
-    return times | _milliseconds(interleaved(hopeful, repeats, warmup=1))
+    return times | _milliseconds(interleaved(hopeful, repeats, warmup=1, least=_TURN))
 
 
 def _milliseconds(seconds: Mapping[Form, list[float]]) -> dict[Form, float]:
