@@ -71,9 +71,9 @@ struct Task {
   int64_t image, images, row, rows, panel, panels;
 };
 
-// A kept column: its image, counted from the task's first, and its place in the map.
+// A kept column: its image, counted from the task's first, and where it is in the map.
 struct Column {
-  int32_t image, place;
+  int32_t image, row, across;
 };
 
 // Columns that are multiplied together. They share their kept channels.
@@ -89,6 +89,7 @@ struct Scratch {
   std::vector<int64_t> first_channel;  // where those of each image begin
   std::vector<Column> kept;
   std::vector<Tile> tiles;
+  std::vector<int32_t> landings_down, landings_across;
   std::vector<int32_t> landings;  // of each tile, tap and column: the row of sums, or -1
   std::vector<float> packed;      // of each tile, channel and column
   std::vector<float> sums;        // of one panel: of each place of the output; the last is nowhere
@@ -196,7 +197,7 @@ void FindTiles(const Convolution& c, const Task& task, Scratch& scratch) {
           for (int64_t w = Modulo(across - c.left, c.stride_across); w < c.width;
                w += c.stride_across)
             if (!mask || mask[h * c.width + w])
-              scratch.kept.push_back({int32_t(i), int32_t(h * c.width + w)});
+              scratch.kept.push_back({int32_t(i), int32_t(h), int32_t(w)});
         if (c.channel_mask) {  // each image has its own kept channels
           CloseTiles(c, first, scratch);
           first = scratch.kept.size();
@@ -206,24 +207,33 @@ void FindTiles(const Convolution& c, const Task& task, Scratch& scratch) {
     }
 }
 
-// Packs the values of a tile, and finds where each tap of each of its columns lands.
+// Where the taps of each row (or each position across) of the map land, or -1: of the output's
+// from `first` to `first + count`, counted from there.
+void FindLandings(int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t before,
+                  int64_t first, int64_t count, std::vector<int32_t>& landings) {
+  landings.clear();
+  for (int64_t at = 0; at < size; ++at)
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      const int64_t strided = at + before - tap * dilation, place = strided / stride - first;
+      const bool lands = strided >= 0 && strided % stride == 0 && place >= 0 && place < count;
+      landings.push_back(lands ? place : -1);
+    }
+}
+
+// Packs the values of a tile, and notes where each tap of each of its columns lands.
 void FillTile(const Convolution& c, const Task& task, const Tile& tile, Scratch& scratch) {
   const float* columns[kTile];
   int32_t* landings = scratch.landings.data() + tile.first * c.taps();
   for (int64_t m = 0; m < tile.columns; ++m) {
     const Column& column = scratch.kept[tile.first + m];
-    columns[m] = c.x + ((task.image + column.image) * c.height * c.width + column.place) * c.channels;
-    const int64_t h = column.place / c.width + c.top, w = column.place % c.width + c.left;
+    const int64_t row = (task.image + column.image) * c.height + column.row;
+    columns[m] = c.x + (row * c.width + column.across) * c.channels;
+    const int32_t* down = scratch.landings_down.data() + column.row * c.kernel_height;
+    const int32_t* across = scratch.landings_across.data() + column.across * c.kernel_width;
     for (int64_t i = 0, tap = 0; i < c.kernel_height; ++i) {
-      const int64_t down = h - i * c.dilation_down, row = down / c.stride_down - task.row;
-      const bool inside = down >= 0 && down % c.stride_down == 0 && row >= 0 && row < task.rows;
-      for (int64_t j = 0; j < c.kernel_width; ++j, ++tap) {
-        const int64_t across = w - j * c.dilation_across, place = across / c.stride_across;
-        const bool lands =
-            inside && across >= 0 && across % c.stride_across == 0 && place < c.out_width;
-        landings[tap * tile.columns + m] =
-            lands ? (column.image * task.rows + row) * c.out_width + place : -1;
-      }
+      const int64_t first = (column.image * task.rows + down[i]) * c.out_width;
+      for (int64_t j = 0; j < c.kernel_width; ++j, ++tap)
+        landings[tap * tile.columns + m] = down[i] < 0 || across[j] < 0 ? -1 : first + across[j];
     }
   }
   Of::pack[tile.columns - 1](tile.depth, scratch.channels.data() + tile.first_channel, columns,
@@ -237,6 +247,10 @@ void Run(const Convolution& c, const Task& task, Scratch& scratch) {
   const int64_t taps = c.taps(), nowhere = task.images * task.rows * c.out_width;
   if (!tiles.empty())
     scratch.packed.resize(tiles.back().packed + tiles.back().columns * tiles.back().depth);
+  FindLandings(c.height, c.kernel_height, c.stride_down, c.dilation_down, c.top, task.row,
+               task.rows, scratch.landings_down);
+  FindLandings(c.width, c.kernel_width, c.stride_across, c.dilation_across, c.left, 0, c.out_width,
+               scratch.landings_across);
   scratch.landings.resize(scratch.kept.size() * taps);
   scratch.sums.resize((nowhere + 1) * kPanel);
   for (const Tile& tile : tiles) FillTile(c, task, tile, scratch);
@@ -264,7 +278,10 @@ void Run(const Convolution& c, const Task& task, Scratch& scratch) {
       const int64_t row = (task.image + i) * c.out_height + task.row;
       float* y = c.y + row * c.out_width * c.features + panel * kPanel;
       for (int64_t place = 0; place < task.rows * c.out_width; ++place) {
-        std::memcpy(y, sums, features * sizeof(float));
+        if (features == kPanel)
+          std::memcpy(y, sums, kPanel * sizeof(float));  // of a constant length: no call
+        else
+          std::memcpy(y, sums, features * sizeof(float));
         sums += kPanel;
         y += c.features;
       }
