@@ -28,6 +28,7 @@ from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.macs import program_macs
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
+from dynprune_jax.pruning.surgery import conv_layers
 from dynprune_jax.train_step import Network
 from dynprune_jax.writers import progress_bar, write_json
 
@@ -102,9 +103,10 @@ class _Bench:
         self._config, self._model, self._folder = config, model, folder
         self._console = console
         self._known: dict[Any, dict[Form, float]] = {}
-        (first,) = [conv for _, conv in nnx.iter_modules(model) if isinstance(conv, nnx.Conv)][:1]
         side = config.data.image_size
-        shape = (batch_size, side, side, first.in_features)
+        # Every architecture here has one convolution of so few channels: the image's.
+        channels = min(conv.in_features for conv in conv_layers(model).values())
+        shape = (batch_size, side, side, channels)
         self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
         self._dense_plan = self._plan("dense", model)
         folded = fold_batch_norms(model, self._images)
