@@ -17,6 +17,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -66,9 +67,9 @@ struct Convolution {
   int64_t panels() const { return (features + kPanel - 1) / kPanel; }
 };
 
-// A part of the output: some rows and panels of some images.
+// A part of the output: some rows of some images.
 struct Task {
-  int64_t image, images, row, rows, panel, panels;
+  int64_t image, images, row, rows;
 };
 
 // A kept column: its image, counted from the task's first, and where it is in the map.
@@ -83,8 +84,9 @@ struct Tile {
   int64_t packed;                  // where its values begin in `packed`
 };
 
-// The buffers of a thread, kept between tasks.
-struct Scratch {
+// All that is made ready of a task before anything is multiplied.
+struct Ready {
+  Task task;
   std::vector<int32_t> channels;       // the kept channels of one image after the other
   std::vector<int64_t> first_channel;  // where those of each image begin
   std::vector<Column> kept;
@@ -92,7 +94,8 @@ struct Scratch {
   std::vector<int32_t> landings_down, landings_across;
   std::vector<int32_t> landings;  // of each tile, tap and column: the row of sums, or -1
   std::vector<float> packed;      // of each tile, channel and column
-  std::vector<float> sums;        // of one panel: of each place of the output; the last is nowhere
+
+  int64_t places(const Convolution& c) const { return task.images * task.rows * c.out_width; }
 };
 
 // Adds the product of a tile of M columns with rows of the kernel to M rows of sums.
@@ -147,40 +150,42 @@ using Of = decltype(Each(std::make_integer_sequence<int, kTile>()));
 int64_t Modulo(int64_t a, int64_t n) { return ((a % n) + n) % n; }
 
 // The kept channels of each image of a task: without a gate, all of them, once.
-void FindChannels(const Convolution& c, const Task& task, Scratch& scratch) {
-  scratch.channels.clear();
-  scratch.first_channel.clear();
+void FindChannels(const Convolution& c, Ready& ready) {
+  const Task& task = ready.task;
+  ready.channels.clear();
+  ready.first_channel.clear();
   const int64_t lists = c.channel_mask ? task.images : 1;
   for (int64_t i = 0; i < lists; ++i) {
-    scratch.first_channel.push_back(scratch.channels.size());
+    ready.first_channel.push_back(ready.channels.size());
     const bool* mask = c.channel_mask ? c.channel_mask + (task.image + i) * c.channels : nullptr;
     for (int64_t channel = 0; channel < c.channels; ++channel)
-      if (!mask || mask[channel]) scratch.channels.push_back(channel);
+      if (!mask || mask[channel]) ready.channels.push_back(channel);
   }
-  scratch.first_channel.push_back(scratch.channels.size());
+  ready.first_channel.push_back(ready.channels.size());
 }
 
 // Divides the kept columns from `first` on into tiles of about equal size.
-void CloseTiles(const Convolution& c, int64_t first, Scratch& scratch) {
-  const int64_t count = scratch.kept.size() - first, parts = (count + kTile - 1) / kTile;
+void CloseTiles(const Convolution& c, int64_t first, Ready& ready) {
+  const int64_t count = ready.kept.size() - first, parts = (count + kTile - 1) / kTile;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
-    const int64_t list = c.channel_mask ? scratch.kept[begin].image : 0;
-    const int64_t channel = scratch.first_channel[list];
-    const int64_t depth = scratch.first_channel[list + 1] - channel;
+    const int64_t list = c.channel_mask ? ready.kept[begin].image : 0;
+    const int64_t channel = ready.first_channel[list];
+    const int64_t depth = ready.first_channel[list + 1] - channel;
     int64_t packed = 0;
-    if (!scratch.tiles.empty()) {
-      const Tile& last = scratch.tiles.back();
+    if (!ready.tiles.empty()) {
+      const Tile& last = ready.tiles.back();
       packed = last.packed + last.columns * last.depth;
     }
-    scratch.tiles.push_back({begin, end - begin, channel, depth, packed});
+    ready.tiles.push_back({begin, end - begin, channel, depth, packed});
   }
 }
 
 // The kept columns that reach the rows of a task, in tiles.
-void FindTiles(const Convolution& c, const Task& task, Scratch& scratch) {
-  scratch.kept.clear();
-  scratch.tiles.clear();
+void FindTiles(const Convolution& c, Ready& ready) {
+  const Task& task = ready.task;
+  ready.kept.clear();
+  ready.tiles.clear();
   const int64_t reach = (c.kernel_height - 1) * c.dilation_down + 1;
   const int64_t low = std::max<int64_t>(0, task.row * c.stride_down - c.top);
   const int64_t high =
@@ -188,7 +193,7 @@ void FindTiles(const Convolution& c, const Task& task, Scratch& scratch) {
   // With a stride, columns apart from each other by less are reached by different taps.
   for (int64_t down = 0; down < c.stride_down; ++down)
     for (int64_t across = 0; across < c.stride_across; ++across) {
-      int64_t first = scratch.kept.size();
+      int64_t first = ready.kept.size();
       for (int64_t i = 0; i < task.images; ++i) {
         const bool* mask =
             c.column_mask ? c.column_mask + (task.image + i) * c.height * c.width : nullptr;
@@ -197,13 +202,13 @@ void FindTiles(const Convolution& c, const Task& task, Scratch& scratch) {
           for (int64_t w = Modulo(across - c.left, c.stride_across); w < c.width;
                w += c.stride_across)
             if (!mask || mask[h * c.width + w])
-              scratch.kept.push_back({int32_t(i), int32_t(h), int32_t(w)});
+              ready.kept.push_back({int32_t(i), int32_t(h), int32_t(w)});
         if (c.channel_mask) {  // each image has its own kept channels
-          CloseTiles(c, first, scratch);
-          first = scratch.kept.size();
+          CloseTiles(c, first, ready);
+          first = ready.kept.size();
         }
       }
-      if (!c.channel_mask) CloseTiles(c, first, scratch);
+      if (!c.channel_mask) CloseTiles(c, first, ready);
     }
 }
 
@@ -221,70 +226,75 @@ void FindLandings(int64_t size, int64_t kernel, int64_t stride, int64_t dilation
 }
 
 // Packs the values of a tile, and notes where each tap of each of its columns lands.
-void FillTile(const Convolution& c, const Task& task, const Tile& tile, Scratch& scratch) {
+void FillTile(const Convolution& c, const Tile& tile, Ready& ready) {
+  const Task& task = ready.task;
   const float* columns[kTile];
-  int32_t* landings = scratch.landings.data() + tile.first * c.taps();
+  int32_t* landings = ready.landings.data() + tile.first * c.taps();
   for (int64_t m = 0; m < tile.columns; ++m) {
-    const Column& column = scratch.kept[tile.first + m];
+    const Column& column = ready.kept[tile.first + m];
     const int64_t row = (task.image + column.image) * c.height + column.row;
     columns[m] = c.x + (row * c.width + column.across) * c.channels;
-    const int32_t* down = scratch.landings_down.data() + column.row * c.kernel_height;
-    const int32_t* across = scratch.landings_across.data() + column.across * c.kernel_width;
+    const int32_t* down = ready.landings_down.data() + column.row * c.kernel_height;
+    const int32_t* across = ready.landings_across.data() + column.across * c.kernel_width;
     for (int64_t i = 0, tap = 0; i < c.kernel_height; ++i) {
       const int64_t first = (column.image * task.rows + down[i]) * c.out_width;
       for (int64_t j = 0; j < c.kernel_width; ++j, ++tap)
         landings[tap * tile.columns + m] = down[i] < 0 || across[j] < 0 ? -1 : first + across[j];
     }
   }
-  Of::pack[tile.columns - 1](tile.depth, scratch.channels.data() + tile.first_channel, columns,
-                             scratch.packed.data() + tile.packed);
+  Of::pack[tile.columns - 1](tile.depth, ready.channels.data() + tile.first_channel, columns,
+                             ready.packed.data() + tile.packed);
 }
 
-void Run(const Convolution& c, const Task& task, Scratch& scratch) {
-  FindChannels(c, task, scratch);
-  FindTiles(c, task, scratch);
-  const std::vector<Tile>& tiles = scratch.tiles;
-  const int64_t taps = c.taps(), nowhere = task.images * task.rows * c.out_width;
-  if (!tiles.empty())
-    scratch.packed.resize(tiles.back().packed + tiles.back().columns * tiles.back().depth);
+// Makes a task ready but for the filling of its tiles.
+void Prepare(const Convolution& c, const Task& task, Ready& ready) {
+  ready.task = task;
+  FindChannels(c, ready);
+  FindTiles(c, ready);
   FindLandings(c.height, c.kernel_height, c.stride_down, c.dilation_down, c.top, task.row,
-               task.rows, scratch.landings_down);
+               task.rows, ready.landings_down);
   FindLandings(c.width, c.kernel_width, c.stride_across, c.dilation_across, c.left, 0, c.out_width,
-               scratch.landings_across);
-  scratch.landings.resize(scratch.kept.size() * taps);
-  scratch.sums.resize((nowhere + 1) * kPanel);
-  for (const Tile& tile : tiles) FillTile(c, task, tile, scratch);
+               ready.landings_across);
+  ready.landings.resize(ready.kept.size() * c.taps());
+  if (!ready.tiles.empty()) {
+    const Tile& last = ready.tiles.back();
+    ready.packed.resize(last.packed + last.columns * last.depth);
+  }
+}
 
-  for (int64_t panel = task.panel; panel < task.panel + task.panels; ++panel) {
-    const int64_t features = std::min<int64_t>(kPanel, c.features - panel * kPanel);
-    float* sums = scratch.sums.data();
-    std::memset(sums, 0, nowhere * kPanel * sizeof(float));
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (const Tile& tile : tiles) {
-        const int32_t* landing =
-            scratch.landings.data() + tile.first * taps + tap * tile.columns;
-        float* rows[kTile];
-        bool lands = false;
-        for (int64_t m = 0; m < tile.columns; ++m) {
-          lands |= landing[m] >= 0;
-          rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
-        }
-        if (lands)
-          Of::multiply[tile.columns - 1](tile.depth, scratch.packed.data() + tile.packed,
-                                         c.kernel + (panel * taps + tap) * c.channels * kPanel,
-                                         scratch.channels.data() + tile.first_channel, rows);
+// Computes the 32 features of a panel for all of a task.
+void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t panel) {
+  thread_local std::vector<float> buffer;  // of each place of the output; the last is nowhere
+  const int64_t taps = c.taps(), nowhere = ready.places(c);
+  buffer.resize((nowhere + 1) * kPanel);
+  float* sums = buffer.data();
+  std::memset(sums, 0, nowhere * kPanel * sizeof(float));
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (const Tile& tile : ready.tiles) {
+      const int32_t* landing = ready.landings.data() + tile.first * taps + tap * tile.columns;
+      float* rows[kTile];
+      bool lands = false;
+      for (int64_t m = 0; m < tile.columns; ++m) {
+        lands |= landing[m] >= 0;
+        rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
       }
-    for (int64_t i = 0; i < task.images; ++i) {
-      const int64_t row = (task.image + i) * c.out_height + task.row;
-      float* y = c.y + row * c.out_width * c.features + panel * kPanel;
-      for (int64_t place = 0; place < task.rows * c.out_width; ++place) {
-        if (features == kPanel)
-          std::memcpy(y, sums, kPanel * sizeof(float));  // of a constant length: no call
-        else
-          std::memcpy(y, sums, features * sizeof(float));
-        sums += kPanel;
-        y += c.features;
-      }
+      if (lands)
+        Of::multiply[tile.columns - 1](tile.depth, ready.packed.data() + tile.packed,
+                                       c.kernel + (panel * taps + tap) * c.channels * kPanel,
+                                       ready.channels.data() + tile.first_channel, rows);
+    }
+  const Task& task = ready.task;
+  const int64_t features = std::min<int64_t>(kPanel, c.features - panel * kPanel);
+  for (int64_t i = 0; i < task.images; ++i) {
+    const int64_t row = (task.image + i) * c.out_height + task.row;
+    float* y = c.y + row * c.out_width * c.features + panel * kPanel;
+    for (int64_t place = 0; place < task.rows * c.out_width; ++place) {
+      if (features == kPanel)
+        std::memcpy(y, sums, kPanel * sizeof(float));  // of a constant length: no call
+      else
+        std::memcpy(y, sums, features * sizeof(float));
+      sums += kPanel;
+      y += c.features;
     }
   }
 }
@@ -294,14 +304,14 @@ int64_t Parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // How many are kept, where every image keeps as many.
 int64_t Count(const bool* mask, int64_t n) { return mask ? std::count(mask, mask + n, true) : n; }
 
-// Tasks of equal size, at least one for each thread and each small enough for the cache: of
-// several images, or of a part of one.
+// Tasks of equal size and small enough for the cache: of several images, or of a part of one.
+// There are fewer than threads only for few images of few rows.
 std::vector<Task> Divide(const Convolution& c, int64_t threads) {
   const int64_t depth = Count(c.channel_mask, c.channels);
   const int64_t columns = Count(c.column_mask, c.height * c.width);
   const int64_t image_bytes = 4 * (columns * depth + c.out_height * c.out_width * kPanel);
   const int64_t pieces = Parts(image_bytes, CacheBytes());
-  int64_t images = 1, bands = 1, panel_groups = 1;
+  int64_t images = 1, bands = 1;
   if (c.batch >= threads && pieces == 1) {
     const int64_t most = std::max<int64_t>(1, CacheBytes() / image_bytes);
     // Two rounds, as threads are not equally fast; one where images are smaller than tiles.
@@ -309,24 +319,18 @@ std::vector<Task> Divide(const Convolution& c, int64_t threads) {
     const int64_t even = c.batch >= 2 * threads * least ? 2 : 1;
     images = Parts(c.batch, threads * std::max(even, Parts(c.batch, threads * most)));
   } else {
-    const int64_t share = Parts(threads, c.batch);  // tasks of an image, to occupy all threads
-    bands = Parts(pieces, share) * share;
-    // Features of one image are divided where its rows are few, or its kernel is larger than it.
-    if (pieces == 1 && c.panels() >= share && c.out_height < 16 * share) {
-      bands = 1;
-      panel_groups = std::clamp(c.panels() / 2, share, 4 * share);
-    }
-    bands = std::min(bands, c.out_height);
+    // A map of few rows is left whole, as its kernel is the larger: features are divided then.
+    const int64_t share = Parts(threads, c.batch), few = c.kernel_height > 1 ? 16 : 8;
+    const bool whole = pieces == 1 && c.panels() >= share && c.out_height < few * share;
+    bands = whole ? 1 : std::min(Parts(pieces, share) * share, c.out_height);
   }
   std::vector<Task> tasks;
   for (int64_t image = 0; image < c.batch; image += images)
-    for (int64_t band = 0; band < bands; ++band)
-      for (int64_t group = 0; group < panel_groups; ++group) {
-        const int64_t row = c.out_height * band / bands, panel = c.panels() * group / panel_groups;
-        tasks.push_back({image, std::min(images, c.batch - image), row,
-                         c.out_height * (band + 1) / bands - row, panel,
-                         c.panels() * (group + 1) / panel_groups - panel});
-      }
+    for (int64_t band = 0; band < bands; ++band) {
+      const int64_t row = c.out_height * band / bands;
+      tasks.push_back({image, std::min(images, c.batch - image), row,
+                       c.out_height * (band + 1) / bands - row});
+    }
   return tasks;
 }
 
@@ -362,6 +366,42 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
   shared->finished.wait(lock, [&] { return shared->done == count; });
 }
 
+// A task for each thread.
+void RunApart(ffi::ThreadPool& pool, const Convolution& c, const std::vector<Task>& tasks) {
+  ForEach(pool, tasks.size(), [c, tasks](int64_t i) {
+    thread_local Ready ready;
+    Prepare(c, tasks[i], ready);
+    for (const Tile& tile : ready.tiles) FillTile(c, tile, ready);
+    for (int64_t panel = 0; panel < c.panels(); ++panel) MultiplyPanel(c, ready, panel);
+  });
+}
+
+// All threads at one task: first they fill its tiles, then each multiplies panels.
+void RunTogether(ffi::ThreadPool& pool, const Convolution& c, const Task& task, int64_t threads) {
+  struct Shared {
+    Ready ready;
+    int64_t fillings;
+    std::atomic<int64_t> filled{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  Prepare(c, task, shared->ready);
+  const int64_t tiles = shared->ready.tiles.size();
+  shared->fillings = std::min(tiles, 2 * threads);
+  ForEach(pool, shared->fillings + c.panels(), [c, shared, tiles](int64_t i) {
+    Ready& ready = shared->ready;
+    const int64_t fillings = shared->fillings;
+    if (i < fillings) {
+      for (int64_t tile = tiles * i / fillings; tile < tiles * (i + 1) / fillings; ++tile)
+        FillTile(c, ready.tiles[tile], ready);
+      shared->filled.fetch_add(1);
+      return;
+    }
+    // Every filling was handed out before this panel, so some running thread is at it.
+    while (shared->filled.load() < fillings) std::this_thread::yield();
+    MultiplyPanel(c, ready, i - fillings);
+  });
+}
+
 ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
                     ffi::Buffer<ffi::PRED> channel_mask, ffi::Buffer<ffi::PRED> column_mask,
                     ffi::Span<const int64_t> geometry, ffi::ResultBuffer<ffi::F32> y) {
@@ -385,11 +425,12 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   c.channel_mask = channel_mask.element_count() ? channel_mask.typed_data() : nullptr;
   c.column_mask = column_mask.element_count() ? column_mask.typed_data() : nullptr;
 
-  const std::vector<Task> tasks = Divide(c, std::max<int64_t>(1, pool.num_threads()));
-  ForEach(pool, tasks.size(), [c, tasks](int64_t i) {
-    thread_local Scratch scratch;
-    Run(c, tasks[i], scratch);
-  });
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const std::vector<Task> tasks = Divide(c, threads);
+  if (int64_t(tasks.size()) >= threads)
+    RunApart(pool, c, tasks);
+  else
+    for (const Task& task : tasks) RunTogether(pool, c, task, threads);
   return ffi::Error::Success();
 }
 
