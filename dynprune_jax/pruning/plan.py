@@ -108,7 +108,10 @@ class Plan:
 
 
 def interleaved(
-    functions: Mapping[Any, Callable[[], Any]], repeats: int, warmup: int = 2, least: float = 0.0
+    functions: Mapping[Any, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 2,
+    least: float | None = None,
 ) -> dict[Any, list[float]]:
     """Times functions in turn, so that a slow moment of the machine falls on all of them.
 
@@ -116,8 +119,9 @@ def interleaved(
       functions: each does its work and returns arrays, which are waited for.
       repeats: how many turns of each are timed.
       warmup: untimed turns of each before that.
-      least: seconds that a turn lasts at the least. A quick function is called again until then,
-        as in steady use: a single call would mostly time caches and threads waking up.
+      least: None: a turn is one call. Else a turn is as in steady use: one call that is not timed,
+        while caches and threads still are with the function before, and then calls until so many
+        seconds have passed.
 
     Returns:
       The mean seconds of a call, of every turn, by name.
@@ -125,8 +129,10 @@ def interleaved(
     seconds: dict[Any, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
+            if least is not None:
+                jax.block_until_ready(function())
             calls, start, passed = 0, time.perf_counter(), 0.0
-            while not calls or passed < least:
+            while not calls or passed < (least or 0.0):
                 jax.block_until_ready(function())
                 calls += 1
                 passed = time.perf_counter() - start
