@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 from flax import nnx
@@ -56,9 +57,9 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
       Rows with the setting (`network`, `image_size`, `dtype`, `device`, `batch_size`,
       `channel_ratio`, `column_ratio`, `mac_reduction`), medians in milliseconds a batch
       (`fastest_dense_ms`, `masked_ms`, `compact_ms`, of the config's own ratios also
-      `random_masks_ms` and `static_ms`), every dense way's (`dense_ms`), quartiles, `speedup`
-      over the fastest dense way in JAX, `ideal_speedup`, `realised` (the share of the ideal), and
-      the memory that XLA plans for, in MB.
+      `random_masks_ms` and `static_ms`), every dense way's (`dense_ms`), quartiles,
+      `images_per_second`, `speedup` over the fastest dense way in JAX, `ideal_speedup`,
+      `realised` (the share of the ideal), and the memory that XLA plans for, in MB.
 
     Raises:
       UserError: for a mistake in the config.
@@ -164,6 +165,7 @@ class _Bench:
             "channel_group": config.gate.channel_group,
             "column_patch": config.gate.column_patch,
             **row,
+            "images_per_second": 1e3 * len(self._images) / row["compact_ms"],
             **extra,
             "dense_memory_mb": memory[f"dense: {row['fastest_dense']}"],
             "compact_memory_mb": memory["compact"],
@@ -331,10 +333,11 @@ def _equal_width(config: Config, shape: tuple[int, ...], macs: float) -> float:
 def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> None:
     first = rows[0]
     table = rich.table.Table(
-        title=f"{first['network']}, {first['image_size']}² images, {first['dtype']},"
-        f" {first['device']}, jax {first['jax']}: milliseconds a batch"
+        title=f"{first['network']}, {first['image_size']}² images, {first['dtype']}, jax"
+        f" {first['jax']}\n{first['device']}; milliseconds a batch; memory beside dense",
+        box=rich.box.SIMPLE_HEAD,
     )
-    for column in ("batch", "cut", "dense", "compact", "images/s", "speedup", "ideal", "realised"):
+    for column in ("batch", "cut", "dense", "compact", "img/s", "speedup", "ideal", "realised"):
         table.add_column(column, justify="right")
     table.add_column("memory", justify="right")
     for row in rows:
@@ -344,7 +347,7 @@ def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> 
             f"{row['mac_reduction']:.1%}",
             f"{row['fastest_dense_ms']:.2f}",
             f"{row['compact_ms']:.2f}",
-            f"{1e3 * row['batch_size'] / row['compact_ms']:.0f}",
+            f"{row['images_per_second']:.0f}",
             f"{row['speedup']:.2f}×",
             f"{row['ideal_speedup']:.2f}×",
             f"{row['realised']:.0%}",
@@ -352,7 +355,7 @@ def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> 
         )
     console.print(table)
     own = [row for row in rows if "static_ms" in row]
-    table = rich.table.Table(title="Beside them: milliseconds a batch")
+    table = rich.table.Table(title="Beside them: milliseconds a batch", box=rich.box.SIMPLE_HEAD)
     table.add_column("way")
     for row in own:
         table.add_column(f"batch {row['batch_size']}", justify="right")

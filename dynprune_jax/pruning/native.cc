@@ -434,20 +434,35 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   return ffi::Error::Success();
 }
 
-// Marks the highest scores of a row; of equal scores those of lower index. NaN ranks lowest.
+// Whole numbers in the order of the scores: -0 is 0, and NaN ranks lowest.
+uint32_t Key(float score) {
+  score = std::isnan(score) ? -INFINITY : score + 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof(bits));
+  return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+
+// Marks the `count` highest scores of a row; of equal scores those of lower index.
 void KeepHighest(const float* scores, int64_t n, int64_t count, bool* mask) {
-  thread_local std::vector<float> ranked;
-  ranked.assign(scores, scores + n);
-  for (float& score : ranked)
-    if (std::isnan(score)) score = -INFINITY;
-  const auto last = ranked.begin() + (count - 1);
-  std::nth_element(ranked.begin(), last, ranked.end(), std::greater<float>());
-  const float threshold = *last;
-  int64_t room = count - std::count_if(ranked.begin(), last, [&](float s) { return s > threshold; });
+  constexpr int kShift = 21;  // a first cut by the sign, the exponent and two bits more
+  thread_local std::vector<uint32_t> keys, close;
+  std::vector<int32_t> like(1 << (32 - kShift), 0);
+  keys.resize(n);
   for (int64_t i = 0; i < n; ++i) {
-    const float score = std::isnan(scores[i]) ? -INFINITY : scores[i];
-    mask[i] = score > threshold || (score == threshold && room-- > 0);
+    keys[i] = Key(scores[i]);
+    ++like[keys[i] >> kShift];
   }
+  int64_t room = count, cut = like.size() - 1;
+  for (; like[cut] < room; --cut) room -= like[cut];
+  close.clear();
+  for (const uint32_t key : keys)
+    if (key >> kShift == cut) close.push_back(key);
+  const auto last = close.begin() + (room - 1);
+  std::nth_element(close.begin(), last, close.end(), std::greater<uint32_t>());
+  const uint32_t threshold = *last;
+  room -= std::count_if(close.begin(), last, [&](uint32_t key) { return key > threshold; });
+  for (int64_t i = 0; i < n; ++i)
+    mask[i] = keys[i] > threshold || (keys[i] == threshold && room-- > 0);
 }
 
 ffi::Error Keep(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, int64_t count,

@@ -164,14 +164,18 @@ def _compiled(compiler: str) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dynprune_jax"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = tempfile.mkdtemp(dir=folder)
-    except OSError:  # no home to write to: for this process alone
-        unfinished = tempfile.mkdtemp()
-        folder = Path(unfinished)
-    library = folder / name
-    if not library.exists():
-        run(*command, "-o", f"{unfinished}/{name}")
-        os.replace(f"{unfinished}/{name}", library)  # whole, or not there
-    if folder != Path(unfinished):
-        os.rmdir(unfinished)
+        library = folder / name
+        if library.exists():
+            return library
+        unfinished = Path(tempfile.mkdtemp(dir=folder))
+    except OSError:  # nowhere to keep it: for this process alone
+        library = unfinished = Path(tempfile.mkdtemp())
+    try:
+        run(*command, "-o", str(unfinished / name))
+        if library == unfinished:
+            return unfinished / name
+        os.replace(unfinished / name, library)  # whole, or not there
+    finally:
+        if library != unfinished:
+            shutil.rmtree(unfinished)
     return library

@@ -1,0 +1,198 @@
+import os
+import stat
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import dynprune_jax
+from dynprune_jax.pruning import masks, native
+from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.forms import Form, candidates
+
+needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=f"{native.why_not()}")
+
+
+def dense(x, kernel, strides, dilation, padding):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
+
+
+def native_and_dense(x, kernel, channels, columns, strides=(1, 1), dilation=(1, 1), padding=None):
+    padding = padding or ((1, 1), (1, 1))
+    y = native.kept_conv(
+        x,
+        native.kernel_panels(kernel),
+        channels,
+        columns,
+        features=kernel.shape[-1],
+        kernel_size=kernel.shape[:2],
+        strides=strides,
+        dilation=dilation,
+        padding=padding,
+    )
+    kept = masks.Masks(channels, columns).apply(x)
+    return np.asarray(y), np.asarray(dense(kept, kernel, strides, dilation, padding))
+
+
+@needs_compiler
+@settings(max_examples=60)
+@given(st.data())
+def test_it_equals_the_dense_convolution_of_what_is_kept(data):
+    """Any geometry; more features than a panel has; images that keep different numbers, or none."""
+    draw = data.draw
+    size = st.sampled_from([1, 2, 3, 5])
+    kernel_size, strides = (draw(size), draw(size)), (draw(size), draw(size))
+    dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    padding = tuple((draw(st.integers(0, 4)), draw(st.integers(0, 4))) for _ in range(2))
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    height, width = (draw(st.integers(span, span + 12)) for span in spans)
+    batch, channels, features = (draw(st.integers(1, most)) for most in (9, 40, 70))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    x = jnp.asarray(rng.normal(size=(batch, height, width, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(*kernel_size, channels, features)), jnp.float32)
+    shares = [draw(st.none() | st.floats(0, 1)) for _ in range(2)]
+    channel_mask, column_mask = (
+        None if share is None else jnp.asarray(rng.random(shape) < share)
+        for share, shape in zip(shares, [(batch, channels), (batch, height, width)], strict=True)
+    )
+    y, reference = native_and_dense(
+        x, kernel, channel_mask, column_mask, strides, dilation, padding
+    )
+    np.testing.assert_allclose(y, reference, rtol=1e-5, atol=1e-5 * max(1, abs(reference).max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "shape", [(1, 96, 90, 48), (3, 64, 64, 64), (70, 6, 6, 16)], ids=["bands", "few", "many"]
+)
+def test_it_divides_the_work_of_any_shape(shape):
+    """Maps too large for the cache go in bands of rows, many small ones several at a time."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, shape[3], 40)), jnp.float32)
+    channel_mask = jnp.asarray(rng.random((shape[0], shape[3])) < 0.5)
+    column_mask = jnp.asarray(rng.random(shape[:3]) < 0.5)
+    for gates in ((None, None), (channel_mask, None), (None, column_mask)):
+        y, reference = native_and_dense(x, kernel, *gates)
+        np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-3)
+
+
+@needs_compiler
+def test_what_is_not_kept_is_not_read():
+    x = jnp.ones((1, 3, 3, 2)).at[:, :, :, 1].set(jnp.nan).at[:, 2].set(jnp.inf)
+    channels = jnp.asarray([[True, False]])
+    columns = jnp.ones((1, 3, 3), bool).at[:, 2].set(False)
+    y, _ = native_and_dense(x, jnp.ones((3, 3, 2, 1)), channels, columns)
+    # Each output sums the kept columns around it: two rows are kept.
+    np.testing.assert_array_equal(y[0, :, :, 0], [[4, 6, 4], [4, 6, 4], [2, 3, 2]])
+
+
+@needs_compiler
+@given(
+    st.lists(
+        st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, float("nan")]),
+        min_size=1,
+        max_size=40,
+    ),
+    st.data(),
+)
+def test_it_keeps_the_same_as_the_reference(scores, data):
+    rows = jnp.asarray([scores, scores[::-1]], jnp.float32)
+    count = data.draw(st.integers(1, len(scores)))
+    expected = masks.keep_highest(rows, count)
+    assert (expected.sum(-1) == count).all()
+    np.testing.assert_array_equal(native.keep_highest(rows, count), expected)
+
+
+@needs_compiler
+def test_ties_go_to_the_lower_index():
+    kept = native.keep_highest(jnp.asarray([1.0, 2.0, 1.0, 1.0]), 2)
+    np.testing.assert_array_equal(kept, [True, True, False, False])
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """`why_not` as in a new process, with an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    # This process has its kernel already, and XLA takes one of a name.
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **options: None)
+    return native.why_not.__wrapped__
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_kept(fresh, tmp_path):
+    assert fresh() is None
+    (library,) = (tmp_path / "dynprune_jax").iterdir()
+    before = library.stat().st_mtime_ns
+    assert fresh() is None
+    assert [path.stat().st_mtime_ns for path in library.parent.iterdir()] == [before]
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_made_is_done_without(fresh, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert fresh() is None
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_why_there_is_none_is_said_in_a_line(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert fresh() == "no C++ compiler was found under the name no-such-compiler"
+    broken = tmp_path / "broken"
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in *-E*) exit 0;; esac\necho it is broken >&2\necho so >&2\nexit 1\n'
+    )
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(broken))
+    assert fresh() == f"{broken} failed: it is broken"
+    assert os.listdir(tmp_path / "dynprune_jax") == []  # nothing half made stays
+
+
+def test_without_a_compiler_the_other_forms_remain(monkeypatch):
+    model = dynprune_jax.models.vgg_digits(10, image_size=8, width=0.25, rngs=nnx.Rngs(0))
+    dynamic = dynprune_jax.make_dynamic(model, channel_ratio=0.5, column_ratio=0.3)
+    dynamic.eval()
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    expected = nnx.jit(dynamic)(x)
+    monkeypatch.setattr(native, "why_not", lambda: "there is no compiler")
+    name = "blocks/1/layers/0/conv"
+    gate = dynprune_jax.dynamic_layers(dynamic)[name]
+    offered = list(candidates(gate, 3, group_size=1, columns=True, platform="cpu"))
+    assert Form("taps", columns=True) in offered
+    assert not [form for form in offered if form.product == "native"]
+    for form in (Form("rows", channels=True), Form("taps", channels=True, columns=True)):
+        fast = dynprune_jax.compact(dynamic, x, plan=dynprune_jax.Plan({name: form}))
+        np.testing.assert_allclose(nnx.jit(fast)(x), expected, rtol=1e-4, atol=1e-5)
+    plan = dynprune_jax.Plan({name: Form("native", channels=True, columns=True)})
+    with pytest.raises(ValueError, match=f"{name}: .*'native.*there is no compiler"):
+        dynprune_jax.compact(dynamic, x, plan=plan)
+    with pytest.raises(RuntimeError, match="there is no compiler"):
+        native.keep_highest(jnp.ones(3), 1)
+
+
+@pytest.mark.parametrize("size", [8, 10_000])
+def test_masks_are_the_same_with_and_without_a_compiler(monkeypatch, size):
+    conv = nnx.Conv(size, 1, (1, 1), rngs=nnx.Rngs(0))
+    gate = DynamicConv(conv, channel_ratio=0.5, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 1, 1, size))
+    expected = gate.masks(x).channels
+    fast = CompactConv(gate, Form())
+    np.testing.assert_array_equal(fast.masks(x).channels, expected)
+    monkeypatch.setattr(native, "why_not", lambda: "there is no compiler")
+    np.testing.assert_array_equal(fast.masks(x).channels, expected)
