@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.benchmark import benchmark, summary
+from dynprune_jax.experiments.benchmark import _time, benchmark, summary
 from dynprune_jax.pruning.plan import Plan, interleaved
 
 
@@ -40,6 +40,7 @@ def test_its_rows_hold_what_they_promise(rows):
         assert row["realised"] == row["speedup"] / row["ideal_speedup"]
         assert row["masked_ms"] > 0
         assert row["compact_memory_mb"] > 0
+        assert row["largest_difference_of_logits"] < 1e-4
         assert row["images_per_second"] == 2000 / row["compact_ms"]
         low, high = row["compact_quartiles_ms"]
         assert low <= row["compact_ms"] <= high
@@ -81,6 +82,20 @@ def test_a_slowed_dense_way_is_not_the_baseline():
     assert set(row["dense_ms"]) == {"slowed", "quick"}
     assert set(row["other_runtimes_ms"]) == {"elsewhere"}
     assert row["ideal_speedup"] == 2.0
+
+
+def test_the_fastest_dense_way_is_timed_as_often_as_compact_however_fast_that_is():
+    def work(seconds):
+        time.sleep(seconds)
+        return jnp.zeros(())
+
+    ways = {
+        "dense: slow": lambda: work(0.2),
+        "dense: fast": lambda: work(0.02),
+        "compact": lambda: work(0.001),
+    }
+    taken = {name: len(times) for name, times in _time(ways, 5).items()}
+    assert taken == {"dense: slow": 3, "dense: fast": 5, "compact": 5}
 
 
 def test_summary_by_hand():

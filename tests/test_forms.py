@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynprune_jax.pruning import native
 from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
@@ -56,12 +59,14 @@ def cases(draw):
 
 
 def all_forms(gate, x):
-    masks = CompactConv(gate, Form()).masks(x)
-    group = 0 if masks.channels is None else gate.group_size(x.shape[-1])
-    columns = masks.columns is not None
-    forms = set(candidates(gate, len(x), group_size=group, columns=columns, platform="cpu"))
-    # For GPUs; here it is interpreted.
-    return forms | ({Form("pallas", channels=True)} & set(possible_forms(gate)))
+    """Every form that can execute a layer here, some of them a few images at a time too."""
+    forms = set()
+    for form in possible_forms(gate):
+        if form.product in ("patches", "rows", "taps"):
+            forms |= {dataclasses.replace(form, images=n) for n in (0, 1, 2, 4) if n < len(x)}
+        elif form.product != "native" or native.why_not() is None:
+            forms.add(form)  # Pallas is for GPUs; here it is interpreted
+    return forms
 
 
 def possible_forms(gate):
@@ -107,6 +112,27 @@ def test_all_forms_of_a_few_convolutions(kernel, strides, padding, at_least, dty
         assert y.dtype == dtype
         error = relative_error(y.astype(jnp.float32), reference.astype(jnp.float32))
         assert error < limit, form
+
+
+def test_what_is_worth_measuring_depends_on_the_platform_and_the_compiler(monkeypatch):
+    conv = nnx.Conv(32, 8, (3, 3), rngs=nnx.Rngs(0))
+
+    def products(**options):
+        found = candidates(conv, 8, columns=False, **options)
+        return {(form.product, form.channels, form.images) for form in found}
+
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    with_compiler = products(group_size=1, platform="cpu")
+    assert ("native", True, 0) in with_compiler
+    assert {images for _, _, images in with_compiler} == {0}
+    monkeypatch.setattr(native, "why_not", lambda: "there is none")
+    without = products(group_size=1, platform="cpu")
+    assert without > with_compiler - {("native", True, 0)}
+    assert {images for _, _, images in without} == {0, 1, 2, 4}
+    on_gpu = products(group_size=16, platform="gpu")
+    assert on_gpu == {form for form in without if not form[2]} | {("pallas", True, 0)}
+    assert products(group_size=8, platform="gpu") == on_gpu - {("pallas", True, 0)}
+    assert not {form for form in products(group_size=0, platform="tpu") if form[1]}
 
 
 def test_one_image_without_a_batch_axis_and_several_batch_axes():

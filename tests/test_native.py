@@ -1,5 +1,7 @@
+import itertools
 import os
 import stat
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +88,7 @@ def test_it_divides_the_work_of_any_shape(shape):
     kernel = jnp.asarray(rng.normal(size=(3, 3, shape[3], 40)), jnp.float32)
     channel_mask = jnp.asarray(rng.random((shape[0], shape[3])) < 0.5)
     column_mask = jnp.asarray(rng.random(shape[:3]) < 0.5)
-    for gates in ((None, None), (channel_mask, None), (None, column_mask)):
+    for gates in itertools.product((None, channel_mask), (None, column_mask)):
         y, reference = native_and_dense(x, kernel, *gates)
         np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-3)
 
@@ -147,8 +149,29 @@ def test_it_is_compiled_once_and_kept(fresh, tmp_path):
 def test_a_cache_folder_that_cannot_be_made_is_done_without(fresh, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert fresh() is None
-    assert (tmp_path / "file").read_text() == ""
+    assert os.listdir(tmp_path) == ["file"]  # nothing is left behind
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_anew(fresh, monkeypatch, tmp_path):
+    assert fresh() is None
+    (sound,) = (tmp_path / "dynprune_jax").iterdir()
+    library = tmp_path / "elsewhere" / "dynprune_jax" / sound.name
+    library.parent.mkdir(parents=True)
+    library.write_bytes(sound.read_bytes()[:1000])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert fresh() is None
+    assert library.read_bytes() == sound.read_bytes()
+
+
+@needs_compiler
+def test_a_kernel_larger_than_its_map_leaves_nothing():
+    y, reference = native_and_dense(
+        jnp.ones((2, 3, 3, 4)), jnp.ones((5, 5, 4, 6)), None, None, padding=((0, 0), (0, 0))
+    )
+    assert y.shape == reference.shape == (2, 0, 0, 6)
 
 
 def test_why_there_is_none_is_said_in_a_line(fresh, monkeypatch, tmp_path):
@@ -156,11 +179,12 @@ def test_why_there_is_none_is_said_in_a_line(fresh, monkeypatch, tmp_path):
     assert fresh() == "no C++ compiler was found under the name no-such-compiler"
     broken = tmp_path / "broken"
     broken.write_text(
-        '#!/bin/sh\ncase "$*" in *-E*) exit 0;; esac\necho it is broken >&2\necho so >&2\nexit 1\n'
+        '#!/bin/sh\ncase "$*" in *" -E "*) exit 0;; esac\necho warning >&2\n'
+        "echo error: it is broken >&2\nexit 1\n"
     )
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
-    assert fresh() == f"{broken} failed: it is broken"
+    assert fresh() == f"{broken} failed: error: it is broken"
     assert os.listdir(tmp_path / "dynprune_jax") == []  # nothing half made stays
 
 

@@ -40,7 +40,7 @@ def other_runtimes(
     Args:
       model: one of the architectures of `dynprune_jax.models`, dense or dynamic.
       images: what every call classifies.
-      threads: CPU threads of each runtime, all the machine has by default; for PyTorch this
+      threads: CPU threads of each runtime, all it may use by default; for PyTorch this
         is a setting of the whole process.
 
     Returns:
@@ -48,7 +48,7 @@ def other_runtimes(
         logits of the images, float32 (batch, classes).
       notes: a line for each thing that was left out, and why.
     """
-    threads = threads or os.cpu_count() or 1
+    threads = threads or available_cores()
     absent = {}
     for package in _RUNTIMES:
         try:
@@ -78,6 +78,13 @@ def other_runtimes(
         except Exception as error:  # the exporters raise many kinds
             notes.append(f"ONNX Runtime left out: {_line(error)}")
     return functions, notes
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use, of those that the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _line(error: Exception) -> str:

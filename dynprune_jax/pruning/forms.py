@@ -10,9 +10,9 @@ channels, for each image its own).
 Two products are not XLA's: `native`, compiled C++ for CPUs, and `pallas`, for GPUs. Both read what
 is kept of the map and of the kernel in place.
 
-With the others, images are computed a few at a time, in a loop, so that all between the map and
-its result stays in the cache. That is worth more than it seems: laid out for a whole batch, the
-patches of a large map take longer to write than to multiply.
+With XLA's matrix products, images may be computed a few at a time, in a loop, so that all between
+the map and its result stays in the cache. That is worth more than it seems: laid out for a whole
+batch, the patches of a large map take longer to write than to multiply.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Geometry:
     def out(self) -> tuple[int, int]:
         """Height and width of the output."""
         height, width = (
-            (n + sum(pad) - (k - 1) * d - 1) // s + 1
+            max(0, (n + sum(pad) - (k - 1) * d - 1) // s + 1)
             for n, pad, k, d, s in zip(
                 (self.height, self.width),
                 self.padding,
@@ -183,7 +183,8 @@ def execute(
       precision: of the products.
 
     Returns:
-      The map without a bias, in float32 or, if `x` is wider, in its dtype.
+      The map without a bias, in float32 or, if `x` is wider, in its dtype; from `pallas` in the
+      dtype of `x`.
     """
     batch = x.shape[0]
     if form.product == "native":
@@ -384,7 +385,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def candidates(
-    conv: nnx.Conv, batch: int, *, group_size: int, columns: bool, platform: str
+    conv: nnx.Conv, batch: int, *, group_size: int, columns: bool, platform: str, wide: bool = False
 ) -> Iterator[Form]:
     """The forms worth measuring for a convolution.
 
@@ -395,15 +396,16 @@ def candidates(
       columns: whether its gate leaves columns out.
       platform: `cpu`, `gpu` or `tpu`. On a CPU loops over a few images keep to the cache, but
         where `native` is to be had none of them was ever the fastest.
+      wide: whether it computes in more than float32, which our own kernels do not.
     """
     loops = platform == "cpu" and native.why_not() is not None
     some = [n for n in (1, 2, 4, 16) if loops and n < batch]
     for form in possible(conv, channels=group_size > 0, columns=columns):
         if form.product == "pallas":
-            if platform == "gpu" and group_size % 16 == 0:
+            if platform == "gpu" and group_size % 16 == 0 and not wide:
                 yield form
         elif form.product == "native":
-            if native.why_not() is None:
+            if native.why_not() is None and not wide:
                 yield form
         elif form == Form() or (form.product == "conv" and batch <= 8):
             yield form
@@ -429,7 +431,8 @@ def possible(conv: nnx.Conv, *, channels: bool, columns: bool) -> list[Form]:
     forms = [Form(), *map(Form, products), Form("native", channels=channels, columns=columns)]
     if channels:
         forms += [Form(product, channels=True) for product in ("conv", *products)]
-        if _pair(conv.strides) == _pair(conv.kernel_dilation) == (1, 1):
+        plain = _pair(conv.strides) == _pair(conv.kernel_dilation) == (1, 1)
+        if plain and conv.precision in (None, lax.Precision.DEFAULT):
             forms.append(Form("pallas", channels=True))
     if columns:
         forms.append(Form("taps", columns=True))

@@ -1,4 +1,4 @@
-// For CPUs: choosing what to keep of each image, and a convolution that multiplies nothing else.
+// For CPUs: choosing what to keep of each image, and a convolution that skips all else.
 //
 // The convolution follows the input. A tile of a few kept columns, packed with their kept channels alone, is
 // multiplied by the rows of the kernel for those channels, one tap after the other, and added
@@ -41,7 +41,7 @@ constexpr int kLanes = 4, kVectors = 2, kTile = 12;
 #else
 constexpr int kLanes = 4, kVectors = 2, kTile = 6;
 #endif
-constexpr int kPanel = 32;  // native_conv.py lays the kernel out in panels as wide
+constexpr int kPanel = 32;  // native.py lays the kernel out in panels as wide
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
@@ -181,6 +181,13 @@ void CloseTiles(const Convolution& c, int64_t first, Ready& ready) {
   }
 }
 
+// Whether any tap reaches the rows (or positions across) that are `from` modulo the stride.
+bool Reached(int64_t from, int64_t kernel, int64_t stride, int64_t dilation) {
+  for (int64_t tap = 0; tap < kernel; ++tap)
+    if (tap * dilation % stride == from) return true;
+  return false;
+}
+
 // The kept columns that reach the rows of a task, in tiles.
 void FindTiles(const Convolution& c, Ready& ready) {
   const Task& task = ready.task;
@@ -193,6 +200,9 @@ void FindTiles(const Convolution& c, Ready& ready) {
   // With a stride, columns apart from each other by less are reached by different taps.
   for (int64_t down = 0; down < c.stride_down; ++down)
     for (int64_t across = 0; across < c.stride_across; ++across) {
+      if (!Reached(down, c.kernel_height, c.stride_down, c.dilation_down) ||
+          !Reached(across, c.kernel_width, c.stride_across, c.dilation_across))
+        continue;
       int64_t first = ready.kept.size();
       for (int64_t i = 0; i < task.images; ++i) {
         const bool* mask =

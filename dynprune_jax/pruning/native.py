@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 _SOURCE = Path(__file__).with_name("native.cc")
@@ -76,7 +78,7 @@ def kept_conv(
         raise ValueError("the form 'native' multiplies in float32; the maps are float64")
     spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
     sides = zip(x.shape[1:3], padding, spans, strides, strict=True)
-    out = [(side + sum(pad) - span) // stride + 1 for side, pad, span, stride in sides]
+    out = [max(0, (side + sum(pad) - span) // stride + 1) for side, pad, span, stride in sides]
     everything = jnp.zeros(0, bool)
     call = jax.ffi.ffi_call(
         "dynprune_convolve",
@@ -105,6 +107,7 @@ def keep_highest(scores: Float[Array, "*batch n"], count: int) -> Bool[Array, "*
       RuntimeError: with the reason, if `why_not` has one.
     """
     _demand()
+    scores = lax.stop_gradient(scores)
     flat = scores.astype(jnp.float32).reshape(-1, scores.shape[-1])
     call = jax.ffi.ffi_call(
         "dynprune_keep", jax.ShapeDtypeStruct(flat.shape, bool), vmap_method="sequential"
@@ -127,55 +130,66 @@ def why_not() -> str | None:
     """
     if jax.default_backend() != "cpu":
         return f"it runs on CPUs, and the default device is a {jax.default_backend()}"
-    named = os.environ.get("CXX")
-    compiler = next(filter(shutil.which, [named] if named else _COMPILERS), None)
+    named = shlex.split(os.environ.get("CXX", ""))
+    choices = [named] if named else [[name] for name in _COMPILERS]
+    compiler = next((words for words in choices if shutil.which(words[0])), None)
     if compiler is None:
-        return f"no C++ compiler was found under the name {named or ', '.join(_COMPILERS)}"
+        return (
+            f"no C++ compiler was found under the name {' '.join(named) or ', '.join(_COMPILERS)}"
+        )
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
+        library = _load(compiler)
         for target in _TARGETS:
             handler = jax.ffi.pycapsule(getattr(library, target))
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
     except subprocess.CalledProcessError as error:
-        return f"{compiler} failed: {next(iter(error.stderr.splitlines()), error)}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+        lines = [line for line in error.stderr.splitlines() if line.strip()] or [str(error)]
+        telling = next((line for line in lines if "error" in line), lines[0])
+        return f"{compiler[0]} failed: {telling}"
+    except (OSError, AttributeError, RuntimeError, subprocess.TimeoutExpired) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _compiled(compiler: str) -> Path:
-    """The shared library, compiled if there is none yet for this compiler, processor and JAX."""
+def _load(compiler: list[str]) -> ctypes.CDLL:
+    """Loads the kernel, compiled before by this compiler for this processor and JAX, or now."""
     # Of this processor all there is; by themselves compilers use half of its widest registers.
     native = ["-march=native", "-mprefer-vector-width=512"]
     if platform.machine() in ("arm64", "aarch64"):
         native = ["-mcpu=native"]
-    command = [compiler, *_FLAGS, *native, "-isystem", jax.ffi.include_dir(), str(_SOURCE)]
+    command = [*compiler, *_FLAGS, *native, "-isystem", jax.ffi.include_dir(), str(_SOURCE)]
 
-    def run(*arguments: str) -> str:
+    def run(arguments: list[str]) -> str:
         done = subprocess.run(
             arguments, check=True, capture_output=True, text=True, timeout=_TIMEOUT
         )
         return done.stdout
 
     # The macros tell the compiler's version, and what `native` means on this processor.
-    macros = run(compiler, *native, "-dM", "-E", "-x", "c++", os.devnull)
+    macros = run([*compiler, *native, "-dM", "-E", "-x", "c++", os.devnull])
     made_of = "\n".join([*command, jaxlib.version.__version__, macros, _SOURCE.read_text()])
-    name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dynprune_jax"
+    name = f"native-{_digest(made_of.encode())}"
+
+    def compile_into(folder: str) -> Path:
+        run([*command, "-o", f"{folder}/{name}.so"])
+        return Path(f"{folder}/{name}.so")
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / name
-        if library.exists():
-            return library
-        unfinished = Path(tempfile.mkdtemp(dir=folder))
-    except OSError:  # nowhere to keep it: for this process alone
-        library = unfinished = Path(tempfile.mkdtemp())
-    try:
-        run(*command, "-o", str(unfinished / name))
-        if library == unfinished:
-            return unfinished / name
-        os.replace(unfinished / name, library)  # whole, or not there
-    finally:
-        if library != unfinished:
-            shutil.rmtree(unfinished)
-    return library
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dynprune_jax"
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A file's name ends with its digest: to load a damaged one would be a crash.
+        for kept in cache.glob(f"{name}-*.so"):
+            if kept.stem == f"{name}-{_digest(kept.read_bytes())}":
+                return ctypes.CDLL(str(kept))
+        with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+            library = compile_into(unfinished)
+            kept = cache / f"{name}-{_digest(library.read_bytes())}.so"
+            os.replace(library, kept)  # whole, or not there
+        return ctypes.CDLL(str(kept))
+    except (OSError, RuntimeError):  # nowhere to keep it: for this process alone
+        with tempfile.TemporaryDirectory() as folder:
+            return ctypes.CDLL(str(compile_into(folder)))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import rich.table
 from flax import nnx
 
+from dynprune_jax.pruning import native
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
@@ -32,7 +33,8 @@ class Plan:
     Attributes:
       forms: by layer name. A layer that is not named is executed masked, by XLA's convolution.
       milliseconds: what each form took, by layer name and form, for one batch.
-      measured_on: where: `device`, `jax`, and the shape and dtype of the `images`.
+      measured_on: where: `device`, `jax`, the shape and dtype of the `images`, and whether the
+        `native` form was compiled, or why not.
     """
 
     forms: dict[str, Form]
@@ -170,6 +172,7 @@ def measure_plan(
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "images": f"{'x'.join(map(str, images.shape))} {images.dtype}",
+            "native": native.why_not() or "compiled",
         },
     )
     measured = {} if known is None else known
@@ -229,12 +232,13 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
         group_size=0 if masks.channels is None else gate.group_size(shape.shape[-1]),
         columns=masks.columns is not None,
         platform=jax.default_backend(),
+        wide=jnp.finfo(conv.dtype or jnp.result_type(shape.dtype, conv.kernel.dtype)).bits > 32,
     ):
         graph, state = nnx.split(CompactConv(conv, form))
         run = jax.jit(lambda state, *x, graph=graph: nnx.merge(graph, state).convolve(*x))
         runs[form] = functools.partial(run, state, x, masks)
     if len(runs) == 1:
-        return dict.fromkeys(runs, 0.0) | _milliseconds(interleaved(runs, 1))
+        return _milliseconds(interleaved(runs, 1))
     first = interleaved(runs, 2, warmup=1)
     times = {form: 1e3 * min(taken) for form, taken in first.items()}
     limit = _HOPELESS * min(times.values())
