@@ -87,6 +87,36 @@ def test_the_cost_of_a_dynamic_step_is_what_was_measured():
         assert f"**{dynamic['cost']:.3f}×**" in README
 
 
+SPEED = {
+    "VGG16, 32², channels": "cifar10_vgg16",
+    "VGG16, 224², columns": "imagenet100_vgg16_columns",
+    "VGG16, 224², both": "imagenet100_vgg16_both",
+    "the same, small head": "vgg16_224_both",
+    "ResNet-50, 224², both": "imagenet_resnet50",
+}
+
+
+def speed(name):
+    """The rows of a benchmark, and of these the ones at the config's own ratios."""
+    path = ROOT / "docs" / "results" / "speed" / f"{name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return rows, [row for row in rows if "static_ms" in row]
+
+
+def test_the_table_of_times_is_what_was_measured():
+    for label, name in SPEED.items():
+        for row in speed(name)[1]:
+            other = row["other_runtimes_ms"]
+            torch = min(other["PyTorch"], other["PyTorch channels last"])
+            line = (
+                f"| {label} | {row['batch_size']} | {row['mac_reduction']:.1%}"
+                f" | {row['fastest_dense_ms']:.1f} | {row['compact_ms']:.1f}"
+                f" | **{row['speedup']:.2f}×** | {row['ideal_speedup']:.2f}×"
+                f" | {row['realised']:.0%} | {other['ONNX Runtime']:.1f} | {torch:.1f} |"
+            )
+            assert line in README.splitlines(), line
+
+
 def test_every_file_that_the_readme_names_is_there():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

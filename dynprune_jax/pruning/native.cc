@@ -41,6 +41,7 @@ constexpr int kLanes = 4, kVectors = 2, kTile = 12;
 #else
 constexpr int kLanes = 4, kVectors = 2, kTile = 6;
 #endif
+constexpr int kAhead = 8;   // rows of the kernel that are fetched before they are multiplied
 constexpr int kPanel = 32;  // native.py lays the kernel out in panels as wide
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -111,6 +112,10 @@ void Multiply(int64_t depth, const float* __restrict tile, const float* __restri
         total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * kLanes);
     for (int64_t k = 0; k < depth; ++k) {
       const float* row = kernel + int64_t{rows[k]} * kPanel + part;
+      // Of rows that are picked out, the processor cannot guess the next by itself.
+      const float* soon = kernel + int64_t{rows[k + kAhead]} * kPanel + part;
+      __builtin_prefetch(soon);
+      __builtin_prefetch(soon + 16);
       Vector weights[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
@@ -162,6 +167,7 @@ void FindChannels(const Convolution& c, Ready& ready) {
       if (!mask || mask[channel]) ready.channels.push_back(channel);
   }
   ready.first_channel.push_back(ready.channels.size());
+  ready.channels.resize(ready.channels.size() + kAhead, 0);  // which is read, and of no matter
 }
 
 // Divides the kept columns from `first` on into tiles of about equal size.
