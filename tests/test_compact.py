@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 
 import dynprune_jax
+from dynprune_jax.pruning import forms as forms_lib
+from dynprune_jax.pruning import plan as plan_lib
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.forms import Form, possible
@@ -159,6 +161,20 @@ def test_a_plan_takes_the_fastest_form_and_measures_equal_layers_once(small):
     again = measure_plan(dynamic, x, known=known)
     assert again == plan
     assert "blocks/2/layers/2/conv" in list(plan.table().columns[0].cells)
+
+
+def test_a_kernel_that_fails_on_a_device_is_left_out(small, monkeypatch):
+    gate = dynprune_jax.dynamic_layers(small[0])["blocks/1/layers/1/conv"]
+    forms = [Form(), Form("pallas", channels=True)]
+    monkeypatch.setattr(plan_lib, "candidates", lambda *args, **options: forms)
+
+    def fails(*args, **options):
+        raise NotImplementedError("no such GPU")
+
+    monkeypatch.setattr(forms_lib, "_kept_groups_conv", fails)
+    with pytest.warns(UserWarning, match="'pallas channels' is left out: no such GPU"):
+        plan = measure_plan(nnx.Sequential(gate), jnp.ones((2, 4, 4, gate.in_features)), repeats=1)
+    assert list(plan.forms.values()) == [Form()]
 
 
 def test_a_plan_is_kept_read_and_changed(small, tmp_path):

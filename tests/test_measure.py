@@ -176,3 +176,11 @@ def test_the_dense_figures_of_the_literature(
     layers = [x for x in usage.layers if not (convolutions_only and x.name.startswith("head"))]
     assert sum(layer.dense_macs for layer in layers) / 1e6 == pytest.approx(millions, rel=1e-3)
     assert usage.other_macs == 0
+
+
+def test_the_products_of_a_gate_are_not_the_networks():
+    model = nnx.Sequential(nnx.Conv(256, 8, (1, 1), rngs=nnx.Rngs(0)))
+    model = make_dynamic(model, channel_ratio=0.5, column_ratio=0.5)
+    _, usage = measure(model, jnp.ones((2, 16, 16, 256)))
+    assert usage.dense_macs == 16 * 16 * 256 * 8
+    np.testing.assert_array_equal(usage.macs, usage.dense_macs / 4)

@@ -62,7 +62,11 @@ def measure(
                 f" {images.shape[0]} images; measure counts per image and needs one map for each"
             )
     known = sum(layer.dense_macs for layer in layers)
-    graph, state = nnx.split(model)
+    # Without the gates: their products are their own cost, and no part of the network's.
+    dense = intercept(
+        model, DynamicConv, lambda _, layer, __, *inputs: nnx.Conv.__call__(layer, *inputs)
+    )
+    graph, state = nnx.split(dense)
     total = program_macs(lambda state, *x: nnx.merge(graph, state)(*x), state, images, *others)
     other = total // images.shape[0] - known
     return logits, Usage(tuple(layers), other)
