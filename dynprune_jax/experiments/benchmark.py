@@ -286,7 +286,7 @@ def _time(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list
 
 def _at(config: Config, ratio: float) -> Config:
     """The config with one ratio for every block, on the axes that it gates."""
-    changed = ConfigDict(config.to_dict())  # a copy of the sections too
+    changed: Any = ConfigDict(config.to_dict())  # a copy of the sections too
     for field in ("channel_ratio", "column_ratio"):
         changed.gate[field] = tuple(
             ratio if any(config.gate[field]) else 0.0 for _ in config.gate[field]

@@ -16,6 +16,7 @@ batch, the patches of a large map take longer to write than to multiply.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -279,7 +280,7 @@ def _rows(
     y = dot(jnp.concatenate(views, axis=-1), weights.reshape(-1, weights.shape[-1]))
     y = y.reshape(*y.shape[:2], geometry.kernel[0], -1)
     y = jnp.pad(y, (geometry.padding[0], (0, 0), (0, 0), (0, 0)))
-    return sum(y[geometry.down(i), :, i] for i in range(geometry.kernel[0]))
+    return functools.reduce(jnp.add, (y[geometry.down(i), :, i] for i in range(geometry.kernel[0])))
 
 
 def _taps(
@@ -304,12 +305,13 @@ def _taps(
     places = lax.optimization_barrier(places)
 
     def add_up(rows: slice) -> Array:
-        return sum(
+        terms = (
             _take(y, near[rows] * taps + i * geometry.kernel[1] + j)
             for i in range(geometry.kernel[0])
             for j in range(geometry.kernel[1])
             for near in [places[geometry.down(i), geometry.across(j)]]
         )
+        return functools.reduce(jnp.add, terms)
 
     # In halves: XLA fuses the terms of each into one pass. A whole sum that has several readers,
     # a gate and a convolution say, it would leave to them, and write every term to memory.

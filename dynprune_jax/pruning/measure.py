@@ -46,7 +46,7 @@ def measure(
             masks = layer.masks(inputs)
             layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
             return layer.convolve(inputs, masks, *args, **kwargs)
-        usage = conv_usage if isinstance(layer, nnx.Conv) else linear_usage
+        usage: Any = conv_usage if isinstance(layer, nnx.Conv) else linear_usage
         layer.sow(nnx.Intermediate, "usage", usage(layer, inputs.shape, Masks(), **place))
         return call(inputs, *args, **kwargs)
 
