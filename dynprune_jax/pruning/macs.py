@@ -186,7 +186,9 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
     dynamic = isinstance(conv, DynamicConv)
     ranked = []
     if masks.channels is not None:
-        ranked.append(channels // (conv.group_size(channels) if dynamic else 1))
+        groups = conv.feature_group_count  # of a grouped convolution it ranks these
+        size = conv.group_size(channels) if dynamic else 1
+        ranked.append(groups if groups > 1 else channels // size)
     if masks.columns is not None:
         ranked.append(height * width // (conv.patch_side(height, width) ** 2 if dynamic else 1))
     return LayerUsage(
