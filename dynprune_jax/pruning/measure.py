@@ -64,7 +64,9 @@ def measure(
     known = sum(layer.dense_macs for layer in layers)
     # Without the gates: their products are their own cost, and no part of the network's.
     dense = intercept(
-        model, DynamicConv, lambda _, layer, __, *inputs: nnx.Conv.__call__(layer, *inputs)
+        model,
+        DynamicConv,
+        lambda _, layer, __, *inputs, **options: nnx.Conv.__call__(layer, *inputs, **options),
     )
     graph, state = nnx.split(dense)
     total = program_macs(lambda state, *x: nnx.merge(graph, state)(*x), state, images, *others)

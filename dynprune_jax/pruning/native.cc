@@ -1,9 +1,9 @@
 // For CPUs: choosing what to keep of each image, and a convolution that skips all else.
 //
-// The convolution follows the input. A tile of a few kept columns, packed with their kept channels alone, is
-// multiplied by the rows of the kernel for those channels, one tap after the other, and added
-// where that tap lands. The kernel is read in place: none is gathered for an image. A tap that
-// lands nowhere for a whole tile (outside, or not at a stride) is not multiplied.
+// The convolution follows the input. A tile of a few kept columns, packed with their kept channels
+// alone, is multiplied by the rows of the kernel for those channels, one tap after the other, and
+// added where that tap lands. The kernel is read in place: none is gathered for an image. A tap
+// that lands nowhere for a whole tile (outside, or not at a stride) is not multiplied.
 //
 // The kernel comes in panels of 32 features. All tiles of a task go through one tap of one panel
 // before the next, so that those rows of the kernel stay in the first or second level cache.
