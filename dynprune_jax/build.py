@@ -26,8 +26,9 @@ from dynprune_jax.data.sources import Dataset, load_dataset
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
 from dynprune_jax.optim import learning_rate, sgd
-from dynprune_jax.pruning.attention import CRITERIA
+from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.schedules import ascent_steps
 from dynprune_jax.pruning.surgery import make_dynamic
 from dynprune_jax.train_step import Network, TrainState, Values
@@ -41,6 +42,11 @@ FREE_FIELDS = (
     "evaluate_every_epochs",
     "checkpoint_every_epochs",
     "log_every_steps",
+    "study.seeds",
+    "study.cuts",
+    "study.methods",
+    "study.ablations",
+    "study.ablation_cut",
     "sweep.fractions",
     "benchmark.repeats",
     "benchmark.batch_sizes",
@@ -137,6 +143,7 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
             layers=config.gate.layers,
             channel_group=config.gate.channel_group,
             column_patch=config.gate.column_patch,
+            statistic=STATISTICS[config.gate.statistic],
             criterion=CRITERIA[criterion or config.gate.criterion],
             drop_probability=config.gate.drop_probability,
             rngs=nnx.Rngs(config.seed),
@@ -310,6 +317,26 @@ class Run:
         devices = self.mesh.size
         return eval_batches(self._test_examples, math.ceil(size / devices) * devices)
 
+    @property
+    def one_image(self) -> Float[Array, "1 side side channels"]:
+        """A black image as the network sees it, for counting."""
+        side = self.config.data.image_size
+        image = jnp.zeros((1, side, side, self.dataset.channels), jnp.uint8)
+        return evaluation_images(self.config, image)
+
+    def mac_reduction(self, ratios: Mapping[str, Any] | None = None) -> float:
+        """The conventional MAC reduction: the same for every input.
+
+        Args:
+          ratios: of the gates, by name; None: the config's.
+        """
+        if self.dynamic is None:
+            return 0.0
+        given = {name: jnp.float32(ratio) for name, ratio in (ratios or {}).items()}
+        model = self.dynamic.bind(self.dynamic.weights, given)
+        model.eval()
+        return measure(model, self.one_image)[1].mac_reduction
+
     def network_with(self, criterion: str) -> Network:
         """The dynamic network with another criterion in its gates."""
         return Network(build_dynamic(self.config, self.model, criterion))
@@ -367,10 +394,10 @@ class Run:
     def learning_rate(self, phase: str) -> optax.Schedule:
         """The learning rate of a phase as a function of its own step."""
         section = self.config[phase]
+        total = max(self.phase_steps(phase), 1)  # 1: of a phase that was done in another workdir
+        warmup = round(section.warmup_epochs * self.steps_per_epoch)
         return learning_rate(
-            section.learning_rate,
-            warmup_steps=round(section.warmup_epochs * self.steps_per_epoch),
-            total_steps=max(self.phase_steps(phase), 1),
+            section.learning_rate, warmup_steps=min(warmup, total - 1), total_steps=total
         )
 
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dynprune_jax import models
 from dynprune_jax.errors import UserError
-from dynprune_jax.pruning.attention import CRITERIA
+from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
 
 if TYPE_CHECKING:
     Config = Any  # ConfigDict declares every field as a union of all that a field can be
@@ -16,6 +16,8 @@ else:
     Config = ConfigDict
 
 DTYPES = ("float32", "bfloat16")
+ALLOTMENTS = ("uniform", "gate")
+FILTER_CRITERIA = ("l1", "geometric_median", "taylor", "random")
 STARTS = ("dense", "checkpoint", "scratch")
 
 
@@ -66,8 +68,10 @@ def base_config() -> Config:
                 "layers": ("*",),  # patterns of layer names: which convolutions are gated
                 "channel_group": 1,  # neighbouring channels that are kept or skipped together
                 "column_patch": 1,  # side of the square of columns kept or skipped together
+                "statistic": "mean",  # what attention is of a channel or column; or max, l2
                 "criterion": "attention",  # or a control: random, inverse
-                "drop_probability": 1.0,  # of a target in training; 1: as at test time
+                # Of a target in training; 1: as at test time; 0: never, for comparison.
+                "drop_probability": 1.0,
             },
             # The ratios of phase two: min(target, warmup + increment * number of intervals).
             "ascent": {"warmup": 0.1, "increment": 0.05, "interval_epochs": 1.0},
@@ -82,8 +86,34 @@ def base_config() -> Config:
                 # another workdir, with no phase one. scratch: from new weights.
                 "start": "dense",
                 "checkpoint": "",
+                # The dense network's share in the loss, as a teacher, at a temperature.
+                "distillation": 0.0,
+                "temperature": 4.0,
             },
             "optim": {"momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0},
+            # --mode=static: filters removed for good, by l1, geometric_median, taylor or random;
+            # uniform: every convolution loses the same fraction; gate: as the channel ratios go.
+            "static": {"criterion": "l1", "allotment": "uniform"},
+            # --mode=study: for each seed, methods at each cut and ablations at one; their names are
+            # in experiments/study.py.
+            "study": {
+                "seeds": (0, 1, 2),
+                "cuts": (0.4, 0.55, 0.65, 0.75),
+                "methods": ("attention", "l1", "geometric_median", "taylor", "random_filters"),
+                "ablations": (
+                    "random",
+                    "inverse",
+                    "max",
+                    "l2",
+                    "columns",
+                    "both",
+                    "no_dropout",
+                    "stochastic",
+                    "no_ascent",
+                    "distillation",
+                ),
+                "ablation_cut": 0.55,
+            },
             # --mode=sweep: the ratios above times each of these, with every criterion.
             "sweep": {"fractions": (0.0, 0.25, 0.5, 0.75, 1.0)},
             # --mode=benchmark and --mode=step_cost: how often each side is timed. The benchmark's
@@ -186,8 +216,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate.channel_ratio": _each(_in(0.0, 1.0)),
     "gate.column_ratio": _each(_in(0.0, 1.0)),
     "gate.layers": _each((bool, "it must be a pattern of layer names"), str),
+    "gate.statistic": _one_of(*STATISTICS),
     "gate.criterion": _one_of(*CRITERIA),
-    "gate.drop_probability": (lambda value: 0 < value <= 1, "it must be in (0, 1]"),
+    "gate.drop_probability": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
     "ascent.warmup": _in(0.0, 1.0),
     "ascent.increment": _above(0.0),
     "ascent.interval_epochs": _above(0.0),
@@ -198,10 +229,19 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prune.learning_rate": _above(0.0),
     "prune.warmup_epochs": _at_least(0.0),
     "prune.start": _one_of(*STARTS),
+    "prune.distillation": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
+    "prune.temperature": _above(0.0),
     "optim.momentum": _in(0.0, 1.0),
     "optim.weight_decay": _at_least(0.0),
     "optim.label_smoothing": _in(0.0, 1.0),
     "sweep.fractions": _each((lambda value: 0 <= value <= 1, "it must be in [0, 1]")),
+    "study.seeds": _each((lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"), int),
+    "study.cuts": _each((lambda value: 0 < value < 1, "it must be in (0, 1)")),
+    "study.methods": _each((bool, "it must be a name of experiments/study.py"), str),
+    "study.ablations": _each((bool, "it must be a name of experiments/study.py"), str),
+    "study.ablation_cut": (lambda value: 0 < value < 1, "it must be in (0, 1)"),
+    "static.criterion": _one_of(*FILTER_CRITERIA),
+    "static.allotment": _one_of(*ALLOTMENTS),
     "gate.channel_group": _at_least(1),
     "gate.column_patch": _at_least(1),
     "benchmark.repeats": _at_least(3),
@@ -271,6 +311,11 @@ def _check_combinations(config: Config) -> None:
         raise UserError(
             f"config.prune.start is {config.prune.start!r} and config.prune.checkpoint is"
             f" {config.prune.checkpoint!r}; a start from a checkpoint takes both, any other neither"
+        )
+    if config.prune.distillation and config.prune.start == "scratch" and not config.dense.epochs:
+        raise UserError(
+            f"config.prune.distillation is {config.prune.distillation} and there is no dense"
+            " network to learn from; train one first, or give it as a checkpoint"
         )
     for phase in ("dense", "prune"):
         warmup, epochs = config[phase].warmup_epochs, config[phase].epochs

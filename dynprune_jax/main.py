@@ -3,7 +3,8 @@
 python -m dynprune_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]
                             [--config.FIELD=VALUE ...]
 
-MODE: train (the default, ends with the evaluation), evaluate, sweep, benchmark or step_cost.
+MODE: train (the default, ends with the evaluation), evaluate, sweep, static, study, benchmark
+or step_cost.
 """
 
 import sys
@@ -14,7 +15,9 @@ from absl import logging
 
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import benchmark
+from dynprune_jax.experiments.static import static
 from dynprune_jax.experiments.step_cost import step_cost
+from dynprune_jax.experiments.study import study
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.flags import parse
 from dynprune_jax.train import evaluate_workdir, train_and_evaluate
@@ -22,6 +25,8 @@ from dynprune_jax.train import evaluate_workdir, train_and_evaluate
 MODES: dict[str, Callable[..., Any]] = {
     "train": train_and_evaluate,
     "evaluate": evaluate_workdir,
+    "static": static,
+    "study": study,
     "sweep": sweep,
     "benchmark": benchmark,
     "step_cost": step_cost,

@@ -5,6 +5,7 @@ function returns whether it wrote the file: with nothing to show it writes none,
 """
 
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -370,6 +371,144 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
       Whether the file was written; False if there is no row.
     """
     return bool(rows) and _save(sweep_figure(rows), path)
+
+
+def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
+    """Draws accuracy over MAC reduction for each method of a study, mean and spread over seeds.
+
+    Args:
+      rows: as `plot_curves`.
+      labels: as `plot_curves`.
+
+    Returns:
+      The figure; the dense network is a line across.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
+    if dense:
+        axes.axhline(statistics.mean(dense), color="0.4", linestyle="--", label="dense")
+    styles = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"), ("0.5", "x"))
+    curves = _curves(rows)
+    for i, name in enumerate(name for name in labels if name in curves):
+        cuts, (colour, marker) = curves[name], styles[i % len(styles)]
+        points = [
+            ([r["mac_reduction"] for r in cuts[cut]], [r["accuracy"] for r in cuts[cut]])
+            for cut in sorted(cuts)
+        ]
+        axes.errorbar(
+            [statistics.mean(x) for x, _ in points],
+            [statistics.mean(y) for _, y in points],
+            yerr=[statistics.stdev(y) if len(y) > 1 else 0.0 for _, y in points],
+            color=colour,
+            marker=marker,
+            linewidth=2.5 if i == 0 else 1.5,
+            capsize=3,
+            label=labels[name],
+            zorder=4 if i == 0 else 3,
+        )
+    axes.set_xlabel("MACs removed (of the whole network)")
+    axes.set_ylabel("test accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(color="0.9")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, list[Any]]]:
+    """The rows of each method that was run at several cuts, by cut."""
+    found: dict[str, dict[float, list[Any]]] = {}
+    for row in rows:
+        if row["method"] != "dense":
+            found.setdefault(row["method"], {}).setdefault(row["cut"], []).append(row)
+    return {name: cuts for name, cuts in found.items() if len(cuts) > 1}
+
+
+def plot_curves(
+    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], labels: Mapping[str, str]
+) -> bool:
+    """Saves accuracy over MAC reduction for each method that a study ran at several cuts.
+
+    Args:
+      rows: of a study, each with "method", "cut", "mac_reduction", "accuracy".
+      path: the PNG to write.
+      labels: what each method is called.
+
+    Returns:
+      Whether the file was written; False if no method was run at several cuts.
+    """
+    return bool(_curves(rows)) and _save(curves_figure(rows, labels), path)
+
+
+def ablations_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
+    """Draws the accuracy of each method at the one cut of a study's ablations.
+
+    Args:
+      rows: as `plot_ablations`.
+      labels: as `plot_ablations`.
+
+    Returns:
+      The figure: a bar for each method, in the order of the labels, a dot for each seed.
+    """
+    (cut,) = {row["cut"] for row in _ablations(rows)}
+    dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
+    shown = {
+        labels[name]: [
+            r["accuracy"] for r in rows if r["method"] == name and r["cut"] in (cut, 0.0)
+        ]
+        for name in labels
+        if name != "dense"
+    }
+    shown = {label: values for label, values in shown.items() if values}
+    figure = Figure(figsize=(7.5, 1.2 + 0.32 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    for i, values in enumerate(shown.values()):
+        axes.barh(i, statistics.mean(values), color=_BLUE if i == 0 else _SKY, height=0.7)
+        axes.plot(values, [i] * len(values), "o", color="0.2", markersize=3.5)
+        axes.annotate(
+            f"{100 * statistics.mean(values):.1f} ",
+            (0, i),
+            xytext=(4, 0),
+            va="center",
+            color="white",
+            textcoords="offset points",
+            fontsize=9,
+        )
+    if dense:
+        axes.axvline(statistics.mean(dense), color="0.4", linestyle="--")
+        axes.annotate(
+            "dense ", (statistics.mean(dense), -0.45), ha="right", va="bottom", color="0.3"
+        )
+    axes.set_yticks(range(len(shown)), list(shown))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(f"test accuracy with {cut:.0%} of the MACs removed")
+    return figure
+
+
+def _ablations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of methods that were run at one cut only."""
+    curves = _curves(rows)
+    return [row for row in rows if row["method"] not in ("dense", *curves)]
+
+
+def plot_ablations(
+    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], labels: Mapping[str, str]
+) -> bool:
+    """Saves the accuracy of all methods at the cut of a study's ablations.
+
+    Args:
+      rows: of a study, each with "method", "cut", "accuracy".
+      path: the PNG to write.
+      labels: what each method is called.
+
+    Returns:
+      Whether the file was written; False unless all ablations were run at the same cut.
+    """
+    cuts = {row["cut"] for row in _ablations(rows)}
+    return len(cuts) == 1 and _save(ablations_figure(rows, labels), path)
 
 
 def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:

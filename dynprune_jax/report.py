@@ -75,6 +75,21 @@ def write_report(
         "dense_executed_macs_per_image": shown.usage.dense_executed_macs,
         "layers": _layers(shown, run.dynamic),
         "parameters_digest": tree_digest(final),
+        **provenance(run),
+        "phases": timings or {},
+    }
+    _draw(run, report, shown, final)
+    report["seconds"] = None if started is None else time.perf_counter() - started
+    if timings is None:
+        report |= _told_of_training(run)
+    write_json(run.workdir / "report.json", report)
+    _print_table(report, run)
+    return report
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What a report says of where its figures are from."""
+    return {
         "command": _command(),
         "seed": run.config.seed,
         "data": {
@@ -85,15 +100,7 @@ def write_report(
         },
         "versions": _versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "phases": timings or {},
     }
-    _draw(run, report, shown, final)
-    report["seconds"] = None if started is None else time.perf_counter() - started
-    if timings is None:
-        report |= _told_of_training(run)
-    write_json(run.workdir / "report.json", report)
-    _print_table(report, run)
-    return report
 
 
 def _command() -> str | None:

@@ -44,28 +44,40 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
     """
     started = time.perf_counter()
     run = Run.open(config, workdir)
-    sharding.check_batch(config.batch_size, run.mesh)
-    fresh = run.dense.weights
-    dense = None
-    if config.prune.start == "checkpoint":
-        source = run.start_state()
-        dense = source.values
-        run.claim()
-        with Checkpoints(run.workdir / "checkpoints" / "dense") as checkpoints:
-            step = int(source.step)
-            checkpoints.save(
-                step, source, {"total": step}
-            )  # what the source becomes later is its own
-    run.claim()
-    timings = {}
-    if run.phase_steps("dense"):
-        dense, timings["dense"] = run_phase(run, "dense", run.dense, fresh)
+    dense, timings = train_dense(run)
     pruned = None
     if run.dynamic is not None:
-        start = fresh if config.prune.start == "scratch" else dense
+        start = run.dense.weights if config.prune.start == "scratch" else dense
         assert start is not None  # config.check has seen to it
-        pruned, timings["prune"] = run_phase(run, "prune", run.dynamic, start)
+        teacher = dense if config.prune.distillation else None
+        pruned, timings["prune"] = run_phase(run, "prune", run.dynamic, start, teacher)
     return write_report(run, dense, pruned, timings, started)
+
+
+def train_dense(run: Run) -> tuple[Values | None, dict[str, dict[str, float]]]:
+    """Makes the work directory the run's own, and does phase one or reads what stands for it.
+
+    Returns:
+      Parameters and batch statistics of the dense network, None where the run has none; and
+      where the time went, under `dense` if it was trained here.
+
+    Raises:
+      UserError: as `train_and_evaluate`.
+    """
+    sharding.check_batch(run.config.batch_size, run.mesh)
+    if run.config.prune.start == "checkpoint":
+        source = run.start_state()
+        run.claim()
+        step = int(source.step)
+        with Checkpoints(run.workdir / "checkpoints" / "dense") as checkpoints:
+            # What the source becomes later is its own.
+            checkpoints.save(step, source, {"total": step})
+        return source.values, {}
+    run.claim()
+    if not run.phase_steps("dense"):
+        return None, {}
+    values, timing = run_phase(run, "dense", run.dense, run.dense.weights)
+    return values, {"dense": timing}
 
 
 def evaluate_workdir(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -107,7 +119,7 @@ class Timing:
 
 
 def run_phase(
-    run: Run, name: str, network: Network, start: Values
+    run: Run, name: str, network: Network, start: Values, teacher: Values | None = None
 ) -> tuple[Values, dict[str, float]]:
     """Trains one phase to its end, from its newest checkpoint if there is one.
 
@@ -116,6 +128,7 @@ def run_phase(
       name: `dense` or `prune`, a section of the config.
       network: what to train.
       start: parameters and batch statistics to begin with.
+      teacher: those of the dense network to learn from, or None.
 
     Returns:
       The trained parameters and batch statistics, and where the time went.
@@ -129,7 +142,10 @@ def run_phase(
     state = TrainState.create(start, network, run.optimizer(name))
     timing = Timing()
     folder = run.workdir / "checkpoints" / name
-    with Checkpoints(folder) as checkpoints, Feed(run, name, network, schedule, run.mesh) as feed:
+    with (
+        Checkpoints(folder) as checkpoints,
+        Feed(run, name, network, schedule, run.mesh, teacher) as feed,
+    ):
         state = feed.place(state)
         if checkpoints.latest_step() is not None:
             state, extra = checkpoints.restore(state)
@@ -212,11 +228,21 @@ class Feed:
       network: what is trained.
       schedule: of its ratios.
       mesh: the devices.
+      teacher: parameters and batch statistics of the dense network to learn from, or None.
     """
 
-    def __init__(self, run: Run, name: str, network: Network, schedule: Any, mesh: Any):
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        network: Network,
+        schedule: Any,
+        mesh: Any,
+        teacher: Values | None = None,
+    ):
         self._run = run
         self._mesh = mesh
+        self._teacher = None if teacher is None else sharding.replicate(dict(teacher), mesh)
         self._compiled: set[int] = set()
         phase_key = jax.random.fold_in(jax.random.key(run.config.seed), name == "prune")
         order_key, augment_key = jax.random.split(phase_key)
@@ -226,17 +252,28 @@ class Feed:
             optimizer=run.optimizer(name),
             ratios=schedule,
             label_smoothing=run.config.optim.label_smoothing,
+            distillation=run.config.prune.distillation,
+            temperature=run.config.prune.temperature,
         )
 
-        def learn(state: TrainState, images: Any, labels: Any) -> tuple[TrainState, Any]:
+        def learn(
+            state: TrainState, images: Any, labels: Any, teacher: Values | None
+        ) -> tuple[TrainState, Any]:
             images, labels = sharding.split_batch((images, labels), mesh)
             key = jax.random.fold_in(augment_key, state.step)
-            return one(state, (training_images(run.config, key, images), labels))
+            model: Any = None
+            if teacher is not None:
+                model = run.dense.bind(teacher)
+                model.eval()
+            batch = training_images(run.config, key, images), labels
+            return one(state, batch, teacher=model)
 
-        def learn_from_memory(state: TrainState, data: Any, count: int) -> tuple[TrainState, Any]:
+        def learn_from_memory(
+            state: TrainState, data: Any, teacher: Values | None, count: int
+        ) -> tuple[TrainState, Any]:
             def body(state: TrainState, _: None) -> tuple[TrainState, Any]:
                 batch = device_batch(order_key, state.step, data[0], data[1], run.config.batch_size)
-                return learn(state, *batch)
+                return learn(state, *batch, teacher)
 
             if count == 1:
                 return body(state, None)
@@ -299,8 +336,8 @@ class Feed:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Does `count` steps; gives the state after them and the mean of their metrics."""
         if self._stream is None:
-            return self._step(state, self._data, count=count)
-        return self._step(state, batch["image"], batch["label"])
+            return self._step(state, self._data, self._teacher, count=count)
+        return self._step(state, batch["image"], batch["label"], self._teacher)
 
 
 def _next(step: int, every: int) -> int:

@@ -107,8 +107,17 @@ def train_step(
     optimizer: optax.GradientTransformation,
     ratios: Callable[[Int[Array, ""]], Values],
     label_smoothing: float,
+    teacher: Callable[[Float[Array, "..."]], Float[Array, "batch classes"]] | None = None,
+    distillation: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One step of gradient descent, dense or with targeted dropout.
+    r"""One step of gradient descent, dense or with targeted dropout.
+
+    With a teacher the loss is that of Hinton et al. 2015 (arXiv 1503.02531):
+
+    .. math:: (1 - w) \, CE(y, p) + w \, T^2 \, KL(p^{teacher}_T \| p_T)
+
+    where :math:`p_T` is the softmax of the logits over the temperature.
 
     Args:
       state: before the step.
@@ -118,12 +127,16 @@ def train_step(
       ratios: a schedule: the step to the prune ratio of every gate, by name. It is traced, so
         no change of a ratio compiles anything again.
       label_smoothing: share of the target spread evenly over all classes.
+      teacher: images to the logits to learn from; None: the labels alone.
+      distillation: the weight w of the teacher, in [0, 1].
+      temperature: T, above 0.
 
     Returns:
       The state after the step, and the batch's mean `loss` and `accuracy`, float32.
     """
     images, labels = batch
     current = ratios(state.step)
+    taught = None if teacher is None else jax.lax.stop_gradient(teacher(images))
 
     def loss_fn(params):
         model = network.bind(params, state.stats, current, draw=state.step)
@@ -132,6 +145,12 @@ def train_step(
             jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32), label_smoothing
         )
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        if taught is not None:
+            divergence = optax.losses.kl_divergence_with_log_targets(
+                jax.nn.log_softmax(logits / temperature), jax.nn.log_softmax(taught / temperature)
+            )
+            apart = temperature**2 * jnp.mean(divergence)
+            loss = (1.0 - distillation) * loss + distillation * apart
         stats = {
             path_name(path): leaf[...]
             for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))

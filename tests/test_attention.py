@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dynprune_jax import make_dynamic
 from dynprune_jax.pruning import attention
 
 
@@ -14,6 +15,35 @@ def test_attention_is_the_mean_over_the_other_axes():
     np.testing.assert_array_equal(
         attention.column_attention(x), [[[1, 4], [7, 10]], [[13, 16], [19, 22]]]
     )
+
+
+def test_the_other_statistics_by_hand():
+    x = jnp.asarray([[[[3.0, -1.0], [-4.0, 0.0]]]])
+    np.testing.assert_array_equal(
+        attention.channel_attention(x, attention.STATISTICS["max"]), [[3, 0]]
+    )
+    np.testing.assert_array_equal(
+        attention.column_attention(x, attention.STATISTICS["max"]), [[[3, 0]]]
+    )
+    np.testing.assert_allclose(
+        attention.channel_attention(x, attention.STATISTICS["l2"]),
+        [[np.sqrt(12.5), np.sqrt(0.5)]],
+    )
+    np.testing.assert_allclose(
+        attention.column_attention(x, attention.STATISTICS["l2"]),
+        [[[np.sqrt(5.0), np.sqrt(8.0)]]],
+        rtol=1e-6,
+    )
+
+
+def test_a_gate_ranks_by_its_statistic():
+    x = jnp.zeros((1, 2, 2, 8)).at[0, 0, 0, 2].set(3.0).at[0, :, :, 5].set(1.0)
+    conv = nnx.Conv(8, 4, (3, 3), rngs=nnx.Rngs(0))
+    kept = {
+        name: int(np.argmax(make_dynamic(conv, 0.875, statistic=statistic).masks(x).channels))
+        for name, statistic in attention.STATISTICS.items()
+    }
+    assert kept == {"mean": 5, "max": 2, "l2": 2}
 
 
 def test_bfloat16_maps_are_ranked_in_float32():

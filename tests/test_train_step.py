@@ -160,3 +160,52 @@ def test_only_kernels_decay():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     updates = jax.tree.map(lambda update: float(update[0]), updates)
     assert updates == {"a/kernel": -0.5, "a/bias": 0.0, "norm/scale": 0.0}
+
+
+def test_distillation_is_hintons_loss():
+    network, teacher = Network(make_dynamic(model(), 0.25)), model()
+    teacher.eval()
+    optimizer = sgd(lambda step: 0.1, momentum=0.9, weight_decay=0.0)
+    images, labels = batch()
+
+    def loss(**options):
+        state = TrainState.create(network.weights, network, optimizer)
+        return train_step(
+            state,
+            (images, labels),
+            network=network,
+            optimizer=optimizer,
+            ratios=lambda step: {},
+            label_smoothing=0.0,
+            **options,
+        )
+
+    def softmax(logits):
+        powers = np.exp(np.asarray(logits, np.float64))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    student = network.bind(network.weights)
+    student.train()
+    own, taught = student(images), teacher(images)
+    entropy = -np.mean(np.log(softmax(own)[np.arange(8), labels]))
+    p, q = softmax(taught / 3.0), softmax(own / 3.0)
+    divergence = np.mean(np.sum(p * np.log(p / q), axis=1))
+    _, metrics = loss(teacher=teacher, distillation=0.3, temperature=3.0)
+    np.testing.assert_allclose(metrics["loss"], 0.7 * entropy + 0.3 * 9.0 * divergence, rtol=1e-5)
+    # Without a weight the teacher changes nothing, and from itself a network learns nothing.
+    np.testing.assert_array_equal(loss(teacher=teacher)[1]["loss"], loss()[1]["loss"])
+    state, metrics = loss(teacher=lambda images: own, distillation=1.0, temperature=3.0)
+    np.testing.assert_allclose(metrics["loss"], 0.0, atol=1e-6)
+    for name, value in state.params.items():
+        np.testing.assert_allclose(value, network.weights[name], atol=1e-6)
+
+
+def test_dropout_with_probability_0_trains_the_dense_network():
+    images, _ = batch()
+    dense, dynamic = model(), make_dynamic(model(), 0.5, 0.5, drop_probability=0.0)
+    dense.train()
+    dynamic.train()
+    np.testing.assert_array_equal(dynamic(images), dense(images))
+    dense.eval()
+    dynamic.eval()
+    assert not np.array_equal(dynamic(images), dense(images))

@@ -26,8 +26,7 @@ from dynprune_jax.experiments.other_runtimes import available_cores, other_runti
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
-from dynprune_jax.pruning.macs import program_macs
-from dynprune_jax.pruning.measure import measure
+from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
 from dynprune_jax.pruning.surgery import conv_layers
 from dynprune_jax.train_step import Network
@@ -202,7 +201,7 @@ class _Bench:
         width = _equal_width(self._config, self._images.shape, float(np.mean(usage.macs)))
         static = build_model(self._config, 10, self._images.shape[-1], width=width)
         static.eval()
-        return static, float(1.0 - _macs(static, self._images[:1]) / usage.dense_macs)
+        return static, float(1.0 - dense_macs(static, self._images[:1]) / usage.dense_macs)
 
     def _others(self) -> Mapping[str, Callable[[], Any]]:
         if self._config.dtype != "float32":
@@ -308,11 +307,6 @@ def _usage(model: nnx.Module, images: jax.Array) -> Any:
     return jax.jit(lambda state, x: measure(nnx.merge(graph, state), x)[1])(state, images)
 
 
-def _macs(model: nnx.Module, images: Any) -> int:
-    graph, state = nnx.split(model)
-    return program_macs(lambda state, x: nnx.merge(graph, state)(x), state, images)
-
-
 def _equal_width(config: Config, shape: tuple[int, ...], macs: float) -> float:
     """The width at which the dense network has so many MACs, by bisection."""
     factory = getattr(models, config.model)
@@ -324,7 +318,7 @@ def _equal_width(config: Config, shape: tuple[int, ...], macs: float) -> float:
         )
         model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
         model.eval()
-        if _macs(model, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)) > macs:
+        if dense_macs(model, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)) > macs:
             high = width
         else:
             low = width

@@ -2,8 +2,9 @@
 
 Attention is parameter-free (AntiDote, arXiv 2008.06543, section III): a channel that is strong
 on average over the map, and a column that is strong on average over the channels, matter for
-this very input. A *criterion* turns attention into the scores that are ranked: `attention`
-itself, or one of the two controls that a result is to be compared with.
+this very input. A *statistic* says what strong means: the mean, which is the method's, or the
+maximum or the root mean square. A *criterion* turns attention into the scores that are ranked:
+`attention` itself, or one of the two controls that a result is to be compared with.
 """
 
 from collections.abc import Callable
@@ -13,21 +14,40 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+Statistic = Callable[[Float[Array, "..."], tuple[int, ...]], Float[Array, "..."]]
 Criterion = Callable[[Float[Array, "*batch n"], nnx.RngStream], Float[Array, "*batch n"]]
 
 
+def mean(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Averages over some axes, in float32 whatever the map's dtype. The method's statistic."""
+    return jnp.mean(x, axis=axes, dtype=jnp.float32)
+
+
+def maximum(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Takes the highest value over some axes, in float32."""
+    return jnp.max(x, axis=axes).astype(jnp.float32)
+
+
+def l2(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Takes the root mean square over some axes, in float32: it ranks as the L2 norm does."""
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axes))
+
+
+STATISTICS: dict[str, Statistic] = {"mean": mean, "max": maximum, "l2": l2}
+
+
 def channel_attention(
-    x: Float[Array, "*batch height width channels"],
+    x: Float[Array, "*batch height width channels"], statistic: Statistic = mean
 ) -> Float[Array, "*batch channels"]:
-    """Mean of each channel over height and width, in float32 whatever the map's dtype."""
-    return jnp.mean(x, axis=(-3, -2), dtype=jnp.float32)
+    """Statistic of each channel over height and width, float32."""
+    return statistic(x, (-3, -2))
 
 
 def column_attention(
-    x: Float[Array, "*batch height width channels"],
+    x: Float[Array, "*batch height width channels"], statistic: Statistic = mean
 ) -> Float[Array, "*batch height width"]:
-    """Mean of each column over its channels, in float32 whatever the map's dtype."""
-    return jnp.mean(x, axis=-1, dtype=jnp.float32)
+    """Statistic of each column over its channels, float32."""
+    return statistic(x, (-1,))
 
 
 def attention(scores: Float[Array, "*batch n"], rngs: nnx.RngStream) -> Float[Array, "*batch n"]:

@@ -43,7 +43,7 @@ class CompactConv(DynamicConv):
     def __init__(self, conv: nnx.Conv, form: Form):
         gates: dict[str, Any] = {}
         if isinstance(conv, DynamicConv):
-            names = ("channel_group", "column_patch", "criterion")
+            names = ("channel_group", "column_patch", "statistic", "criterion")
             gates = {name: getattr(conv, name) for name in names}
         super().__init__(conv, **gates, rngs=nnx.Rngs(0))
         if isinstance(conv, DynamicConv):

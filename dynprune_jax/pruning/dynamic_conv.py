@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int
 from dynprune_jax.pruning import masks as masks_lib
 from dynprune_jax.pruning.attention import (
     Criterion,
+    Statistic,
     attention,
     channel_attention,
     column_attention,
+    mean,
 )
 from dynprune_jax.pruning.masks import Masks
 
@@ -44,8 +46,10 @@ class DynamicConv(nnx.Conv):
         taken. A grouped convolution has its own.
       column_patch: side of a patch of columns; of a map that it does not divide, the largest
         side up to that which does.
+      statistic: of a channel or a column that is its attention, see `attention.STATISTICS`.
       criterion: turns attention into the scores to rank, see `attention.CRITERIA`.
-      drop_probability: in training, the chance of a target to be dropped, in (0, 1].
+      drop_probability: in training, the chance of a target to be dropped, in [0, 1]; 0 trains
+        the dense network.
       rngs: draws for the criterion `random` and for a `drop_probability` below 1.
 
     Raises:
@@ -60,6 +64,7 @@ class DynamicConv(nnx.Conv):
         column_ratio: float | None = None,
         channel_group: int = 1,
         column_patch: int = 1,
+        statistic: Statistic = mean,
         criterion: Criterion = attention,
         drop_probability: float = 1.0,
         rngs: nnx.Rngs,
@@ -72,8 +77,8 @@ class DynamicConv(nnx.Conv):
         for name, size in (("channel_group", channel_group), ("column_patch", column_patch)):
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1")
-        if not 0.0 < drop_probability <= 1.0:
-            raise ValueError(f"drop_probability is {drop_probability}; it must be in (0, 1]")
+        if not 0.0 <= drop_probability <= 1.0:
+            raise ValueError(f"drop_probability is {drop_probability}; it must be in [0, 1]")
         for name, value in vars(conv).items():
             if not name.startswith("_"):  # names with an underscore belong to NNX's own machinery
                 setattr(self, name, value)
@@ -81,6 +86,7 @@ class DynamicConv(nnx.Conv):
         self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
         self.channel_group = channel_group
         self.column_patch = column_patch
+        self.statistic = statistic
         self.criterion = criterion
         self.drop_probability = drop_probability
         self.deterministic = True
@@ -122,13 +128,13 @@ class DynamicConv(nnx.Conv):
         of_channels = of_columns = None
         if self.channel_ratio is not None:
             size = self.group_size(channels)
-            of_channels = channel_attention(x)
+            of_channels = channel_attention(x, self.statistic)
             if size > 1:
                 of_channels = jnp.mean(of_channels.reshape(*batch, -1, size), axis=-1)
             of_channels = self.criterion(of_channels, self.rngs)
         if self.column_ratio is not None:
             side = self.patch_side(height, width)
-            of_columns = column_attention(x)
+            of_columns = column_attention(x, self.statistic)
             if side > 1:
                 patches = of_columns.reshape(*batch, height // side, side, width // side, side)
                 of_columns = jnp.mean(patches, axis=(-3, -1))

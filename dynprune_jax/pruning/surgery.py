@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from dynprune_jax.pruning.attention import Criterion, attention
+from dynprune_jax.pruning.attention import Criterion, Statistic, attention, mean
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 
 # One number; one for each block; or one for each pattern of layer names. All are checked by value.
@@ -80,6 +80,7 @@ def make_dynamic(
     layers: Layers = "*",
     channel_group: int = 1,
     column_patch: int = 1,
+    statistic: Statistic = mean,
     criterion: Criterion = attention,
     drop_probability: float = 1.0,
     rngs: nnx.Rngs | None = None,
@@ -105,8 +106,9 @@ def make_dynamic(
       channel_group: how many neighbouring channels are kept or skipped together, see
         `DynamicConv`.
       column_patch: the side of the square of columns that are kept or skipped together.
+      statistic: what attention is of a channel or a column, see `attention.STATISTICS`.
       criterion: what to rank by, see `attention.CRITERIA`.
-      drop_probability: of targeted dropout in training, in (0, 1].
+      drop_probability: of targeted dropout in training, in [0, 1].
       rngs: seeds the random criterion and stochastic dropout; `nnx.Rngs(0)` by default.
 
     Raises:
@@ -130,6 +132,7 @@ def make_dynamic(
             column_ratio=column.get(name),
             channel_group=channel_group,
             column_patch=column_patch,
+            statistic=statistic,
             criterion=criterion,
             drop_probability=drop_probability,
             rngs=rngs,

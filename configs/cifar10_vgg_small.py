@@ -1,0 +1,35 @@
+"""A small VGG on CIFAR-10 at 16x16: the study that two CPU cores can do.
+
+Paper: the method of AntiDote (arXiv 2008.06543) beside static filter pruning, at equal MACs.
+Command: python -m dynprune_jax.main --mode=study --config=configs/cifar10_vgg_small.py
+    --workdir=DIR (with the data set as class folders, add --config.data.name=class_folders
+    --config.data.path=DIR)
+"""
+
+from dynprune_jax.config import cifar_config
+
+
+def get_config():
+    config = cifar_config()
+    config.model = "vgg_digits"
+    config.batch_size = 64
+    config.eval_batch_size = 500
+    config.log_every_steps = 104
+    config.evaluate_every_epochs = 20
+    config.checkpoint_every_epochs = 20
+
+    config.data.name = "cifar10"
+    config.data.train_examples = 20_000
+    config.data.image_size = 16
+    config.data.crop_padding = 2
+
+    config.gate.channel_ratio = (0.3, 0.4, 0.6)
+    config.ascent.interval_epochs = 0.2
+
+    config.dense.epochs = 20
+    config.dense.learning_rate = 0.1
+    config.dense.warmup_epochs = 1.0
+    config.prune.epochs = 6
+    config.prune.learning_rate = 0.05
+    config.optim.weight_decay = 5e-4
+    return config

@@ -1,0 +1,320 @@
+"""Static baselines: whole filters removed for good, the same ones for every input.
+
+The counterpart of a dynamic network at equal MACs: same data, same dense weights, same schedule
+and budget of training, same counter. A *criterion* gives every filter of a convolution a score;
+those with the lowest leave the network, and with them the next layer's kernel rows.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynprune_jax.build import Run, training_images
+from dynprune_jax.checkpoint import tree_digest
+from dynprune_jax.config import Config
+from dynprune_jax.data.batches import stream_batches
+from dynprune_jax.errors import UserError
+from dynprune_jax.models.vgg import VGG, VGGUnit
+from dynprune_jax.pruning.measure import dense_macs
+from dynprune_jax.pruning.surgery import intercept, path_name
+from dynprune_jax.report import provenance
+from dynprune_jax.train import run_phase, train_dense
+from dynprune_jax.train_step import Network, Values
+from dynprune_jax.writers import write_json
+
+_TAYLOR_BATCHES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """Filters that can leave: a convolution, its normalization, and the layer that reads them.
+
+    Attributes:
+      name: path of the convolution.
+      norm_name: path of its normalization.
+      block: index in `model.blocks` of the reader; of the last block where the head reads.
+      conv: the convolution.
+      norm: its normalization.
+      reader: the one layer that reads its outputs.
+    """
+
+    name: str
+    norm_name: str
+    block: int
+    conv: nnx.Conv
+    norm: nnx.BatchNorm
+    reader: nnx.Conv | nnx.Linear
+
+
+def links(model: Any) -> list[Link]:
+    """The links of one of this package's models, in order.
+
+    Of a VGG every convolution; of a residual network those inside a unit, because what leaves a
+    unit is added to what entered it.
+    """
+    names = {id(module): path_name(path) for path, module in nnx.iter_modules(model)}
+    found = [
+        Link(names[id(conv)], names[id(norm)], block, conv, norm, reader)
+        for block, conv, norm, reader in _links(model)
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no filters that can leave alone")
+    return found
+
+
+def _links(model: Any) -> Iterator[tuple[int, nnx.Conv, nnx.BatchNorm, Any]]:
+    if isinstance(model, VGG):
+        units = [
+            (index, unit)
+            for index, block in enumerate(model.blocks)
+            for unit in block.layers
+            if isinstance(unit, VGGUnit)
+        ]
+        head: Any = model.head
+        first = head if isinstance(head, nnx.Linear) else head.layers[0]
+        readers = [(index, unit.conv) for index, unit in units[1:]] + [(units[-1][0], first)]
+        for (_, unit), (block, reader) in zip(units, readers, strict=True):
+            yield block, unit.conv, unit.norm, reader
+    else:
+        for index, block in enumerate(model.blocks):
+            for unit in block.layers:
+                for i in (1, 2):
+                    reader = getattr(unit, f"conv{i + 1}", None)
+                    if reader is not None:
+                        yield index, getattr(unit, f"conv{i}"), getattr(unit, f"norm{i}"), reader
+
+
+Scores = dict[str, Float[np.ndarray, " filters"]]
+
+
+def l1(model: Any, run: Run) -> Scores:
+    """L1 norm of a filter's weights (Li et al. 2016, arXiv 1608.08710)."""
+    del run
+    return {link.name: np.abs(_filters(link)).sum(axis=1) for link in links(model)}
+
+
+def geometric_median(model: Any, run: Run) -> Scores:
+    """Sum of a filter's distances to the layer's others: the most replaceable has the lowest.
+
+    He et al. 2018, arXiv 1811.00250, equation 4.
+    """
+    del run
+
+    def distances(filters: np.ndarray) -> np.ndarray:
+        squares = np.sum(filters**2, axis=1)
+        apart = squares[:, None] + squares[None, :] - 2 * filters @ filters.T
+        return np.sqrt(np.maximum(apart, 0)).sum(axis=1)
+
+    return {link.name: distances(_filters(link).astype(np.float64)) for link in links(model)}
+
+
+def taylor(model: Any, run: Run) -> Scores:
+    """First-order change of the loss if a map were zero (Molchanov et al. 2016, arXiv 1611.06440).
+
+    The mean over images of `|sum over the map of dC/dh * h|`, equation 8, on augmented training
+    images. It is taken before the relu, where `dC/dh * h` is the same as behind it.
+    """
+    norms = {link.norm_name: link.name for link in links(model)}
+    network = Network(model)
+
+    @jax.jit
+    def scores(values: Values, images: Any, labels: Any, key: Any) -> dict[str, Array]:
+        def loss(gates: dict[str, Array]) -> Array:
+            def gated(name: str, _: Any, call: Any, inputs: Array) -> Array:
+                y = call(inputs)
+                return y * gates[name][:, None, None, :] if name in gates else y
+
+            bound: Any = intercept(network.bind(values), nnx.BatchNorm, gated)
+            bound.eval()
+            logits = bound(training_images(run.config, key, images))
+            return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+        ones = {
+            link.norm_name: jnp.ones((images.shape[0], link.conv.out_features))
+            for link in links(model)
+        }
+        return jax.tree.map(lambda g: jnp.mean(jnp.abs(g), axis=0), jax.grad(loss)(ones))
+
+    keys = jax.random.split(jax.random.key(run.config.seed), _TAYLOR_BATCHES)
+    batches = stream_batches(run.dataset.train, run.config.batch_size, run.config.seed, threads=0)
+    each = [
+        jax.device_get(scores(network.weights, batch["image"], batch["label"], key))
+        for key, batch in zip(keys, batches, strict=False)
+    ]
+    return {norms[name]: np.mean([batch[name] for batch in each], axis=0) for name in norms}
+
+
+def random(model: Any, run: Run) -> Scores:
+    """Control: a uniform draw."""
+    rng = np.random.default_rng(run.config.seed)
+    return {link.name: rng.random(link.conv.out_features) for link in links(model)}
+
+
+CRITERIA: dict[str, Callable[[Any, Run], Scores]] = {
+    f.__name__: f for f in (l1, geometric_median, taylor, random)
+}
+
+
+def remove_filters(model: Any, scores: Scores, ratios: dict[str, float]) -> Any:
+    """Returns a smaller model without the lowest-scored filters; the given one stays as it is.
+
+    Args:
+      model: one of this package's.
+      scores: by convolution, one for each of its filters.
+      ratios: by convolution, the fraction of its filters to remove, in [0, 1).
+    """
+    small = nnx.clone(model)
+    for link in links(small):
+        n = link.conv.out_features
+        count = max(n - int(ratios[link.name] * n + 1e-6), 1)
+        kept = np.sort(np.argsort(-scores[link.name], kind="stable")[:count])
+        link.conv.kernel = nnx.Param(link.conv.kernel[...][..., kept])
+        if link.conv.bias is not None:
+            link.conv.bias = nnx.Param(link.conv.bias[...][kept])
+        link.conv.out_features = count
+        for name in ("scale", "bias", "mean", "var"):
+            variable: Any = getattr(link.norm, name)
+            setattr(link.norm, name, type(variable)(variable[...][kept]))
+        link.norm.num_features = count
+        kernel = link.reader.kernel[...]
+        if isinstance(link.reader, nnx.Conv):
+            kernel = kernel[:, :, kept]
+            link.reader.in_features = count
+        else:  # a map laid out as one vector: its channels come last
+            kernel = kernel.reshape(-1, n, kernel.shape[-1])[:, kept]
+            link.reader.in_features = kernel.shape[0] * count
+            kernel = kernel.reshape(-1, kernel.shape[-1])
+        link.reader.kernel = nnx.Param(kernel)
+    return small
+
+
+def allot(model: Any, image: Any, mac_reduction: float, shares: dict[str, float]) -> dict[str, Any]:
+    """The ratio of every convolution with which a model loses that fraction of its MACs.
+
+    Args:
+      model: one of this package's.
+      image: a batch of one, or its shape and dtype.
+      mac_reduction: of the whole network, conventional.
+      shares: by convolution; its ratio is this times a common factor, at most 0.95.
+
+    Returns:
+      The ratios, with the smallest factor that reaches the reduction.
+
+    Raises:
+      ValueError: if none does.
+    """
+    dense = dense_macs(model, image)
+    order = {link.name: -np.arange(link.conv.out_features, dtype=float) for link in links(model)}
+
+    def at(factor: float) -> dict[str, float]:
+        return {name: min(factor * share, 0.95) for name, share in shares.items()}
+
+    def reached(factor: float) -> bool:
+        small = remove_filters(model, order, at(factor))
+        return 1.0 - dense_macs(small, image) / dense >= mac_reduction - 1e-9
+
+    low, high = 0.0, 0.95 / min(share for share in shares.values() if share > 0)
+    if not reached(high):
+        raise ValueError(f"no removal of filters takes {mac_reduction:.1%} of the MACs away")
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return at(high)
+
+
+def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Trains the static counterpart of a config's dynamic network, and evaluates it.
+
+    The dense network comes from the dense phase, or from `config.prune.checkpoint`. Filters are
+    removed until as many MACs are gone as the config's gates skip, all at once; what is left is
+    trained as `config.prune` says. Every convolution loses the same fraction of its filters, or
+    with `config.static.allotment` of `gate` one in proportion to the channel ratio of the block
+    that reads them. Writes `report.json`.
+
+    Returns:
+      The content of `report.json`.
+
+    Raises:
+      UserError: for a mistake in the config, the data or the work directory.
+    """
+    started = time.perf_counter()
+    run = Run.open(config, workdir)
+    if run.dynamic is None or config.prune.start == "scratch":
+        raise UserError(
+            f"config.prune.epochs is {config.prune.epochs} and config.prune.start is"
+            f" {config.prune.start!r}; --mode=static prunes a dense network: it needs epochs, and"
+            " a start from dense or checkpoint"
+        )
+    dense, timings = train_dense(run)
+    assert dense is not None  # checked above
+    model: Any = run.dense.bind(dense)
+    model.eval()
+    image = run.one_image
+    ratios = _ratios(run, model, image, run.mac_reduction())
+    small = remove_filters(model, CRITERIA[config.static.criterion](model, run), ratios)
+    small.train()
+    network = Network(small)
+    teacher = dense if config.prune.distillation else None
+    pruned, timings["prune"] = run_phase(run, "prune", network, network.weights, teacher)
+    report = {
+        "dense": run.evaluate(run.dense, dense).summary(),
+        "pruned": run.evaluate(network, pruned).summary(),
+        "pruned_without_training": run.evaluate(network, network.weights).summary(),
+        "criterion": config.static.criterion,
+        "filters": {
+            link.name: {"kept": link.conv.out_features, "ratio": ratios[link.name]}
+            for link in links(small)
+        },
+        "dense_macs_per_image": dense_macs(model, image),
+        "parameters_digest": tree_digest(pruned),
+        **provenance(run),
+        "phases": timings,
+        "seconds": time.perf_counter() - started,
+    }
+    for name in ("pruned", "pruned_without_training"):  # counted against the dense network
+        for part in ("", "executed_"):
+            left = report[name][f"{part}macs_per_image"]["mean"]
+            whole = report["dense"][f"{part}macs_per_image"]["mean"]
+            report[name][f"{part}mac_reduction"] = 1.0 - left / whole
+    write_json(run.workdir / "report.json", report)
+    rich.console.Console().print(
+        f"{config.model} on {config.data.name}, filters by {config.static.criterion}: accuracy"
+        f" {report['dense']['accuracy']:.4f} dense, {report['pruned']['accuracy']:.4f} with"
+        f" {report['pruned']['mac_reduction']:.1%} of the MACs removed"
+        f" ({report['pruned_without_training']['accuracy']:.4f} before training)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return report
+
+
+def _ratios(run: Run, model: Any, image: Any, target: float) -> dict[str, Any]:
+    shares = {link.name: 1.0 for link in links(model)}
+    if run.config.static.allotment == "gate":
+        given = run.config.gate.channel_ratio
+        if not any(given):
+            raise UserError(
+                "config.static.allotment is 'gate' and config.gate.channel_ratio is"
+                f" {given}; give ratios, or choose uniform"
+            )
+        shares = {link.name: given[link.block] for link in links(model)}
+    try:
+        return allot(model, image, target, shares)
+    except ValueError as error:
+        raise UserError(f"config.static.allotment: {error}") from error
+
+
+def _filters(link: Link) -> np.ndarray:
+    """A convolution's filters as rows."""
+    kernel = np.asarray(link.conv.kernel[...])
+    return kernel.reshape(-1, kernel.shape[-1]).T

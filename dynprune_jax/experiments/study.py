@@ -1,0 +1,285 @@
+"""A study: one config trained over seeds, cuts, methods and ablations, as files and one table.
+
+Every run is trained from its seed's dense network with the same schedule and budget, at the same
+cut. A finished run is one small JSON file and is not run again, so a study goes on where it was
+stopped, and several processes may share one over their seeds.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.console
+
+from dynprune_jax import config as config_lib
+from dynprune_jax import plots
+from dynprune_jax.build import Run, make_folder
+from dynprune_jax.config import Config
+from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.static import static
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.train import train_and_evaluate
+from dynprune_jax.writers import write_json, write_text
+
+_HIGHEST_RATIO = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of a study.
+
+    Attributes:
+      label: in tables and figures.
+      fields: of the config that differ. A single number for a tuple of ratios is one for each
+        block.
+      run: what trains and evaluates it.
+    """
+
+    label: str
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    run: Callable[[Config, Any], dict[str, Any]] = train_and_evaluate
+
+
+METHODS = {
+    "attention": Method("dynamic, by attention"),
+    "l1": Method("static, L1 norm", {"static.criterion": "l1"}, static),
+    "geometric_median": Method(
+        "static, geometric median", {"static.criterion": "geometric_median"}, static
+    ),
+    "taylor": Method("static, Taylor", {"static.criterion": "taylor"}, static),
+    "random_filters": Method("static, random", {"static.criterion": "random"}, static),
+    "random": Method("random selection", {"gate.criterion": "random"}),
+    "inverse": Method("inverse selection", {"gate.criterion": "inverse"}),
+    "max": Method("attention by maximum", {"gate.statistic": "max"}),
+    "l2": Method("attention by L2 norm", {"gate.statistic": "l2"}),
+    "channels": Method("channels only", {"gate.column_ratio": ()}),
+    "columns": Method("columns only", {"gate.channel_ratio": (), "gate.column_ratio": 0.5}),
+    "both": Method("channels and columns", {"gate.column_ratio": 0.5}),
+    "all_layers": Method("gates on every convolution", {"gate.layers": ("*",)}),
+    "no_dropout": Method("trained as long without dropout", {"gate.drop_probability": 0.0}),
+    "stochastic": Method("targets dropped with probability .5", {"gate.drop_probability": 0.5}),
+    "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
+    "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
+}
+
+
+def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Runs what is missing of a study, then writes its table and its figures.
+
+    For each of `config.study.seeds`: the dense network; each of `config.study.methods` at each of
+    `config.study.cuts`; each of `config.study.ablations` at `config.study.ablation_cut`. A
+    method's gates get the config's ratios times the factor that makes the cut, at most 0.95;
+    where `config.gate.layers` cannot make it, every convolution gets a gate.
+
+    Writes, in the work directory, `METHOD-CUT-seedSEED.json` for each run, `table.md`,
+    `curves.png` and `ablations.png`; the runs themselves are under `runs`.
+
+    Returns:
+      The rows: the content of all the JSON files in the work directory.
+
+    Raises:
+      UserError: for a mistake in the config, the data or the work directory, or a cut that a
+        method's gates cannot make.
+    """
+    config_lib.check(config)
+    for field in ("methods", "ablations"):
+        for name in config.study[field]:
+            if name not in METHODS:
+                raise UserError(
+                    f"config.study.{field} has {name!r}; choose of {', '.join(METHODS)}"
+                )
+    folder = Path(workdir).expanduser()
+    make_folder(folder)
+    grid = [(name, cut) for name in config.study.methods for cut in config.study.cuts]
+    grid += [(name, config.study.ablation_cut) for name in config.study.ablations]
+    for seed in config.study.seeds:
+        dense = folder / "runs" / f"dense-seed{seed}"
+        _run_once(folder / f"dense-seed{seed}.json", functools.partial(_dense, config, seed, dense))
+        for name, cut in dict.fromkeys(grid):
+            run = f"{name}-{cut * 100:g}-seed{seed}"
+            pruned = functools.partial(
+                _pruned, config, name, cut, seed, dense, folder / "runs" / run
+            )
+            _run_once(folder / f"{run}.json", pruned)
+    rows = read_rows(folder)
+    text = "\n\n".join(tables(rows)) + "\n"
+    write_text(folder / "table.md", text)
+    plots.plot_curves(rows, folder / "curves.png", labels())
+    plots.plot_ablations(rows, folder / "ablations.png", labels())
+    rich.console.Console().print(text, highlight=False, soft_wrap=True)
+    return rows
+
+
+def labels() -> dict[str, str]:
+    """What each method is called in tables and figures."""
+    return {"dense": "dense", **{name: method.label for name, method in METHODS.items()}}
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The results in a study's folder, one for each run."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
+
+
+def at_cut(config: Config, cut: float) -> Config:
+    """The config with its gates' ratios scaled to a conventional MAC reduction.
+
+    Args:
+      config: with a gate on anything.
+      cut: of the whole network, in (0, 1).
+
+    Raises:
+      UserError: if no factor makes that cut.
+    """
+    for layers in dict.fromkeys((tuple(config.gate.layers), ("*",))):
+        scaled = copy.deepcopy(config)
+        scaled.gate.layers = layers
+        run = Run.open(scaled, "")
+        if run.dynamic is None:
+            break
+        targets = {name: float(ratio) for name, ratio in run.dynamic.values(PruneRatio).items()}
+
+        def made(factor: float, run: Run = run, targets: dict[str, float] = targets) -> float:
+            return run.mac_reduction({k: _scaled(v, factor) for k, v in targets.items()})
+
+        low, high = 0.0, _HIGHEST_RATIO / min(targets.values())
+        if made(high) < cut:
+            continue
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (low, middle) if made(middle) >= cut else (middle, high)
+        for axis in ("channel_ratio", "column_ratio"):
+            scaled.gate[axis] = tuple(_scaled(ratio, high) for ratio in scaled.gate[axis])
+        return scaled
+    raise UserError(
+        f"config.study: no factor on the ratios {config.gate.channel_ratio} and"
+        f" {config.gate.column_ratio} cuts {cut:.0%} of the MACs"
+    )
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A study as Markdown: accuracy by method and cut, then the ablations at their one cut.
+
+    A cell is the mean over seeds, with the standard deviation where there are several.
+    """
+    names = labels()
+    dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
+    cuts = sorted({row["cut"] for row in rows if row["method"] != "dense"})
+    curves = [name for name in names if len({r["cut"] for r in rows if r["method"] == name}) > 1]
+    found = []
+    if curves:
+        lines = [
+            "| method | dense | " + " | ".join(f"{cut:.0%} cut" for cut in cuts) + " |",
+            "|---|---|" + "---|" * len(cuts),
+        ]
+        for name in curves:
+            cells = [_cell(_accuracies(rows, name, cut)) for cut in cuts]
+            lines.append(f"| {names[name]} | {_cell(dense)} | " + " | ".join(cells) + " |")
+        found.append("\n".join(lines))
+    single = [
+        (name, row["cut"])
+        for name in names
+        for row in rows
+        if row["method"] == name and name not in curves and name != "dense"
+    ]
+    if single:
+        cut = single[0][1]
+        shown = [name for name in curves if _accuracies(rows, name, cut)]
+        shown += list(dict.fromkeys(name for name, _ in single))
+        lines = [
+            f"| at a cut of {cut:.0%} | accuracy | without training for it | executed cut |",
+            "|---|---|---|---|",
+        ]
+        for name in shown:
+            chosen = [row for row in rows if (row["method"], row["cut"]) == (name, cut)]
+            executed = statistics.mean(row["executed_mac_reduction"] for row in chosen)
+            lines.append(
+                f"| {names[name]} | {_cell(_accuracies(rows, name, cut))}"
+                f" | {_cell([row['accuracy_untrained'] for row in chosen])} | {executed:.1%} |"
+            )
+        found.append("\n".join(lines))
+    return found
+
+
+def _accuracies(rows: Sequence[Mapping[str, Any]], name: str, cut: float) -> list[float]:
+    return [row["accuracy"] for row in rows if (row["method"], row["cut"]) == (name, cut)]
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "not measured"
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
+
+
+def _run_once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
+    if not path.exists():
+        write_json(path, run())
+
+
+def _dense(config: Config, seed: int, workdir: Path) -> dict[str, Any]:
+    changed = _changed(config, {"seed": seed, "prune.epochs": 0})
+    report = train_and_evaluate(changed, workdir)
+    return _row("dense", 0.0, changed, report, report["dense"], report["dense"])
+
+
+def _pruned(
+    config: Config, name: str, cut: float, seed: int, dense: Path, workdir: Path
+) -> dict[str, Any]:
+    method = METHODS[name]
+    start = {"seed": seed, "prune.start": "checkpoint", "prune.checkpoint": str(dense)}
+    changed = at_cut(_changed(config, {**start, **method.fields}), cut)
+    report = method.run(changed, workdir)
+    kind = "training" if method.run is static else "targeted_dropout"
+    untrained = report[f"pruned_without_{kind}"]
+    row = _row(name, cut, changed, report, report["pruned"], untrained)
+    others = report.get("pruned_by_other_criteria", {})
+    row["accuracy_by_other_criteria"] = {k: other["accuracy"] for k, other in others.items()}
+    return row
+
+
+def _row(
+    name: str,
+    cut: float,
+    config: Config,
+    report: Mapping[str, Any],
+    result: Mapping[str, Any],
+    untrained: Mapping[str, Any],
+) -> dict[str, Any]:
+    kept = ("accuracy", "mac_reduction", "executed_mac_reduction", "macs_per_image")
+    told = ("dense_macs_per_image", "device", "versions", "data", "seconds")
+    fields = config_lib.flatten(config)
+    fields.pop("prune.checkpoint")  # a path of this machine's
+    fields.pop("data.path")
+    return {
+        "method": name,
+        "cut": cut,
+        "seed": config.seed,
+        **{key: result[key] for key in kept},
+        "executed_macs_per_image": result["executed_macs_per_image"],
+        "accuracy_untrained": untrained["accuracy"],
+        **{key: report[key] for key in told},
+        "config_file": next((a.split("=")[1] for a in sys.argv if a.startswith("--config=")), None),
+        "config": {key: value for key, value in fields.items() if not key.startswith("study.")},
+    }
+
+
+def _changed(config: Config, fields: Mapping[str, Any]) -> Config:
+    changed = copy.deepcopy(config)
+    blocks = max(len(config.gate.channel_ratio), len(config.gate.column_ratio))
+    for name, value in fields.items():
+        if name.endswith("_ratio") and isinstance(value, float):
+            value = (value,) * blocks
+        section, _, field = name.rpartition(".")
+        (changed[section] if section else changed)[field] = value
+    return changed
+
+
+def _scaled(ratio: float, factor: float) -> float:
+    return round(min(factor * ratio, _HIGHEST_RATIO), 4)

@@ -1,0 +1,181 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynprune_jax import config as config_lib
+from dynprune_jax import models
+from dynprune_jax.build import Run, training_images
+from dynprune_jax.data.batches import stream_batches
+from dynprune_jax.errors import UserError
+from dynprune_jax.experiments import static as static_lib
+from dynprune_jax.experiments.static import CRITERIA, allot, links, remove_filters, static
+from dynprune_jax.pruning.measure import dense_macs
+from dynprune_jax.train import train_and_evaluate
+
+MODELS = {
+    "vgg_digits": (models.vgg_digits, 16, 1),
+    "vgg16": (models.vgg16, 32, 3),
+    "vgg16_imagenet": (models.vgg16_imagenet, 64, 3),
+    "resnet20": (models.resnet20, 8, 3),
+    "resnet18": (models.resnet18, 32, 3),
+    "resnet50": (models.resnet50, 32, 3),
+}
+
+
+def build(name, width=0.125):
+    factory, side, channels = MODELS[name]
+    model = factory(10, image_size=side, in_channels=channels, width=width, rngs=nnx.Rngs(0))
+    # Statistics and scales of a trained network: no two alike.
+    key = jax.random.key(1)
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            for i, part in enumerate((module.scale, module.bias, module.mean, module.var)):
+                draw = jax.random.fold_in(key, hash(path) % 2**31 + i)
+                part[...] = jax.random.uniform(draw, part.shape, minval=0.5, maxval=1.5)
+    model.eval()
+    return model, jax.random.normal(key, (2, side, side, channels))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_removed_filters_are_filters_made_silent(name):
+    """The small network computes what the whole one does with the removed maps set to zero."""
+    model, images = build(name)
+    rng = np.random.default_rng(0)
+    scores = {link.name: rng.random(link.conv.out_features) for link in links(model)}
+    small = remove_filters(model, scores, dict.fromkeys(scores, 0.4))
+    for link in links(model):
+        n = link.conv.out_features
+        gone = np.argsort(-scores[link.name])[n - int(0.4 * n) :]
+        link.norm.scale[...] = link.norm.scale[...].at[gone].set(0.0)
+        link.norm.bias[...] = link.norm.bias[...].at[gone].set(0.0)
+    np.testing.assert_allclose(small(images), model(images), rtol=1e-4, atol=1e-5)
+    assert dense_macs(small, images) < dense_macs(model, images)
+
+
+@pytest.mark.parametrize("name", ["vgg_digits", "resnet20"])
+@pytest.mark.parametrize("reduction", [0.3, 0.6])
+def test_the_allotment_is_the_least_that_reaches_the_reduction(name, reduction):
+    model, images = build(name, width=1.0)
+    shares = dict.fromkeys((link.name for link in links(model)), 1.0)
+    order = {link.name: -np.arange(link.conv.out_features, dtype=float) for link in links(model)}
+
+    def reached(ratios):
+        return 1 - dense_macs(remove_filters(model, order, ratios), images) / dense
+
+    dense = dense_macs(model, images)
+    ratios = allot(model, images[:1], reduction, shares)
+    assert reduction <= reached(ratios) < reduction + 0.03
+    assert len(set(ratios.values())) == 1
+    less = {name: ratio - 0.02 for name, ratio in ratios.items()}
+    assert reached(less) < reduction
+
+
+def test_no_allotment_reaches_everything():
+    model, images = build("resnet20", width=1.0)
+    with pytest.raises(ValueError, match="no removal of filters takes 99"):
+        allot(model, images, 0.99, {link.name: 1.0 for link in links(model)})
+
+
+def conv_with(filters):
+    """A two-layer network whose first convolution has these 1x1 filters."""
+    model, _ = build("resnet20")
+    link = links(model)[0]
+    kernel = np.zeros(link.conv.kernel.shape, np.float32)
+    kernel[0, 0, : filters.shape[1]] = filters.T
+    link.conv.kernel[...] = jnp.asarray(kernel)
+    return model, link.name
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    return Run.open(config, tmp_path)
+
+
+def test_l1_and_the_geometric_median_by_hand(run):
+    model, name = conv_with(np.array([[3.0, -4.0], [1.0, 0.0]]))
+    np.testing.assert_allclose(static_lib.l1(model, run)[name], [7, 1])
+    model, name = conv_with(np.array([[0.0, 0.0], [3.0, 4.0]]))
+    np.testing.assert_allclose(static_lib.geometric_median(model, run)[name], [5, 5])
+
+
+def test_the_geometric_median_is_the_slow_sum_of_distances(run):
+    model, _ = build("vgg_digits")
+    for link in links(model):
+        rows = np.asarray(link.conv.kernel[...]).reshape(-1, link.conv.out_features).T
+        slow = [sum(np.linalg.norm(a - b) for b in rows) for a in rows]
+        fast = static_lib.geometric_median(model, run)[link.name]
+        np.testing.assert_allclose(fast, slow, rtol=1e-4)
+
+
+def test_taylor_is_the_change_of_the_loss_for_a_small_gate(config, run):
+    """Against finite differences of the loss of single images."""
+    model = models.vgg_digits(10, image_size=8, width=0.125, rngs=nnx.Rngs(0))
+    model.eval()
+    found = static_lib.taylor(model, run)
+    assert found.keys() == {link.name for link in links(model)}
+
+    keys = jax.random.split(jax.random.key(config.seed), 8)
+    batches = stream_batches(run.dataset.train, config.batch_size, config.seed, threads=0)
+    link = links(model)[2]
+
+    def losses(images, labels):
+        chosen = jax.nn.log_softmax(model(images))
+        return -np.asarray(jnp.take_along_axis(chosen, labels[:, None], axis=1))[:, 0]
+
+    changes = np.zeros(link.conv.out_features)
+    scale, bias = link.norm.scale[...], link.norm.bias[...]
+    for key, batch in zip(keys, batches, strict=False):
+        images, labels = (
+            training_images(config, key, jnp.asarray(batch["image"])),
+            jnp.asarray(batch["label"]),
+        )
+        for i in range(len(changes)):
+            sides = []
+            for step in (1e-2, -1e-2):
+                gate = jnp.ones_like(scale).at[i].add(step)
+                link.norm.scale[...], link.norm.bias[...] = scale * gate, bias * gate
+                sides.append(losses(images, labels))
+            changes[i] += np.mean(np.abs(sides[0] - sides[1])) / 2e-2 / 8
+        link.norm.scale[...], link.norm.bias[...] = scale, bias
+    np.testing.assert_allclose(found[link.name], changes, rtol=2e-2, atol=1e-5)
+
+
+def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path):
+    config.dense.epochs = 1
+    dynamic = train_and_evaluate(config, tmp_path / "dynamic")
+    config.prune.start = "checkpoint"
+    config.prune.checkpoint = str(tmp_path / "dynamic")
+    config.static.criterion = "taylor"
+    report = static(config, tmp_path / "static")
+    assert report == json.loads((tmp_path / "static" / "report.json").read_text())
+    assert report["dense"] == dynamic["dense"]
+    assert report["dense_macs_per_image"] == dynamic["dense_macs_per_image"]
+    aim = dynamic["pruned"]["mac_reduction"]
+    assert aim - 1e-6 <= report["pruned"]["mac_reduction"] < aim + 0.05
+    assert report["pruned"]["macs_per_image"]["min"] == report["pruned"]["macs_per_image"]["max"]
+    assert report["pruned"]["examples"] == 100
+    # The same command again trains nothing.
+    assert static(config, tmp_path / "static")["parameters_digest"] == report["parameters_digest"]
+
+
+def test_the_criteria_of_the_config_are_those_here():
+    assert set(config_lib.FILTER_CRITERIA) == set(CRITERIA)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("prune.epochs", 0, "config.prune.epochs is 0"),
+        ("prune.start", "scratch", "config.prune.start is 'scratch'"),
+        ("gate.channel_ratio", (), "config.static.allotment is 'gate'"),
+    ],
+)
+def test_what_cannot_be_pruned_statically_is_said(config, tmp_path, field, value, message):
+    config.static.allotment = "gate"
+    config[field.split(".")[0]][field.split(".")[1]] = value
+    with pytest.raises(UserError, match=message):
+        static(config, tmp_path / "run")

@@ -1,0 +1,138 @@
+import json
+
+import pytest
+from PIL import Image
+
+from dynprune_jax import config as config_lib
+from dynprune_jax.build import Run
+from dynprune_jax.errors import UserError
+from dynprune_jax.experiments import study as study_lib
+from dynprune_jax.experiments.study import METHODS, at_cut, study, tables
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+
+
+@pytest.fixture
+def small(config):
+    config.gate.column_ratio = ()
+    config.ascent.increment = 0.4
+    config.study.seeds = (3,)
+    config.study.cuts = (0.2, 0.3)
+    config.study.methods = ("attention", "l1")
+    config.study.ablations = ("both",)
+    config.study.ablation_cut = 0.3
+    return config
+
+
+def test_a_study_runs_each_point_once(small, tmp_path, monkeypatch):
+    rows = study(small, tmp_path)
+    points = {(row["method"], row["cut"], row["seed"]) for row in rows}
+    assert points == {
+        ("dense", 0.0, 3),
+        ("attention", 0.2, 3),
+        ("attention", 0.3, 3),
+        ("l1", 0.2, 3),
+        ("l1", 0.3, 3),
+        ("both", 0.3, 3),
+    }
+    for row in rows:
+        coarse = 0.11 if row["method"] == "both" else 0.04  # the last maps have 4 columns
+        assert 0 <= row["mac_reduction"] - row["cut"] < coarse
+        assert 0 <= row["accuracy"] <= 1
+        spread = row["executed_macs_per_image"]
+        assert (spread["min"] < spread["max"]) == (row["method"] == "both")
+        text = (
+            (tmp_path / f"{row['method']}-{row['cut'] * 100:g}-seed3.json").read_text("utf-8")
+            if row["cut"]
+            else (tmp_path / "dense-seed3.json").read_text("utf-8")
+        )
+        assert json.loads(text) == row
+        assert str(tmp_path) not in text  # no path of this machine
+    both = next(row for row in rows if row["method"] == "both")
+    assert both["config"]["gate.column_ratio"] == [both["config"]["gate.column_ratio"][0]] * 3
+    for name in ("curves", "ablations"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 150
+
+    def fail(*_):
+        raise AssertionError("a finished run ran again")
+
+    monkeypatch.setattr(study_lib, "_pruned", fail)
+    monkeypatch.setattr(study_lib, "_dense", fail)
+    assert study(small, tmp_path) == rows
+    assert (tmp_path / "table.md").read_text("utf-8") == "\n\n".join(tables(rows)) + "\n"
+
+
+@pytest.mark.parametrize("cut", [0.15, 0.4, 0.6])
+def test_ratios_are_scaled_to_a_cut(config, tmp_path, cut):
+    config.ascent.increment = 0.5
+    scaled = at_cut(config, cut)
+    assert scaled.gate.layers == config.gate.layers
+    for axis in ("channel_ratio", "column_ratio"):
+        before, after = config.gate[axis], scaled.gate[axis]
+        factors = {round(b / a, 2) for a, b in zip(before, after, strict=True) if a and b < 0.95}
+        assert len(factors) == 1
+        assert [b == 0 for b in after] == [a == 0 for a in before]
+    run = Run.open(scaled, tmp_path)
+    targets = run.dynamic.values(PruneRatio)
+    assert run.mac_reduction() >= cut
+    assert run.mac_reduction({name: 0.99 * ratio for name, ratio in targets.items()}) < cut
+
+
+def test_gates_go_on_every_convolution_where_a_cut_needs_it(config):
+    config.gate.layers = ("blocks/*/layers/1/conv",)
+    assert at_cut(config, 0.1).gate.layers == ("blocks/*/layers/1/conv",)
+    config.ascent.increment = 0.5
+    assert at_cut(config, 0.6).gate.layers == ("*",)
+    with pytest.raises(UserError, match=r"no factor on the ratios .* cuts 99%"):
+        at_cut(config, 0.99)
+
+
+def row(method, cut, seed, accuracy, untrained=0.1):
+    return {
+        "method": method,
+        "cut": cut,
+        "seed": seed,
+        "accuracy": accuracy,
+        "accuracy_untrained": untrained,
+        "executed_mac_reduction": cut,
+    }
+
+
+def test_the_tables_by_hand():
+    rows = [
+        row("dense", 0.0, 0, 0.9),
+        row("dense", 0.0, 1, 0.92),
+        row("l1", 0.5, 0, 0.7),
+        row("attention", 0.5, 0, 0.88),
+        row("attention", 0.5, 1, 0.9),
+        row("attention", 0.7, 0, 0.8, untrained=0.2),
+        row("random", 0.5, 0, 0.3),
+    ]
+    curves, single = tables(rows)
+    assert curves.splitlines() == [
+        "| method | dense | 50% cut | 70% cut |",
+        "|---|---|---|---|",
+        "| dynamic, by attention | 91.00 ± 1.41 | 89.00 ± 1.41 | 80.00 |",
+    ]
+    assert single.splitlines() == [
+        "| at a cut of 50% | accuracy | without training for it | executed cut |",
+        "|---|---|---|---|",
+        "| dynamic, by attention | 89.00 ± 1.41 | 10.00 ± 0.00 | 50.0% |",
+        "| static, L1 norm | 70.00 | 10.00 | 50.0% |",
+        "| random selection | 30.00 | 10.00 | 50.0% |",
+    ]
+    assert tables([]) == []
+
+
+def test_an_unknown_method_is_said(small, tmp_path):
+    small.study.methods = ("attention", "attentoin")
+    with pytest.raises(UserError, match=r"config.study.methods has 'attentoin'; choose of att"):
+        study(small, tmp_path / "not_made")
+    assert not (tmp_path / "not_made").exists()
+
+
+def test_every_method_changes_fields_that_are_there(config):
+    fields = config_lib.flatten(config)
+    for method in METHODS.values():
+        assert method.fields.keys() <= fields.keys()
+    assert {*config.study.methods, *config.study.ablations} <= METHODS.keys()
