@@ -2,6 +2,7 @@
 
 Paper: the method of AntiDote (arXiv 2008.06543); the ratios are a starting point, not the paper's.
 Command: python -m dynprune_jax.main --config=configs/cifar100_vgg16.py --workdir=DIR
+    (--mode=study for all methods, cuts and seeds; on a GPU add --config.dtype=bfloat16)
     (with the data set as class folders, add --config.data.name=class_folders
     --config.data.path=DIR; with the official archive, --config.data.archive=FILE)
 Hardware and time: one data-centre GPU, not measured.
@@ -18,4 +19,8 @@ def get_config():
     config.data.mean = (0.5071, 0.4865, 0.4409)
     config.data.std = (0.2673, 0.2564, 0.2762)
     config.gate.channel_ratio = (0.2, 0.2, 0.2, 0.8, 0.9)
+
+    config.study.seeds = (0,)
+    config.study.methods = ("attention", "l1", "taylor")
+    config.study.ablations = ("random", "no_dropout", "distillation")
     return config

@@ -2,6 +2,7 @@
 
 Paper: the method of AntiDote (arXiv 2008.06543); the ratios are a starting point, not the paper's.
 Command: python -m dynprune_jax.main --config=configs/cifar10_resnet56.py --workdir=DIR
+    (--mode=study for all methods, cuts and seeds; on a GPU add --config.dtype=bfloat16)
     (with the data set as class folders, add --config.data.name=class_folders
     --config.data.path=DIR; with the official archive, --config.data.archive=FILE)
 Hardware and time: one data-centre GPU, not measured.
@@ -19,4 +20,16 @@ def get_config():
     config.gate.column_ratio = (0.6, 0.6, 0.6)
     config.gate.layers = ("blocks/*/conv2",)
     config.optim.weight_decay = 2e-4
+
+    config.study.cuts = (0.37, 0.5, 0.6)
+    config.study.ablations = (
+        "channels",
+        "columns",
+        "all_layers",
+        "random",
+        "inverse",
+        "no_dropout",
+        "distillation",
+    )
+    config.study.ablation_cut = 0.37
     return config

@@ -2,6 +2,7 @@
 
 Paper: the method of AntiDote (arXiv 2008.06543); the ratios are a starting point, not the paper's.
 Command: python -m dynprune_jax.main --config=configs/cifar10_vgg16.py --workdir=DIR
+    (--mode=study for all methods, cuts and seeds; on a GPU add --config.dtype=bfloat16)
     (with the data set as class folders, add --config.data.name=class_folders
     --config.data.path=DIR; with the official archive, --config.data.archive=FILE)
 Hardware and time: one data-centre GPU, not measured.

@@ -4,6 +4,8 @@ Paper: the method of AntiDote (arXiv 2008.06543) beside static filter pruning, a
 Command: python -m dynprune_jax.main --mode=study --config=configs/cifar10_vgg_small.py
     --workdir=DIR (with the data set as class folders, add --config.data.name=class_folders
     --config.data.path=DIR)
+Hardware and time: 2 CPU cores, several hours; single seeds with --config.study.seeds="(0,)".
+Result: see docs/results/cifar10_vgg_small/table.md.
 """
 
 from dynprune_jax.config import cifar_config

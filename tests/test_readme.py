@@ -3,6 +3,8 @@ import re
 import statistics
 from pathlib import Path
 
+from dynprune_jax.experiments.study import read_rows, tables
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -115,6 +117,15 @@ def test_the_table_of_times_is_what_was_measured():
                 f" | {row['realised']:.0%} | {other['ONNX Runtime']:.1f} | {torch:.1f} |"
             )
             assert line in README.splitlines(), line
+
+
+def test_the_study_s_tables_are_what_its_runs_say():
+    folder = ROOT / "docs" / "results" / "cifar10_vgg_small"
+    found = tables(read_rows(folder))
+    assert len(found) == 3
+    assert "\n\n".join(found) + "\n" == (folder / "table.md").read_text(encoding="utf-8")
+    for table in found:
+        assert table in README
 
 
 def test_every_file_that_the_readme_names_is_there():

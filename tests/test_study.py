@@ -95,6 +95,7 @@ def row(method, cut, seed, accuracy, untrained=0.1):
         "accuracy": accuracy,
         "accuracy_untrained": untrained,
         "executed_mac_reduction": cut,
+        "accuracy_by_other_criteria": {"random": accuracy / 2, "inverse": 0.1},
     }
 
 
@@ -108,7 +109,7 @@ def test_the_tables_by_hand():
         row("attention", 0.7, 0, 0.8, untrained=0.2),
         row("random", 0.5, 0, 0.3),
     ]
-    curves, single = tables(rows)
+    curves, single, controls = tables(rows)
     assert curves.splitlines() == [
         "| method | dense | 50% cut | 70% cut |",
         "|---|---|---|---|",
@@ -120,6 +121,12 @@ def test_the_tables_by_hand():
         "| dynamic, by attention | 89.00 ± 1.41 | 10.00 ± 0.00 | 50.0% |",
         "| static, L1 norm | 70.00 | 10.00 | 50.0% |",
         "| random selection | 30.00 | 10.00 | 50.0% |",
+    ]
+    assert controls.splitlines() == [
+        "| cut | by attention | by random selection | by inverse selection |",
+        "|---|---|---|---|",
+        "| 50% | 89.00 ± 1.41 | 44.50 ± 0.71 | 10.00 ± 0.00 |",
+        "| 70% | 80.00 | 40.00 | 10.00 |",
     ]
     assert tables([]) == []
 

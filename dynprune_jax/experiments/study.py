@@ -164,7 +164,9 @@ def at_cut(config: Config, cut: float) -> Config:
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A study as Markdown: accuracy by method and cut, then the ablations at their one cut.
+    """A study as Markdown: accuracy by method and cut; the ablations at their one cut; controls.
+
+    The controls are the weights trained for attention, with others chosen than it would choose.
 
     A cell is the mean over seeds, with the standard deviation where there are several.
     """
@@ -197,18 +199,36 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "|---|---|---|---|",
         ]
         for name in shown:
-            chosen = [row for row in rows if (row["method"], row["cut"]) == (name, cut)]
+            chosen = [row for row in rows if _is(row, name, cut)]
             executed = statistics.mean(row["executed_mac_reduction"] for row in chosen)
             lines.append(
                 f"| {names[name]} | {_cell(_accuracies(rows, name, cut))}"
                 f" | {_cell([row['accuracy_untrained'] for row in chosen])} | {executed:.1%} |"
             )
         found.append("\n".join(lines))
+    controls = {
+        cut: [row["accuracy_by_other_criteria"] for row in rows if _is(row, "attention", cut)]
+        for cut in cuts
+    }
+    if any(controls.values()):
+        lines = [
+            "| cut | by attention | by random selection | by inverse selection |",
+            "|---|---|---|---|",
+        ]
+        for cut in (cut for cut in cuts if controls[cut]):
+            cells = [_cell(_accuracies(rows, "attention", cut))]
+            cells += [_cell([r[name] for r in controls[cut]]) for name in ("random", "inverse")]
+            lines.append(f"| {cut:.0%} | " + " | ".join(cells) + " |")
+        found.append("\n".join(lines))
     return found
 
 
+def _is(row: Mapping[str, Any], name: str, cut: float) -> bool:
+    return (row["method"], row["cut"]) == (name, cut)
+
+
 def _accuracies(rows: Sequence[Mapping[str, Any]], name: str, cut: float) -> list[float]:
-    return [row["accuracy"] for row in rows if (row["method"], row["cut"]) == (name, cut)]
+    return [row["accuracy"] for row in rows if _is(row, name, cut)]
 
 
 def _cell(values: Sequence[float]) -> str:
