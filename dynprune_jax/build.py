@@ -25,12 +25,13 @@ from dynprune_jax.data.batches import check_batch_size, eval_batches
 from dynprune_jax.data.sources import Dataset, load_dataset
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
+from dynprune_jax.models.links import links
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.schedules import ascent_steps
-from dynprune_jax.pruning.surgery import make_dynamic
+from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 from dynprune_jax.train_step import Network, TrainState, Values
 from dynprune_jax.writers import progress_bar, write_json
 
@@ -136,13 +137,20 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
         ratios[field] = {f"blocks/{i}/*": ratio for i, ratio in enumerate(given) if ratio} or None
     if not any(ratios.values()):
         return model
+    common: dict[str, Any] = {}
     try:
-        return make_dynamic(
+        if config.gate.kind == "predicted":
+            reads = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+            surgery = functools.partial(predict_channels, links=reads)
+        else:
+            surgery = make_dynamic
+            common["channel_group"] = config.gate.channel_group
+            common["column_patch"] = config.gate.column_patch
+        return surgery(
             model,
             **ratios,
+            **common,
             layers=config.gate.layers,
-            channel_group=config.gate.channel_group,
-            column_patch=config.gate.column_patch,
             statistic=STATISTICS[config.gate.statistic],
             criterion=CRITERIA[criterion or config.gate.criterion],
             drop_probability=config.gate.drop_probability,
@@ -304,7 +312,10 @@ class Run:
                 return evaluation_images(self.config, sharding.split_batch(images, self.mesh))
 
             evaluator = self._evaluators[network] = make_evaluator(network, prepare)
-        merged = {name: value for given in values for name, value in given.items()}
+        # What a network has and the values do not, such as a new gate's parameters, is initial.
+        merged = dict(network.weights)
+        for given in values:
+            merged |= given
         return evaluate(evaluator, sharding.replicate(merged, self.mesh), self.test_batches())
 
     @functools.cached_property
@@ -374,7 +385,8 @@ class Run:
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no trained network: there is no {folder}")
         with Checkpoints(folder) as checkpoints:
-            state = TrainState.create(self.dense.weights, self.dense, self.optimizer(phase))
+            network = self.dynamic if phase == "prune" and self.dynamic else self.dense
+            state = TrainState.create(network.weights, network, self.optimizer(phase))
             state, extra = checkpoints.restore(state)
             if int(state.step) != extra["total"]:
                 raise UserError(

@@ -16,6 +16,7 @@ else:
     Config = ConfigDict
 
 DTYPES = ("float32", "bfloat16")
+KINDS = ("attention", "predicted")
 ALLOTMENTS = ("uniform", "gate")
 FILTER_CRITERIA = ("l1", "geometric_median", "taylor", "random")
 STARTS = ("dense", "checkpoint", "scratch")
@@ -65,6 +66,9 @@ def base_config() -> Config:
                 # ratio of 0 leaves that block without a gate on that axis.
                 "channel_ratio": (),
                 "column_ratio": (),
+                # attention: in front of a convolution, on its inputs. predicted: before it, by a
+                # learnt salience of its outputs, which the next convolution then skips as inputs.
+                "kind": "attention",
                 "layers": ("*",),  # patterns of layer names: which convolutions are gated
                 "channel_group": 1,  # neighbouring channels that are kept or skipped together
                 "column_patch": 1,  # side of the square of columns kept or skipped together
@@ -216,6 +220,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate.channel_ratio": _each(_in(0.0, 1.0)),
     "gate.column_ratio": _each(_in(0.0, 1.0)),
     "gate.layers": _each((bool, "it must be a pattern of layer names"), str),
+    "gate.kind": _one_of(*KINDS),
     "gate.statistic": _one_of(*STATISTICS),
     "gate.criterion": _one_of(*CRITERIA),
     "gate.drop_probability": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
@@ -296,6 +301,13 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 def _check_combinations(config: Config) -> None:
     if not config.gate.layers:
         raise UserError("config.gate.layers is (); give a pattern of layer names, such as ('*',)")
+    if config.gate.kind == "predicted":
+        for field in ("channel_group", "column_patch"):
+            if config.gate[field] != 1:
+                raise UserError(
+                    f"config.gate.{field} is {config.gate[field]}; with gates of the kind"
+                    " predicted it must be 1"
+                )
     if not config.sweep.fractions:
         raise UserError("config.sweep.fractions is (); give at least one fraction")
     if not config.benchmark.batch_sizes:

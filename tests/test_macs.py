@@ -13,7 +13,7 @@ from dynprune_jax.pruning.masks import Masks
 PLACE = {"name": "conv", "order": 0}
 
 
-def slow_executed_macs(conv, x_shape, channels, columns):
+def slow_executed_macs(conv, x_shape, channels, columns, features=None):
     """Walks over every output, every tap and every input channel of one image."""
     height, width, c_in = x_shape
     (k_h, k_w), (s_h, s_w), (d_h, d_w) = conv.kernel_size, conv.strides, conv.kernel_dilation
@@ -36,7 +36,8 @@ def slow_executed_macs(conv, x_shape, channels, columns):
         h, w = i * s_h - top + a * d_h, j * s_w - left + b * d_w
         if 0 <= h < height and 0 <= w < width and columns[h, w]:
             for c in range(c_in):
-                executed += fan_out if channels[c] else 0
+                wanted = fan_out if features is None else int(features.sum())
+                executed += wanted if channels[c] else 0
     return executed, dense
 
 
@@ -60,15 +61,22 @@ def test_macs_equal_a_walk_over_every_tap(kernel, strides, dilation, padding, gr
         feature_group_count=groups, rngs=nnx.Rngs(0),
     )  # fmt: skip
     channels = random.random((2, 4)) < 0.6
+    # Only an ungrouped convolution chooses its outputs.
+    features = random.random((2, 8)) < 0.6 if groups == 1 else None
     columns = random.random((2, *shape[:2])) < 0.6
-    usage = conv_usage(
-        conv, (2, *shape), Masks(jnp.asarray(channels), jnp.asarray(columns)), **PLACE
+    masks = Masks(
+        jnp.asarray(channels),
+        jnp.asarray(columns),
+        features=None if features is None else jnp.asarray(features),
     )
+    usage = conv_usage(conv, (2, *shape), masks, **PLACE)
     for image in range(2):
-        executed, dense = slow_executed_macs(conv, shape, channels[image], columns[image])
+        wanted = None if features is None else features[image]
+        executed, dense = slow_executed_macs(conv, shape, channels[image], columns[image], wanted)
         assert usage.executed_macs[image] == executed
         assert usage.dense_macs == dense
         share = channels[image].mean() * columns[image].mean()
+        share *= 1.0 if wanted is None else wanted.mean()
         np.testing.assert_allclose(usage.macs[image], dense * share)
     everything = slow_executed_macs(conv, shape, np.ones(4), np.ones(shape[:2]))
     assert usage.dense_executed_macs == everything[0]

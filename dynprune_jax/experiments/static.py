@@ -5,10 +5,9 @@ and budget of training, same counter. A *criterion* gives every filter of a conv
 those with the lowest leave the network, and with them the next layer's kernel rows.
 """
 
-import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,74 +23,15 @@ from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
-from dynprune_jax.models.vgg import VGG, VGGUnit
+from dynprune_jax.models.links import Link, links
 from dynprune_jax.pruning.measure import dense_macs
-from dynprune_jax.pruning.surgery import intercept, path_name
+from dynprune_jax.pruning.surgery import intercept
 from dynprune_jax.report import provenance
 from dynprune_jax.train import run_phase, train_dense
 from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import write_json
 
 _TAYLOR_BATCHES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """Filters that can leave: a convolution, its normalization, and the layer that reads them.
-
-    Attributes:
-      name: path of the convolution.
-      norm_name: path of its normalization.
-      block: index in `model.blocks` of the reader; of the last block where the head reads.
-      conv: the convolution.
-      norm: its normalization.
-      reader: the one layer that reads its outputs.
-    """
-
-    name: str
-    norm_name: str
-    block: int
-    conv: nnx.Conv
-    norm: nnx.BatchNorm
-    reader: nnx.Conv | nnx.Linear
-
-
-def links(model: Any) -> list[Link]:
-    """The links of one of this package's models, in order.
-
-    Of a VGG every convolution; of a residual network those inside a unit, because what leaves a
-    unit is added to what entered it.
-    """
-    names = {id(module): path_name(path) for path, module in nnx.iter_modules(model)}
-    found = [
-        Link(names[id(conv)], names[id(norm)], block, conv, norm, reader)
-        for block, conv, norm, reader in _links(model)
-    ]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no filters that can leave alone")
-    return found
-
-
-def _links(model: Any) -> Iterator[tuple[int, nnx.Conv, nnx.BatchNorm, Any]]:
-    if isinstance(model, VGG):
-        units = [
-            (index, unit)
-            for index, block in enumerate(model.blocks)
-            for unit in block.layers
-            if isinstance(unit, VGGUnit)
-        ]
-        head: Any = model.head
-        first = head if isinstance(head, nnx.Linear) else head.layers[0]
-        readers = [(index, unit.conv) for index, unit in units[1:]] + [(units[-1][0], first)]
-        for (_, unit), (block, reader) in zip(units, readers, strict=True):
-            yield block, unit.conv, unit.norm, reader
-    else:
-        for index, block in enumerate(model.blocks):
-            for unit in block.layers:
-                for i in (1, 2):
-                    reader = getattr(unit, f"conv{i + 1}", None)
-                    if reader is not None:
-                        yield index, getattr(unit, f"conv{i}"), getattr(unit, f"norm{i}"), reader
 
 
 Scores = dict[str, Float[np.ndarray, " filters"]]

@@ -49,6 +49,7 @@ class Method:
 
 METHODS = {
     "attention": Method("dynamic, by attention"),
+    "predicted": Method("dynamic, predicted", {"gate.kind": "predicted"}),
     "l1": Method("static, L1 norm", {"static.criterion": "l1"}, static),
     "geometric_median": Method(
         "static, geometric median", {"static.criterion": "geometric_median"}, static
@@ -67,6 +68,9 @@ METHODS = {
     "stochastic": Method("targets dropped with probability .5", {"gate.drop_probability": 0.5}),
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
+    "predicted_distillation": Method(
+        "predicted, and distilled", {"gate.kind": "predicted", "prune.distillation": 0.7}
+    ),
 }
 
 

@@ -33,6 +33,14 @@ def l2(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axes))
 
 
+def magnitude(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Takes the largest absolute value over some axes, in float32: 0 where there is nothing.
+
+    A gate that ranks by it finds the channels that a gate before it has left, without fail.
+    """
+    return jnp.max(jnp.abs(x), axis=axes).astype(jnp.float32)
+
+
 STATISTICS: dict[str, Statistic] = {"mean": mean, "max": maximum, "l2": l2}
 
 

@@ -43,13 +43,16 @@ class CompactConv(DynamicConv):
     def __init__(self, conv: nnx.Conv, form: Form):
         gates: dict[str, Any] = {}
         if isinstance(conv, DynamicConv):
-            names = ("channel_group", "column_patch", "statistic", "criterion")
+            names = ("channel_group", "column_patch", "follows_features", "statistic", "criterion")
             gates = {name: getattr(conv, name) for name in names}
         super().__init__(conv, **gates, rngs=nnx.Rngs(0))
         if isinstance(conv, DynamicConv):
             self.rngs = conv.rngs
             self.channel_ratio = nnx.static(_number(conv.channel_ratio))
             self.column_ratio = nnx.static(_number(conv.column_ratio))
+            self.feature_ratio = nnx.static(
+                None if conv.feature_ratio is None else float(conv.feature_ratio[...])
+            )
         forms = possible(
             self, channels=self.channel_ratio is not None, columns=self.column_ratio is not None
         )
@@ -102,6 +105,7 @@ class CompactConv(DynamicConv):
         if self.form == Form():
             return super().convolve(x, masks, out_sharding)
         *batch, _, _, channels = x.shape
+        outputs = masks
         x, masks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), (x, masks))
         if self.padding in REPEATING:
             x = repeat_map(self, Masks(None, masks.columns).apply(x))
@@ -124,7 +128,8 @@ class CompactConv(DynamicConv):
         )
         if bias is not None:
             y = y + bias.reshape(1, 1, 1, -1).astype(y.dtype)
-        return y.astype(self.preferred_element_type or x.dtype).reshape(*batch, *y.shape[1:])
+        y = y.astype(self.preferred_element_type or x.dtype).reshape(*batch, *y.shape[1:])
+        return self.hand_over(y, outputs)
 
 
 def _number(ratio: Any) -> float | None:

@@ -1,5 +1,6 @@
 """The dynamic convolution: a gate in front of a convolution, per input."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,13 +15,74 @@ from dynprune_jax.pruning.attention import (
     attention,
     channel_attention,
     column_attention,
+    magnitude,
     mean,
 )
 from dynprune_jax.pruning.masks import Masks
 
+# Small beside the bias of 1, so that a trained network starts as it was.
+_SALIENCE_INIT = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
+
 
 class PruneRatio(nnx.Variable):
     """The prune ratio of one gate on one axis: a float32 scalar in [0, 1), free to be traced."""
+
+
+class Handover:
+    """Takes the salience of a convolution's outputs to the normalization that reads them.
+
+    It holds it between two calls of one forward pass, together with the very map that it
+    belongs to, so that no other map can be taken for that one.
+    """
+
+    def __init__(self):
+        self._held: tuple[Any, Any] | None = None
+
+    def put(self, y: Any, salience: Any) -> None:
+        """Leaves what belongs to the map `y`."""
+        self._held = (y, salience)
+
+    def take(self, y: Any) -> Any:
+        """What was left for the map `y`, once; None if nothing was."""
+        held, self._held = self._held, None
+        return held[1] if held is not None and held[0] is y else None
+
+
+class SalientNorm(nnx.BatchNorm):
+    """A batch normalization whose outputs are scaled by their salience, and 0 where not wanted.
+
+    Its statistics are those of all outputs, wanted or not (Gao et al. 2018, arXiv 1810.05331,
+    equation 6; the scale of its own stays, so that it can start as a trained network's).
+
+    Args:
+      norm: the normalization to take over, with its parameters.
+      conv: the convolution in front of it, with predicted output channels.
+    """
+
+    def __init__(self, norm: nnx.BatchNorm, conv: "DynamicConv"):
+        for name, value in vars(norm).items():
+            if not name.startswith("_"):
+                setattr(self, name, value)
+        self.handover = conv.handover
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch height width channels"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+    ) -> Float[Array, "*batch height width channels"]:
+        """Normalizes, then scales each channel of each map."""
+        y = super().__call__(x, use_running_average, mask=mask)
+        return scale_features(y, self.handover.take(x))
+
+
+def scale_features(
+    y: Float[Array, "*batch height width features"],
+    salience: Float[Array, "*batch features"] | None,
+) -> Float[Array, "*batch height width features"]:
+    """Multiplies every channel of every map; None leaves the map as it is."""
+    return y if salience is None else y * salience[..., None, None, :].astype(y.dtype)
 
 
 class DynamicConv(nnx.Conv):
@@ -35,6 +97,16 @@ class DynamicConv(nnx.Conv):
     and square patches of columns, kept or skipped whole and ranked by their mean attention. A
     grouped convolution keeps or skips whole groups of its own (depthwise: each channel is one).
 
+    With a `feature_ratio` it also decides, before it computes anything, which of its own output
+    channels are wanted (Feature Boosting and Suppression, arXiv 1810.05331): a linear layer maps
+    the mean magnitude of each channel of the input to a salience of each output channel; those
+    with the highest are wanted, and a `SalientNorm` behind scales them by it and sets the others
+    to zero. Its parameters, `salience_kernel` and `salience_bias`, are trained with the network.
+
+    The convolution that reads such outputs finds the channels that were left out by their zeros,
+    and skips them with the same ratio: `follows_features`. That is no choice of its own, and
+    loses nothing.
+
     Its mode, `deterministic`, is set with `model.train()` and `model.eval()`: True (the default,
     and evaluation) drops every target, False (training) each with `drop_probability`.
 
@@ -42,10 +114,13 @@ class DynamicConv(nnx.Conv):
       conv: the convolution to take over; it must be an `nnx.Conv` with a 2-D kernel.
       channel_ratio: prune ratio over channels in [0, 1), or None for no gate on channels.
       column_ratio: prune ratio over columns in [0, 1), or None for no gate on columns.
+      feature_ratio: prune ratio over output channels in [0, 1), or None to compute them all.
       channel_group: channels in a group; the largest divisor of the channels up to that is
         taken. A grouped convolution has its own.
       column_patch: side of a patch of columns; of a map that it does not divide, the largest
         side up to that which does.
+      follows_features: the channel gate keeps what the gate in front of the map has wanted, with
+        its ratio; no statistic and no criterion applies to it.
       statistic: of a channel or a column that is its attention, see `attention.STATISTICS`.
       criterion: turns attention into the scores to rank, see `attention.CRITERIA`.
       drop_probability: in training, the chance of a target to be dropped, in [0, 1]; 0 trains
@@ -62,8 +137,10 @@ class DynamicConv(nnx.Conv):
         *,
         channel_ratio: float | None = None,
         column_ratio: float | None = None,
+        feature_ratio: float | None = None,
         channel_group: int = 1,
         column_patch: int = 1,
+        follows_features: bool = False,
         statistic: Statistic = mean,
         criterion: Criterion = attention,
         drop_probability: float = 1.0,
@@ -84,8 +161,18 @@ class DynamicConv(nnx.Conv):
                 setattr(self, name, value)
         self.channel_ratio = nnx.data(prune_ratio(channel_ratio, "channel_ratio"))
         self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
+        self.feature_ratio = nnx.data(prune_ratio(feature_ratio, "feature_ratio"))
+        if feature_ratio is not None:
+            if self.feature_group_count > 1:
+                raise ValueError("a grouped convolution cannot choose its output channels")
+            shape = (self.in_features, self.out_features)
+            kernel = _SALIENCE_INIT(rngs(), shape, jnp.float32)
+            self.salience_kernel = nnx.Param(kernel)
+            self.salience_bias = nnx.Param(jnp.ones(self.out_features, jnp.float32))
+            self.handover = nnx.static(Handover())
         self.channel_group = channel_group
         self.column_patch = column_patch
+        self.follows_features = follows_features
         self.statistic = statistic
         self.criterion = criterion
         self.drop_probability = drop_probability
@@ -103,7 +190,20 @@ class DynamicConv(nnx.Conv):
 
         Where the gate ranks groups or patches, `n` is their number.
         """
-        return self.choose(x.shape, *self.scores(x))
+        masks = self.choose(x.shape, *self.scores(x))
+        if self.feature_ratio is None:
+            return masks
+        salience = self.salience(x)
+        wanted = self._keep(self.criterion(salience, self.rngs), self.feature_ratio)
+        return dataclasses.replace(masks, features=wanted, salience=salience)
+
+    def salience(
+        self, x: Float[Array, "*batch height width channels"]
+    ) -> Float[Array, "*batch features"]:
+        """What the output channels are expected to matter, at least 0 (arXiv 1810.05331, eq. 8)."""
+        means = jnp.mean(jnp.abs(x), axis=(-3, -2), dtype=jnp.float32)
+        kernel, bias = self.salience_kernel[...], self.salience_bias[...]
+        return nnx.relu(means @ kernel + bias.reshape((1,) * (means.ndim - 1) + (-1,)))
 
     def choose(
         self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None
@@ -128,10 +228,12 @@ class DynamicConv(nnx.Conv):
         of_channels = of_columns = None
         if self.channel_ratio is not None:
             size = self.group_size(channels)
-            of_channels = channel_attention(x, self.statistic)
+            statistic = magnitude if self.follows_features else self.statistic
+            of_channels = channel_attention(x, statistic)
             if size > 1:
                 of_channels = jnp.mean(of_channels.reshape(*batch, -1, size), axis=-1)
-            of_channels = self.criterion(of_channels, self.rngs)
+            if not self.follows_features:
+                of_channels = self.criterion(of_channels, self.rngs)
         if self.column_ratio is not None:
             side = self.patch_side(height, width)
             of_columns = column_attention(x, self.statistic)
@@ -157,8 +259,18 @@ class DynamicConv(nnx.Conv):
         masks: Masks,
         out_sharding: Any = None,
     ) -> Float[Array, "*batch out_height out_width features"]:
-        """Convolves the kept part of `x`: every way of executing it must equal this one."""
-        return super().__call__(masks.apply(x), out_sharding)
+        """Convolves the kept part of `x`: every way of executing it must equal this one.
+
+        Of outputs that are not wanted anything may come.
+        """
+        return self.hand_over(super().__call__(masks.apply(x), out_sharding), masks)
+
+    def hand_over(self, y: Any, masks: Masks) -> Any:
+        """Leaves the salience of the outputs for the normalization; returns the outputs."""
+        if masks.features is not None and masks.salience is not None:
+            salience = jnp.asarray(masks.salience)
+            self.handover.put(y, jnp.where(masks.features, salience, jnp.zeros_like(salience)))
+        return y
 
     def kept_count(self, ratio: Any, n: int) -> int | Int[Array, ""]:
         """How many of `n` a ratio of this gate keeps."""

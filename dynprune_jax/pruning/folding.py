@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dynprune_jax.pruning.dynamic_conv import scale_features
 from dynprune_jax.pruning.surgery import conv_layers, intercept, path_name
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -26,13 +27,15 @@ class FoldedNorm(nnx.Module):
     def __init__(self, norm: nnx.BatchNorm):
         self.dtype = norm.dtype
         self.param_dtype = norm.param_dtype
+        self.handover = nnx.static(getattr(norm, "handover", None))
 
     def __call__(
         self, x: Float[Array, "*batch height width channels"], **options: Any
     ) -> Float[Array, "*batch height width channels"]:
         """Returns the map, in the dtype of the normalization."""
         del options  # `use_running_average`, which holds in any case
-        return x.astype(self.dtype or jnp.result_type(x, self.param_dtype))
+        y = x.astype(self.dtype or jnp.result_type(x, self.param_dtype))
+        return y if self.handover is None else scale_features(y, self.handover.take(x))
 
 
 def fold_batch_norms(model: Model, images: Any, *others: Any) -> Model:
@@ -95,7 +98,7 @@ def _pairs(model: nnx.Module, *inputs: Any) -> list[tuple[str, str]]:
             return call(x, *args, **kwargs)
 
         def norm(x: Any) -> Any:
-            return call(x)
+            return nnx.BatchNorm.__call__(layer, x)  # a salience is of no matter either
 
         norm.__name__ = _NORM + name
         return jax.jit(norm)(x)

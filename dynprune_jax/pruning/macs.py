@@ -4,8 +4,8 @@ Three figures, all per image:
 
 * *dense*: `H_out * W_out * K_h * K_w * C_in / groups * C_out`, the literature's convention.
   Taps on the padding count.
-* *conventional* effective: dense x kept channel share x kept column share, comparable with
-  papers.
+* *conventional* effective: dense x kept channel share x kept column share x wanted share of the
+  output channels, comparable with papers.
 * *executed*: the exact number of taps that fall inside the map on a kept column, times the kept
   channels, times the outputs each feeds. With nothing pruned it is the dense figure without the
   taps on the padding.
@@ -41,6 +41,7 @@ class LayerUsage:
     Attributes:
       kept_channels: input channels kept, `(*batch)`.
       kept_columns: input columns kept, `(*batch)`.
+      kept_features: output channels computed, `(*batch)`.
       kept_taps: (output position, kernel position) pairs that fall inside the map on a kept
         column, `(*batch)`.
       masks: the masks themselves.
@@ -51,12 +52,15 @@ class LayerUsage:
       fan_out: outputs that one input channel feeds at one tap, `C_out / groups`.
       channels: input channels.
       columns: input columns, `height * width`.
+      features: output channels.
       ranked: how many the gate ranks, for each axis that it has: channels or groups of them,
-        then columns or patches of them.
+        then columns or patches of them, then output channels.
+      salience_macs: of the gate's own linear layer, which predicts the salience of the outputs.
     """
 
     kept_channels: Int[Leaf, "*batch"]
     kept_columns: Int[Leaf, "*batch"]
+    kept_features: Int[Leaf, "*batch"]
     kept_taps: Int[Leaf, "*batch"]
     masks: Masks
     name: str = _static()
@@ -66,7 +70,9 @@ class LayerUsage:
     fan_out: int = _static()
     channels: int = _static()
     columns: int = _static()
+    features: int = _static()
     ranked: tuple[int, ...] = _static()
+    salience_macs: int = _static()
 
     @property
     def dense_executed_macs(self) -> int:
@@ -77,23 +83,28 @@ class LayerUsage:
     def macs(self) -> Float[np.ndarray, "*batch"]:
         """Conventional effective MACs of each input."""
         channel_share = np.asarray(self.kept_channels, np.float64) / self.channels
-        return self.dense_macs * channel_share * np.asarray(self.kept_columns) / self.columns
+        feature_share = np.asarray(self.kept_features, np.float64) / self.features
+        column_share = np.asarray(self.kept_columns) / self.columns
+        return self.dense_macs * channel_share * column_share * feature_share
 
     @property
     def executed_macs(self) -> Int[np.ndarray, "*batch"]:
         """Executed MACs of each input, exact."""
         taps = np.asarray(self.kept_taps, np.int64)
-        return taps * np.asarray(self.kept_channels, np.int64) * self.fan_out
+        # Only an ungrouped convolution, whose fan-out is all its features, leaves any out.
+        fan_out = self.fan_out * np.asarray(self.kept_features, np.int64) // self.features
+        return taps * np.asarray(self.kept_channels, np.int64) * fan_out
 
     @property
     def gate_operations(self) -> int:
         """The gate's own cost for each input, kept apart from the MACs.
 
         For each axis that it ranks: one addition per value of the map (the mean) and
-        `n * ceil(log2(n))` comparisons.
+        `n * ceil(log2(n))` comparisons; and the MACs of the salience.
         """
         means = len(self.ranked) * self.channels * self.columns
-        return means + sum(n * math.ceil(math.log2(n)) for n in self.ranked)
+        comparisons = sum(n * math.ceil(math.log2(n)) for n in self.ranked)
+        return means + comparisons + self.salience_macs
 
 
 @jax.tree_util.register_dataclass
@@ -191,8 +202,11 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         ranked.append(groups if groups > 1 else channels // size)
     if masks.columns is not None:
         ranked.append(height * width // (conv.patch_side(height, width) ** 2 if dynamic else 1))
+    if masks.features is not None:
+        ranked.append(conv.out_features)
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
+        kept_features=_kept(masks.features, batch, conv.out_features, axes=(-1,)),
         kept_columns=_kept(masks.columns, batch, height * width, axes=(-2, -1)),
         kept_taps=jnp.full(batch, dense_taps, jnp.int32)
         if masks.columns is None
@@ -203,7 +217,9 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         fan_out=fan_out,
         channels=channels,
         columns=height * width,
+        features=conv.out_features,
         ranked=tuple(ranked),
+        salience_macs=0 if masks.features is None else channels * conv.out_features,
         **place,
     )
 
@@ -223,14 +239,17 @@ def linear_usage(
     return LayerUsage(
         kept_channels=jnp.full(batch, linear.in_features, jnp.int32),
         kept_columns=jnp.full(batch, positions, jnp.int32),
+        kept_features=jnp.full(batch, linear.out_features, jnp.int32),
         kept_taps=jnp.full(batch, positions, jnp.int32),
         masks=masks,
         ranked=(),
+        salience_macs=0,
         dense_macs=positions * linear.in_features * linear.out_features,
         dense_taps=positions,
         fan_out=linear.out_features,
         channels=linear.in_features,
         columns=positions,
+        features=linear.out_features,
         **place,
     )
 

@@ -23,18 +23,25 @@ else:  # a leaf of a pytree is an array on the device, one on the host, or the s
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """What one convolution keeps of its input: True = kept, None = no gate on that axis.
+    """What one convolution keeps of its input, and what is wanted of its output.
+
+    True = kept or wanted, None = no gate on that axis.
 
     Attributes:
       channels: of the shape `(*batch, channels)`.
       columns: of the shape `(*batch, height, width)`.
       kept_channels: the indices of the kept channels in any order, where they are known; an
         execution that gathers may use them in place of `channels`.
+      features: which output channels are wanted, of the shape `(*batch, features)`. An execution
+        may return anything for the others: the layer behind sets them to zero.
+      salience: what the wanted ones are multiplied by there, `(*batch, features)`.
     """
 
     channels: Bool[Leaf, "*batch channels"] | None = None
     columns: Bool[Leaf, "*batch height width"] | None = None
     kept_channels: Int[Leaf, "*batch kept"] | None = None
+    features: Bool[Leaf, "*batch features"] | None = None
+    salience: Float[Leaf, "*batch features"] | None = None
 
     def apply(
         self, x: Float[Array, "*batch height width channels"]

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from dynprune_jax.pruning.attention import Criterion, Statistic, attention, mean
-from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, SalientNorm
 
 # One number; one for each block; or one for each pattern of layer names. All are checked by value.
 Ratios = float | np.generic | np.ndarray | Array | Sequence[Any] | Mapping[str, Any] | None
@@ -139,6 +139,72 @@ def make_dynamic(
         )
 
     return nnx.recursive_map(gate, model)
+
+
+def predict_channels(
+    model: Model,
+    channel_ratio: Ratios,
+    links: Mapping[str, tuple[str, str]],
+    column_ratio: Ratios = None,
+    *,
+    layers: Layers = "*",
+    statistic: Statistic = mean,
+    criterion: Criterion = attention,
+    drop_probability: float = 1.0,
+    rngs: nnx.Rngs | None = None,
+) -> Model:
+    """Returns the model with gates that decide before a convolution which outputs to compute.
+
+    Feature Boosting and Suppression (Gao et al. 2018, arXiv 1810.05331): see `DynamicConv`. The
+    convolution that reads the outputs skips the same channels, so a kept share counts squared.
+
+    Args:
+      model: any NNX model.
+      channel_ratio: prune ratio over the outputs, as in `make_dynamic`; patterns and blocks are
+        those of the convolution that makes them.
+      links: for each convolution that may get such a gate, the names of the `nnx.BatchNorm`
+        behind it and of the one layer that reads the result; `models.links` has those of this
+        package's models.
+      column_ratio: over the columns of the readers' inputs, by attention as in `make_dynamic`.
+      layers: patterns of names: which of the linked convolutions.
+      statistic: as in `make_dynamic`, for columns.
+      criterion: ranks saliences and column attention.
+      drop_probability: as in `make_dynamic`.
+      rngs: seeds the new parameters, the random criterion and stochastic dropout.
+
+    Raises:
+      ValueError: as in `make_dynamic`, and for a grouped convolution.
+    """
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    patterns = (layers,) if isinstance(layers, str) else layers
+    if callable(patterns):
+        raise ValueError("layers must be patterns of names where channels are predicted")
+    chosen = dict.fromkeys(name for p in patterns for name in _matches(p, list(links)))
+    feature = _ratio_of_each(model, list(chosen), channel_ratio, "channel_ratio")
+    feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
+    convs = conv_layers(model)
+    follow = {links[name][1]: ratio for name, ratio in feature.items() if links[name][1] in convs}
+    readers = [name for name in convs if name in follow]
+    column = _ratio_of_each(model, readers, column_ratio, "column_ratio")
+    modules: dict[str, Any] = {path_name(path): node for path, node in nnx.iter_modules(model)}
+    new: dict[str, Any] = {
+        name: DynamicConv(
+            convs[name],
+            channel_ratio=follow.get(name),
+            column_ratio=column.get(name),
+            feature_ratio=feature.get(name),
+            follows_features=True,
+            statistic=statistic,
+            criterion=criterion,
+            drop_probability=drop_probability,
+            rngs=rngs,
+        )
+        for name in convs
+        if name in follow or name in feature
+    }
+    for name in feature:
+        new[links[name][0]] = SalientNorm(modules[links[name][0]], new[name])
+    return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model)
 
 
 def set_ratios(

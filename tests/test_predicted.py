@@ -1,0 +1,184 @@
+"""Gates that decide before a convolution which of its outputs to compute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynprune_jax import compact, measure, models
+from dynprune_jax.errors import UserError
+from dynprune_jax.models.links import links
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, Handover, SalientNorm
+from dynprune_jax.pruning.surgery import dynamic_layers, predict_channels, set_ratios
+from dynprune_jax.train import train_and_evaluate
+from dynprune_jax.train_step import Network
+
+FACTORIES = {
+    "vgg": (models.vgg_digits, 8, 1),
+    "resnet20": (models.resnet20, 8, 3),
+    "resnet18": (models.resnet18, 32, 3),
+    "resnet50": (models.resnet50, 32, 3),
+}
+
+
+def reads(model):
+    return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+
+
+def predicted(name, ratio=0.4, column_ratio=None):
+    """A model with norms as after some training, the same with predicted gates, and images."""
+    factory, side, channels = FACTORIES[name]
+    model = factory(10, image_size=side, in_channels=channels, width=0.25, rngs=nnx.Rngs(0))
+    key = jax.random.key(1)
+    for i, (_, module) in enumerate(nnx.iter_modules(model)):
+        if isinstance(module, nnx.BatchNorm):
+            for j, part in enumerate((module.scale, module.bias, module.mean, module.var)):
+                draw = jax.random.fold_in(key, 4 * i + j)
+                part[...] = jax.random.uniform(draw, part.shape, minval=0.1, maxval=1.0)
+    dynamic = predict_channels(model, ratio, reads(model), column_ratio)
+    for i, layer in enumerate(dynamic_layers(dynamic).values()):
+        if layer.feature_ratio is not None:  # saliences that differ from input to input
+            draw = jax.random.fold_in(key, i)
+            layer.salience_kernel[...] = jax.random.normal(draw, layer.salience_kernel.shape)
+    model.eval()
+    dynamic.eval()
+    return model, dynamic, jax.random.normal(key, (3, side, side, channels))
+
+
+def test_a_unit_is_the_slow_reference():
+    """One convolution, norm and relu of each image, its outputs chosen by hand."""
+    _, dynamic, _ = predicted("vgg")
+    unit = dynamic.blocks[0].layers[1]
+    x = jax.random.normal(jax.random.key(2), (3, 8, 8, 8))
+    x = x.at[..., 5:].set(0.0)  # what the gate in front would have left out
+    found = np.asarray(unit(x))
+    kernel, bias = np.asarray(unit.conv.salience_kernel[...]), np.asarray(unit.conv.salience_bias)
+    dense = np.asarray(nnx.Conv.__call__(unit.conv, x))
+    norm = unit.norm
+    for image in range(3):
+        means = np.abs(np.asarray(x[image])).mean(axis=(0, 1))
+        salience = np.maximum(means @ kernel + bias, 0)
+        wanted = np.argsort(-salience, kind="stable")[: 8 - int(0.4 * 8)]
+        expected = np.zeros_like(dense[image])
+        for f in wanted:
+            y = (dense[image, ..., f] - norm.mean[f]) / np.sqrt(norm.var[f] + norm.epsilon)
+            y = (y * norm.scale[f] + norm.bias[f]) * salience[f]
+            expected[..., f] = np.maximum(y, 0)
+        np.testing.assert_allclose(found[image], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_readers_lose_nothing(name):
+    """What a reader skips is zero: with the readers' own gates open the answers are the same."""
+    _, dynamic, images = predicted(name)
+    logits, usage = measure(dynamic, images)
+    by_name = {layer.name: layer for layer in usage.layers}
+    model_links = links(dynamic)
+    for link in model_links:
+        features = np.asarray(by_name[link.name].masks.features)
+        n = features.shape[1]
+        np.testing.assert_array_equal(features.sum(axis=1), n - int(0.4 * n + 1e-6))
+        if isinstance(link.reader, DynamicConv):
+            np.testing.assert_array_equal(
+                by_name[link.reader_name].kept_channels, features.sum(axis=1)
+            )
+    readers = {link.reader_name for link in model_links if isinstance(link.reader, DynamicConv)}
+    set_ratios(dynamic, channel_ratio=dict.fromkeys(readers, 0.0))
+    np.testing.assert_allclose(dynamic(images), logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cut_counts_both_sides():
+    _, dynamic, images = predicted("vgg", ratio=0.5)
+    _, usage = measure(dynamic, images)
+    first, second = usage.layers[:2]
+    np.testing.assert_allclose(first.macs, first.dense_macs / 2)  # the image keeps its channel
+    np.testing.assert_allclose(second.macs, second.dense_macs / 4)
+    assert second.gate_operations == 8 * 8 * 8 * 2 + 2 * 8 * 3 + 8 * 8
+    with jax.ensure_compile_time_eval():
+        assert usage.dense_macs == measure(predicted("vgg")[0], images)[1].dense_macs
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_with_every_salience_1_and_no_ratio_it_is_the_dense_model(name):
+    model, dynamic, images = predicted(name, ratio=0.0)
+    for layer in dynamic_layers(dynamic).values():
+        if layer.feature_ratio is not None:
+            layer.salience_kernel[...] = jnp.zeros_like(layer.salience_kernel[...])
+    np.testing.assert_array_equal(dynamic(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet20"])
+@pytest.mark.parametrize("column_ratio", [None, 0.3])
+def test_compact_equals_masked(name, column_ratio):
+    _, dynamic, images = predicted(name, column_ratio=column_ratio)
+    fast = compact(dynamic, images)
+    expected = dynamic(images)
+    np.testing.assert_allclose(nnx.jit(fast)(images), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(fast(images), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(dynamic(images), expected)  # it was left as it was
+
+
+def test_the_saliences_learn_and_the_dense_names_stay():
+    model, dynamic, images = predicted("resnet20")
+    network = Network(dynamic)
+    new = network.weights.keys() - Network(model).weights.keys()
+    assert network.weights.keys() > Network(model).weights.keys()
+    assert {name.rsplit("/", 1)[1] for name in new} == {"salience_kernel", "salience_bias"}
+
+    def loss(params):
+        bound = network.bind(network.weights, params)
+        bound.train()
+        return jnp.sum(jnp.sin(bound(images)))
+
+    gradients = jax.jit(jax.grad(loss))({name: network.weights[name] for name in new})
+    for gradient in gradients.values():
+        assert np.abs(gradient).max() > 0
+
+
+def test_the_norm_sees_all_outputs_in_training():
+    """Its statistics are those of the dense convolution, wanted or not."""
+    model, dynamic, images = predicted("vgg")
+    model.train()
+    dynamic.train()
+    model(images)
+    dynamic(images)
+    np.testing.assert_allclose(
+        dynamic.blocks[0].layers[0].norm.mean[...], model.blocks[0].layers[0].norm.mean[...]
+    )
+
+
+def test_a_salience_is_taken_once_and_by_its_own_map_only():
+    handover, y = Handover(), jnp.ones(2)
+    handover.put(y, "salience")
+    assert handover.take(jnp.ones(2)) is None
+    assert handover.take(y) is None
+    handover.put(y, "salience")
+    assert handover.take(y) == "salience"
+    assert handover.take(y) is None
+
+
+def test_surgery_says_what_it_cannot_do():
+    model, _, _ = predicted("vgg")
+    with pytest.raises(ValueError, match="matches none of the 7 convolutions"):
+        predict_channels(model, 0.5, reads(model), layers="blocks/9/*")
+    conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="a grouped convolution cannot choose"):
+        DynamicConv(conv, feature_ratio=0.5, rngs=nnx.Rngs(0))
+    assert not any(isinstance(m, SalientNorm) for _, m in nnx.iter_modules(model))
+
+
+def test_a_run_with_predicted_gates(config, tmp_path):
+    config.gate.kind = "predicted"
+    config.gate.column_ratio = ()
+    report = train_and_evaluate(config, tmp_path / "run")
+    # 7 convolutions at ratios .3, .4, .5 of both sides.
+    assert 0.5 < report["pruned"]["mac_reduction"] < 0.7
+    assert report["pruned"]["gate_operations_per_image"] > 0
+    assert set(report["pruned_by_other_criteria"]) == {"random", "inverse"}
+    again = train_and_evaluate(config, tmp_path / "run")
+    assert again["parameters_digest"] == report["parameters_digest"]
+    assert again["pruned"] == report["pruned"]
+    config.gate.channel_group = 2
+    with pytest.raises(UserError, match=r"config\.gate\.channel_group is 2"):
+        train_and_evaluate(config, tmp_path / "other")
