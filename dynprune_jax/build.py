@@ -53,6 +53,8 @@ FREE_FIELDS = (
     "benchmark.batch_sizes",
     "benchmark.ratios",
 )
+# Files may be moved: a run whose config.json is changed to say so is still the same.
+_PLACES = ("data.path", "prune.checkpoint")
 
 
 def build_dataset(config: Config) -> Dataset:
@@ -274,6 +276,16 @@ class Run:
         """Training steps in one pass over the training split; its remainder is left out."""
         return len(self.dataset.train) // self.config.batch_size
 
+    def identity(self, phase: str) -> dict[str, Any]:
+        """What tells the checkpoints of a phase of this run from those of any other, as JSON."""
+        fields = config_lib.flatten(ConfigDict(_as_json(self.config)))
+        told = {
+            f"config.{name}": value
+            for name, value in fields.items()
+            if name not in (*FREE_FIELDS, *_PLACES)
+        }
+        return {"phase": phase, **told}
+
     def phase_steps(self, phase: str) -> int:
         """Training steps of the phase `dense` or `prune`."""
         if phase == "dense" and self.config.prune.start == "checkpoint":
@@ -384,7 +396,8 @@ class Run:
         folder = workdir / "checkpoints" / phase
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no trained network: there is no {folder}")
-        with Checkpoints(folder) as checkpoints:
+        of = self.identity(phase) if workdir == self.workdir else None
+        with Checkpoints(folder, of=of) as checkpoints:
             network = self.dynamic if phase == "prune" and self.dynamic else self.dense
             state = TrainState.create(network.weights, network, self.optimizer(phase))
             state, extra = checkpoints.restore(state)

@@ -1,6 +1,13 @@
-"""Checkpoints with Orbax, each leaf under its digest."""
+"""Checkpoints with Orbax, each leaf under its digest; a damaged one is found and set aside."""
 
 import hashlib
+import json
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +21,14 @@ from dynprune_jax.errors import UserError
 
 def leaf_digests(tree: PyTree) -> dict[str, str]:
     """Dtype, shape and SHA-256 of every leaf, by its path: `float32[3,8] 9f86d0...`."""
-    return {
-        path: f"{_head(leaf)} {hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()}"
-        for path, leaf in _leaves(tree).items()
-    }
+
+    def digest(leaf: Any) -> str:
+        content = np.ascontiguousarray(leaf).view(np.uint8).data
+        return f"{_head(leaf)} {hashlib.sha256(content).hexdigest()}"
+
+    leaves = _leaves(tree)
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        return dict(zip(leaves, pool.map(digest, leaves.values()), strict=True))
 
 
 def tree_digest(tree: PyTree) -> str:
@@ -37,31 +48,59 @@ def _head(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
+def _json_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _DamageError(Exception):
+    """A step that cannot be read, or is not what was saved; the message says why."""
+
+
 class Checkpoints:
     """The checkpoints of one phase of one run: a folder with one folder per step.
 
     Orbax casts dtypes and reads flipped bytes without a word, so every leaf is saved with a
-    digest and compared when it is read.
+    digest and compared when it is read, and so is all else that a step holds.
 
     Args:
       folder: made on the first save.
       keep: how many of the newest steps stay.
+      of: what tells this run from others, as JSON; saved with every step, and a step with
+        another is refused. None reads the steps of any run.
+      mend: for the process that trains here, and only for that: it deletes what a killed save
+        left unfinished, and renames damaged steps.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        *,
+        of: Mapping[str, Any] | None = None,
+        mend: bool = False,
+    ):
         self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._of = json.loads(json.dumps(of))  # as it will be read
+        self._mend = mend
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=mend
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()  # waits
+        except Exception as error:
+            raise self._not_saved(error) from error
 
-    def latest_step(self) -> int | None:
-        """The newest step that is saved, or None."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The steps that have a folder here, whole or not, the newest first."""
+        # Orbax does not list a folder that lacks its mark, and would then not write there.
+        names = (entry.name for entry in self.folder.iterdir())
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
         """Saves in the background; a step that is saved already is left as it is.
@@ -71,19 +110,48 @@ class Checkpoints:
           state: arrays.
           extra: what else to keep, as JSON, such as the position of a data stream. (Orbax would
             ask grain's iterator for it in the background, when the iterator may have moved on.)
+
+        Raises:
+          UserError: if this save, or the one before it in the background, has failed.
         """
-        if step == self.latest_step():
+        if step == self._manager.latest_step():
             return
+        self.wait()
         # A copy: on CPU a view of the arrays would see what the next step writes into them.
         state = jax.tree.map(np.array, jax.device_get(state))
+        content = {"step": step, "of": self._of, "extra": extra, "digests": leaf_digests(state)}
+        content = json.loads(json.dumps(content))
         items = {
             "state": ocp.args.StandardSave(state),
-            "extra": ocp.args.JsonSave({**extra, "digests": leaf_digests(state)}),
+            "extra": ocp.args.JsonSave({"content": content, "digest": _json_digest(content)}),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def wait(self) -> None:
+        """Returns when what is being saved is on the disk.
+
+        Raises:
+          UserError: if it could not be saved.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax, tensorstore and the file system have their own types
+            raise self._not_saved(error) from error
+
+    def _not_saved(self, error: Exception) -> UserError:
+        return UserError(
+            f"a checkpoint cannot be saved in {self.folder} ({_reason(error)}); the ones before it"
+            " stay: mend that, and the same command goes on from the newest"
+        )
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Reads the newest step.
+
+        With `mend` it reads the newest that is not damaged, and renames the damaged ones that
+        are newer, with a line on stderr that names each. If none is good, nothing is renamed.
 
         Args:
           like: arrays of the shapes, dtypes and places to restore to.
@@ -92,38 +160,80 @@ class Checkpoints:
           The state and what was given as `extra`.
 
         Raises:
-          UserError: if there is no step, it does not fit `like`, or a leaf's digest is wrong.
+          UserError: if there is no step, or it is damaged, of another run, or does not fit `like`.
         """
-        step = self.latest_step()
-        if step is None:
+        damaged: dict[int, str] = {}
+        for step in self.steps():
+            try:
+                state, extra = self._read(step, like)
+            except _DamageError as error:
+                damaged[step] = str(error)
+                if self._mend:
+                    continue
+                break
+            for bad, reason in damaged.items():
+                self._set_aside(bad, reason, step)
+            if damaged:
+                self._manager.reload()
+            return state, extra
+        if not damaged:
             raise UserError(f"there is no checkpoint in {self.folder}")
-        where = f"checkpoint {self.folder / str(step)}"
+        step, reason = next(iter(damaged.items()))
+        where = f"checkpoint {self.folder / str(step)} is damaged ({reason})"
+        if self._mend:
+            raise UserError(
+                f"{where} and none that is older is good; nothing was changed there: put back a"
+                " copy, or start again in a new workdir"
+            )
+        raise UserError(f"{where}; --mode=train in its workdir goes on from an older step")
+
+    def _set_aside(self, step: int, reason: str, older: int) -> None:
+        place, count = self.folder / f"{step}.damaged", 1
+        while place.exists():
+            count += 1
+            place = self.folder / f"{step}.damaged-{count}"
+        try:
+            os.rename(self.folder / str(step), place)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is damaged ({reason}) and cannot be set"
+                f" aside: {error.strerror}"
+            ) from error
+        print(
+            f"dynprune_jax: checkpoint {self.folder / str(step)} is damaged ({reason}); it is now"
+            f" {place.name}, and the run goes on from step {older}",
+            file=sys.stderr,
+        )
+
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        try:
+            record = self._restore(step, extra=ocp.args.JsonRestore())
+            content = record["content"]
+            sound = record["digest"] == _json_digest(content) and content["step"] == step
+        except Exception as error:
+            raise _DamageError(_reason(error)) from error
+        if not sound:
+            raise _DamageError("its record is not what was saved")
+        digests = content["digests"]
+        self._check_fit(f"checkpoint {self.folder / str(step)}", like, content["of"], digests)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            extra = self._manager.restore(
-                step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
-            )["extra"]
-            digests = extra.pop("digests")
-            self._check_fit(where, like, digests)
-            state = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )["state"]
-        except UserError:
-            raise
-        except Exception as error:  # Orbax, tensorstore and the file system have their own types
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"{where} cannot be read ({reason}); delete that folder to go on from an older step"
-            ) from error
-        for path, digest in leaf_digests(state).items():
+            state = self._restore(step, state=ocp.args.StandardRestore(abstract))
+            found = leaf_digests(state)
+        except Exception as error:
+            raise _DamageError(_reason(error)) from error
+        for path, digest in found.items():
             if digest != digests[path]:
-                raise UserError(
-                    f"{where} is damaged: {path} is not what was saved; delete that folder to go on"
-                    " from an older step"
-                )
-        return state, extra
+                raise _DamageError(f"{path} is not what was saved")
+        return state, content["extra"]
 
-    def _check_fit(self, where: str, like: PyTree, digests: dict[str, str]) -> None:
+    def _restore(self, step: int, **item: Any) -> Any:
+        (name,) = item
+        return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+
+    def _check_fit(
+        self, where: str, like: PyTree, of: Mapping[str, Any] | None, digests: dict[str, str]
+    ) -> None:
         wanted = _leaves(like)
         odd = sorted(wanted.keys() ^ digests.keys())
         if odd:
@@ -134,3 +244,19 @@ class Checkpoints:
                 raise UserError(
                     f"{where} is of another model: {path} is {saved} there and {_head(leaf)} here"
                 )
+        if self._of is not None:
+            here, there = self._of, of or {}
+            for name in sorted(here.keys() | there.keys()):
+                if here.get(name) != there.get(name):
+                    raise UserError(
+                        f"{where} is of another run: {name} is {there.get(name)!r} there and"
+                        f" {here.get(name)!r} here"
+                    )
+
+
+def _reason(error: Exception) -> str:
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # how tensorstore tells of it
+    if code:
+        return os.strerror(int(code[1]))
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten(line, 120, placeholder=" ...")  # some list all of their settings
