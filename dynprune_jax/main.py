@@ -5,10 +5,16 @@ python -m dynprune_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode
 
 MODE: train (the default, ends with the evaluation), evaluate, sweep, static, study, benchmark
 or step_cost.
+
+Exit codes: 0; 2 after a mistake, or where the machine fails; 143 after SIGTERM and 130 after
+Ctrl-C, when the step is ended and saved: the same command goes on from there.
 """
 
+import errno
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 from absl import logging
@@ -20,6 +26,7 @@ from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.study import study
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.flags import parse
+from dynprune_jax.stopping import Stopped
 from dynprune_jax.train import evaluate_workdir, train_and_evaluate
 
 MODES: dict[str, Callable[..., Any]] = {
@@ -33,6 +40,10 @@ MODES: dict[str, Callable[..., Any]] = {
 }
 
 
+# What is wrong with the disk and not with this program.
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the mode that the arguments ask for.
 
@@ -40,23 +51,42 @@ def main(argv: Sequence[str]) -> int:
       argv: the command line, the program's name first.
 
     Returns:
-      The exit code: 0, 2 after a mistake of the user's, or 130 if the user stopped it.
+      The exit code: 0, 2 after a mistake of the user's or a failure of the disk, or 143 or 130
+      if the run was stopped by SIGTERM or by Ctrl-C.
     """
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors it raises too
     if {"--help", "-h", "-help"} & set(argv):
         print(__doc__)
         return 0
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         config, workdir, mode = parse(argv, MODES)
         MODES[mode](config, workdir)
     except UserError as error:
-        print(f"dynprune_jax: {error}", file=sys.stderr)
-        return 2
+        return _say(error, 2)
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        return _say(f"{error}; mend that, and the same command goes on", 2)
+    except Stopped as stopped:
+        return _say(stopped, stopped.exit_code)
     except KeyboardInterrupt:
-        print("dynprune_jax: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return _say(Stopped(signal.SIGINT), 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _say(message: object, exit_code: int) -> int:
+    print(f"dynprune_jax: {message}", file=sys.stderr)
+    return exit_code
+
+
 if __name__ == "__main__":
+    # Of several arrays that cannot be read Orbax raises for one and drops the tasks of the others.
+    sys.unraisablehook = lambda _: None
     sys.exit(main(sys.argv))

@@ -1,12 +1,15 @@
 """The only loop: dense, then targeted dropout, then the evaluation; it owns cadence and order.
 
 Order of a resumed run: the config must be the workdir's own; each phase goes on from its newest
-checkpoint; rows of metrics after that step are taken out; a finished phase is only read back.
+checkpoint that is not damaged; rows of metrics after that step are taken out; an evaluation that
+was cut off is done; a finished phase is only read back.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,8 +27,9 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.schedules import ratio_ascent
 from dynprune_jax.report import write_report
+from dynprune_jax.stopping import Stopped, StopSignals
 from dynprune_jax.train_step import Network, TrainState, Values, train_step
-from dynprune_jax.writers import Screen, Writers
+from dynprune_jax.writers import Screen, Writers, read_metrics, resident_memory_mb
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -41,6 +45,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
     Raises:
       UserError: for a mistake in the config, the data or the work directory, or when the loss
         is no longer finite.
+      Stopped: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
     started = time.perf_counter()
     run = Run.open(config, workdir)
@@ -69,7 +74,8 @@ def train_dense(run: Run) -> tuple[Values | None, dict[str, dict[str, float]]]:
         source = run.start_state()
         run.claim()
         step = int(source.step)
-        with Checkpoints(run.workdir / "checkpoints" / "dense") as checkpoints:
+        folder, of = run.workdir / "checkpoints" / "dense", run.identity("dense")
+        with Checkpoints(folder, of=of, mend=True) as checkpoints:
             # What the source becomes later is its own.
             checkpoints.save(step, source, {"total": step})
         return source.values, {}
@@ -121,7 +127,7 @@ class Timing:
 def run_phase(
     run: Run, name: str, network: Network, start: Values, teacher: Values | None = None
 ) -> tuple[Values, dict[str, float]]:
-    """Trains one phase to its end, from its newest checkpoint if there is one.
+    """Trains one phase to its end, from its newest good checkpoint if there is any.
 
     Args:
       run: the run.
@@ -134,32 +140,55 @@ def run_phase(
       The trained parameters and batch statistics, and where the time went.
 
     Raises:
-      UserError: if the loss is no longer finite.
+      UserError: if the loss is no longer finite, or every checkpoint is damaged.
+      Stopped: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
     config, total = run.config, run.phase_steps(name)
     offset = run.phase_steps("dense") if name == "prune" else 0
     schedule = ratio_schedule(run, network)
     state = TrainState.create(start, network, run.optimizer(name))
     timing = Timing()
-    folder = run.workdir / "checkpoints" / name
+    recent: list[dict[str, float]] = []
+    folder, of = run.workdir / "checkpoints" / name, run.identity(name)
     with (
-        Checkpoints(folder) as checkpoints,
+        Checkpoints(folder, of=of, mend=True) as checkpoints,
         Feed(run, name, network, schedule, run.mesh, teacher) as feed,
     ):
         state = feed.place(state)
-        if checkpoints.latest_step() is not None:
+        if checkpoints.steps():
             state, extra = checkpoints.restore(state)
             timing = Timing(**extra["timing"])
+            recent = extra["recent"]
             feed.set_position(extra["position"])
         step = int(state.step)
-        if step == total:
-            return jax.device_get(state.values), timing.summary()
         every_epochs = {
             "evaluate": config.evaluate_every_epochs * run.steps_per_epoch,
             "checkpoint": config.checkpoint_every_epochs * run.steps_per_epoch,
         }
-        with Writers(run.workdir, offset + step) as writers, Screen(name, step, total) as screen:
-            recent: list[dict[str, Any]] = []
+
+        def due(what: str) -> bool:
+            return step > 0 and (step % every_epochs[what] == 0 or step == total)
+
+        rows = [row for row in read_metrics(run.workdir) if row["step"] == offset + step]
+        owed = due("evaluate") and not any("test_accuracy" in row for row in rows)
+        if step == total and not owed:
+            return jax.device_get(state.values), timing.summary()
+        with (
+            Writers(run.workdir, offset + step) as writers,
+            Screen(name, step, total) as screen,
+            StopSignals() as signals,
+        ):
+
+            def evaluate() -> None:
+                ratios = schedule(jnp.asarray(step - 1))
+                with signals.obeyed():
+                    accuracy = run.evaluate(network, state.values, ratios).accuracy
+                row = {"test_accuracy": accuracy, "resident_memory_mb": resident_memory_mb()}
+                writers.write(offset + step, {"phase": name, **row})
+                screen.say(step, run.steps_per_epoch, accuracy, _mean(ratios))
+
+            if owed:
+                evaluate()
             clock = time.perf_counter()
             while step < total:
                 ends = [total, *(_next(step, every) for every in every_epochs.values())]
@@ -180,30 +209,36 @@ def run_phase(
                 else:
                     timing.compilation += now - clock
                 clock = now
-                recent.append(metrics)
+                recent.append({key: float(value) for key, value in metrics.items()})
                 _stop_if_not_finite(run, name, step, metrics)
                 screen.advance(count, config.batch_size, metrics)
                 if step % config.log_every_steps == 0 or step == total:
                     writers.write(offset + step, _row(run, name, recent, schedule, step))
                     recent = []
-                if step % every_epochs["evaluate"] == 0 or step == total:
+                if due("evaluate"):
                     timing.outside_step += time.perf_counter() - clock
                     clock = time.perf_counter()
-                    ratios = schedule(jnp.asarray(step - 1))
-                    accuracy = run.evaluate(network, state.values, ratios).accuracy
-                    writers.write(offset + step, {"phase": name, "test_accuracy": accuracy})
-                    screen.say(step, run.steps_per_epoch, accuracy, _mean(ratios))
+                    with contextlib.suppress(Stopped):  # save first; the resumed run evaluates
+                        evaluate()
                     timing.evaluation += time.perf_counter() - clock
                     clock = time.perf_counter()
-                if step % every_epochs["checkpoint"] == 0 or step == total:
+                if due("checkpoint") or signals.received is not None:
                     saved = jax.device_get(state)
                     _stop_if_weights_are_not_finite(run, name, step, saved)
                     extra = {
                         "timing": dataclasses.asdict(timing),
                         "position": feed.position(),
                         "total": total,
+                        "recent": recent,
                     }
                     checkpoints.save(step, saved, extra)
+                if signals.received is not None:
+                    checkpoints.wait()
+                    raise Stopped(
+                        signals.received,
+                        f"stopped by {signal.Signals(signals.received).name}; step {step} of"
+                        f" {total} of the {name} phase is saved, and the same command goes on",
+                    )
     return jax.device_get(state.values), timing.summary()
 
 

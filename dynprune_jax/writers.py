@@ -47,15 +47,15 @@ class Writers:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a work directory's metrics.jsonl; a last line cut short is left out."""
+    """The rows of a work directory's metrics.jsonl; a line cut short or damaged is left out."""
     path = folder / "metrics.jsonl"
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows
 
 
@@ -69,6 +69,15 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def resident_memory_mb() -> float | None:
+    """What this process holds in memory now, in MiB; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:  # not Linux
+        return None
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
 
 
 @contextlib.contextmanager
@@ -135,7 +144,10 @@ class Screen:
     ) -> None:
         """Prints one line on where the phase stands; its rate and time left count everything."""
         seconds = time.perf_counter() - self._began
-        left = datetime.timedelta(seconds=round((self._total - step) * seconds / self._steps))
+        speed = ""
+        if self._steps:  # else this process has only evaluated
+            left = datetime.timedelta(seconds=round((self._total - step) * seconds / self._steps))
+            speed = f" ({self._images / seconds:,.0f} images/s, {left} left)"
         at = ", ".join(
             f"{ratio:.2f} of the {axis.removesuffix('_ratio')}s"
             for axis, ratio in ratios.items()
@@ -145,7 +157,7 @@ class Screen:
             f"{self._name:>5}  epoch {step / steps_per_epoch:.0f} of"
             f" {self._total / steps_per_epoch:.0f}: test accuracy {accuracy:.4f}"
             + (f", pruning {at}" if at else "")
-            + f" ({self._images / seconds:,.0f} images/s, {left} left)",
+            + speed,
             highlight=False,
             soft_wrap=True,
         )

@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from absl import logging
 from jaxtyping import Int
 
 from dynprune_jax.data.records import chunks
@@ -79,6 +78,6 @@ def _write_atomically(file: Path, array: np.ndarray) -> None:
             np.save(stream, array, allow_pickle=False)
         os.replace(part, file)
     except OSError as error:
-        logging.warning("Cannot keep the labels in %s: %s", file, error.strerror)
+        print(f"Cannot keep the labels in {file}: {error.strerror}", flush=True)
         if part:
             Path(part).unlink(missing_ok=True)
