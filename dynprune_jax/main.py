@@ -13,6 +13,7 @@ Ctrl-C, when the step is ended and saved: the same command goes on from there.
 import errno
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -87,6 +88,7 @@ def _say(message: object, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    # Of several arrays that cannot be read Orbax raises for one and drops the tasks of the others.
-    sys.unraisablehook = lambda _: None
+    # Where the disk is full or a file is damaged, an error is raised once and told in one line;
+    # the same errors in the threads and dropped tasks of Orbax and TensorBoard add nothing.
+    sys.unraisablehook = threading.excepthook = lambda _: None
     sys.exit(main(sys.argv))

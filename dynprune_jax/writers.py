@@ -11,7 +11,11 @@ from typing import Any
 
 import rich.console
 import rich.progress
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
+
+_EVENT: Any = event_pb2  # protobuf makes the classes of these modules as they are imported
+_SUMMARY: Any = summary_pb2
 
 
 class Writers:
@@ -28,22 +32,34 @@ class Writers:
         rows = [row for row in read_metrics(folder) if row["step"] <= step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        # Not a SummaryWriter: on a full disk its thread ends, and then the run waits for it.
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(folder / "tensorboard" / "events"))
+        begin = _EVENT.SessionLog(status=_EVENT.SessionLog.START)  # takes later rows out
+        self._event(step + 1, session_log=begin)
 
     def __enter__(self) -> "Writers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        with self._file:
+            self._board.close()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Appends one row; TensorBoard gets its numbers."""
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        values = [
+            _SUMMARY.Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if isinstance(value, int | float)
+        ]
+        self._event(step, summary=_SUMMARY.Summary(value=values))
+
+    def _event(self, step: int, **content: Any) -> None:
+        # The time is only shown; nothing depends on it.
+        self._board.write_event(_EVENT.Event(step=step, wall_time=time.time(), **content))
+        self._board.flush()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,67 @@
+import errno
+import os
+import struct
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from dynprune_jax.writers import Writers, read_metrics, resident_memory_mb
+
+
+def events(folder):
+    """What TensorBoard reads: records of length, checksum, event, checksum."""
+    for file in sorted((folder / "tensorboard").iterdir()):
+        content = file.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+def test_rows_go_to_both_files(tmp_path):
+    with Writers(tmp_path, 4) as writers:
+        writers.write(6, {"phase": "dense", "loss": 0.5, "ratio": None})
+    assert read_metrics(tmp_path) == [{"step": 6, "phase": "dense", "loss": 0.5, "ratio": None}]
+    _, begin, row = events(tmp_path)
+    # TensorBoard drops what an earlier process wrote of step 5 and later.
+    assert (begin.step, begin.session_log.status) == (5, SessionLog.START)
+    assert (row.step, [(v.tag, v.simple_value) for v in row.summary.value]) == (6, [("loss", 0.5)])
+
+
+def test_rows_after_the_step_to_go_on_from_are_taken_out(tmp_path):
+    with Writers(tmp_path, 0) as writers:
+        for step in (1, 2, 3):
+            writers.write(step, {})
+    with Writers(tmp_path, 2) as writers:
+        writers.write(3, {"again": 1})
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": 1}]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"7", b"{}", b'{"step": "2"}', b'{"st\xe5p": 2}', b"\xff\xfe"]
+)
+def test_a_damaged_row_is_left_out(tmp_path, damage):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+
+
+def test_a_full_disk_is_an_error_at_once(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Writers(tmp_path, 0) as writers:
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space left on device"):
+                writers.write(1, {"loss": 0.5})
+        writers.write(2, {"loss": 0.5})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_the_memory_held_is_told():
+    before = resident_memory_mb()
+    if before is None:
+        pytest.skip("this system does not tell")
+    held = bytearray(b"x" * 100 * 2**20)
+    assert resident_memory_mb() > before + 90
+    del held
