@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from dynprune_jax import main as main_module
 from dynprune_jax.main import main
+from dynprune_jax.stopping import Stopped
 
 DIGITS = f"--config={CONFIGS / 'digits_vgg.py'}"
 
@@ -231,13 +234,48 @@ def test_a_single_class_is_refused(tmp_path, capfd):
     assert "it has one class, and two are needed" in capfd.readouterr().err
 
 
-def test_control_c_ends_in_a_line(monkeypatch, tmp_path, capfd):
-    def interrupted(config, workdir):
-        raise KeyboardInterrupt
+def interrupt(config, workdir):
+    raise KeyboardInterrupt
 
-    monkeypatch.setitem(main_module.MODES, "train", interrupted)
-    assert main(["dynprune_jax", DIGITS, f"--workdir={tmp_path}"]) == 130
-    assert "the same command goes on" in capfd.readouterr().err
+
+def terminate(config, workdir):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def stop_in_the_loop(config, workdir):
+    raise Stopped(signal.SIGTERM, "step 6 is saved, and the same command goes on")
+
+
+def fill_the_disk(config, workdir):
+    raise OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "line"),
+    [
+        (interrupt, 130, "the same command goes on"),
+        (terminate, 143, "the same command goes on"),
+        (stop_in_the_loop, 143, "step 6 is saved, and the same command goes on"),
+        (fill_the_disk, 2, "No space left on device: 'out/metrics.jsonl'; mend that"),
+    ],
+)
+def test_what_stops_a_run_is_told_in_a_line(monkeypatch, tmp_path, capfd, end, code, line):
+    monkeypatch.setitem(main_module.MODES, "train", end)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["dynprune_jax", DIGITS, f"--workdir={tmp_path}"]) == code
+    said = capfd.readouterr().err
+    assert line in said
+    assert len(said.splitlines()) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_mistake_of_the_program_is_not_hidden(monkeypatch, tmp_path):
+    def fail(config, workdir):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+
+    monkeypatch.setitem(main_module.MODES, "train", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["dynprune_jax", DIGITS, f"--workdir={tmp_path}"])
 
 
 def test_one_command_line_leaves_nothing_for_the_next(tmp_path, capfd):

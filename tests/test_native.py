@@ -1,3 +1,4 @@
+import ctypes
 import itertools
 import os
 import stat
@@ -152,6 +153,25 @@ def test_a_cache_folder_that_cannot_be_made_is_done_without(fresh, monkeypatch, 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert fresh() is None
     assert os.listdir(tmp_path) == ["file"]  # nothing is left behind
+
+
+@needs_compiler
+@pytest.mark.parametrize("others", ["may write", "own it"])
+def test_a_cache_folder_of_others_is_not_trusted(fresh, monkeypatch, tmp_path, others):
+    assert fresh() is None
+    cache = tmp_path / "dynprune_jax"
+    (planted,) = cache.iterdir()
+    if others == "may write":
+        cache.chmod(0o777)
+    else:
+        uid = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    load, loaded = ctypes.CDLL, []
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded.append(path) or load(path))
+    assert fresh() is None
+    assert len(loaded) == 1
+    assert not loaded[0].startswith(str(cache))
+    assert list(cache.iterdir()) == [planted]
 
 
 @needs_compiler

@@ -1,7 +1,11 @@
+import itertools
 import json
+import shutil
+import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -9,10 +13,12 @@ from PIL import Image
 
 from dynprune_jax import plots
 from dynprune_jax.build import Run
+from dynprune_jax.data.sources import Split
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.sharding import check_batch, data_mesh
+from dynprune_jax.stopping import Stopped
 from dynprune_jax.train import Feed, evaluate_workdir, ratio_schedule, train_and_evaluate
 from dynprune_jax.train_step import TrainState
 from dynprune_jax.writers import read_metrics
@@ -92,36 +98,66 @@ def test_the_same_command_again_changes_nothing(config, workdir):
     assert read_metrics(workdir) == metrics
 
 
-@pytest.mark.parametrize("memory_limit_mb", [4096, 0], ids=["memory", "stream"])
-@pytest.mark.parametrize("stop_at", [5, 13])
+def rows(workdir):
+    """The metrics without what only this machine knows."""
+    return [
+        {name: value for name, value in row.items() if name != "resident_memory_mb"}
+        for row in read_metrics(workdir)
+    ]
+
+
+def raising(number):
+    def stop():
+        signal.raise_signal(number)
+
+    return stop
+
+
+def failing():
+    raise RuntimeError("cut off")
+
+
+@pytest.mark.parametrize(
+    ("memory_limit_mb", "method", "call", "end", "outcome", "saved"),
+    [
+        # The step of the 14th call is step 6 of the second phase.
+        (4096, (Feed, "advance"), 14, failing, "cut off", None),
+        (0, (Feed, "advance"), 14, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6),
+        (4096, (Feed, "advance"), 11, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3),
+        (0, (Run, "evaluate"), 2, raising(signal.SIGTERM), "SIGTERM; step 8 of 16", 8),
+    ],
+    ids=["error", "SIGTERM", "Ctrl-C", "SIGTERM in an evaluation"],
+)
 def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
-    config, tmp_path, monkeypatch, memory_limit_mb, stop_at
+    config, tmp_path, monkeypatch, memory_limit_mb, method, call, end, outcome, saved
 ):
     config.data.memory_limit_mb = memory_limit_mb
     config.data.crop_padding = 1
     config.gate.drop_probability = 0.8
     config.checkpoint_every_epochs = 1
+    config.log_every_steps = 5  # not where the run is cut off
     whole = train_and_evaluate(config, tmp_path / "whole")
-    advance = Feed.advance
-    calls = []
+    calls = itertools.count(1)
+    original = getattr(*method)
 
-    def failing(self, state, count, batch):
-        calls.append(count)
-        if len(calls) > stop_at:
-            raise KeyboardInterrupt
-        return advance(self, state, count, batch)
+    def cut_off(*args):
+        if next(calls) == call:
+            end()
+        return original(*args)
 
-    monkeypatch.setattr(Feed, "advance", failing)
-    with pytest.raises(KeyboardInterrupt):
-        train_and_evaluate(config, tmp_path / "cut")
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(*method, cut_off)
+        with pytest.raises((RuntimeError, Stopped), match=outcome):
+            train_and_evaluate(config, tmp_path / "cut")
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert not (tmp_path / "cut" / "report.json").exists()
-    monkeypatch.setattr(Feed, "advance", advance)
+    if saved is not None:
+        assert (tmp_path / "cut" / "checkpoints" / "prune" / str(saved)).is_dir()
     resumed = train_and_evaluate(config, tmp_path / "cut")
     assert resumed["parameters_digest"] == whole["parameters_digest"]
     assert resumed["pruned"] == whole["pruned"]
-    assert [r["step"] for r in read_metrics(tmp_path / "cut")] == [
-        r["step"] for r in read_metrics(tmp_path / "whole")
-    ]
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tmp_path):
@@ -232,6 +268,68 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     config.dense.learning_rate = 1e30
     with pytest.raises(UserError, match=r"not finite|the loss is (nan|inf)"):
         train_and_evaluate(config, tmp_path)
+
+
+def spoil_loss(patch):
+    advance, calls = Feed.advance, itertools.count(1)
+
+    def spoiled(*args):
+        state, metrics = advance(*args)
+        return state, {**metrics, "loss": jnp.asarray(jnp.nan)} if next(calls) == 14 else metrics
+
+    patch.setattr(Feed, "advance", spoiled)
+
+
+def spoil_image(patch):
+    fetch, batches = Split._fetch, itertools.count(1)
+
+    def spoiled(self, keys):
+        records = [dict(record) for record in fetch(self, keys)]
+        if self.name == "train" and next(batches) == 14:
+            records[3]["image"] = records[3]["image"][:40]
+        return records
+
+    patch.setattr(Split, "_fetch", spoiled)
+
+
+@pytest.mark.parametrize(
+    ("memory_limit_mb", "spoil", "line"),
+    [
+        (4096, spoil_loss, "the loss is nan at step 6 of the prune phase"),
+        (0, spoil_image, r"split 'train', index \d+: the image cannot be decoded \(.*truncated"),
+    ],
+    ids=["a loss that is not finite", "an image that cannot be decoded"],
+)
+def test_on_a_bad_day_the_last_good_checkpoint_stays(
+    config, tmp_path, monkeypatch, memory_limit_mb, spoil, line
+):
+    config.data.memory_limit_mb = memory_limit_mb
+    config.data.threads = 0  # no batch is read before it is asked for
+    with monkeypatch.context() as patch:
+        spoil(patch)
+        with pytest.raises(UserError, match=line) as caught:
+            train_and_evaluate(config, tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert int(Run.open(config, tmp_path).start_state().step) == 8  # of the first phase, and whole
+    assert not any((tmp_path / "checkpoints" / "prune").iterdir())
+
+
+def test_a_damaged_checkpoint_is_set_aside_by_training_alone(config, workdir, tmp_path, capfd):
+    before = json.loads((workdir / "report.json").read_text())["parameters_digest"]
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    record = copy / "checkpoints" / "prune" / "16" / "extra" / "metadata"
+    record.write_bytes(record.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"prune/16 is damaged \(.*--mode=train"):
+        evaluate_workdir(config, copy)
+    assert train_and_evaluate(config, copy)["parameters_digest"] == before
+    assert "it is now 16.damaged, and the run goes on from step 8" in capfd.readouterr().err
+    assert rows(copy) == rows(workdir)
+    # A checkpoint of another phase has the same arrays, and is no damage but a mistake.
+    step = copy / "checkpoints" / "prune" / "16"
+    shutil.rmtree(step)
+    shutil.copytree(copy / "checkpoints" / "dense" / "8", step.with_name("8"), dirs_exist_ok=True)
+    with pytest.raises(UserError, match="of another run: phase is 'dense' there and 'prune' here"):
+        train_and_evaluate(config, copy)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(config):

@@ -177,6 +177,9 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dynprune_jax"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = cache.stat()
+        if about.st_uid != os.getuid() or about.st_mode & 0o022:
+            raise PermissionError(f"others may write to {cache}")  # and we would run what they did
         # A file's name ends with its digest: to load a damaged one would be a crash.
         for kept in cache.glob(f"{name}-*.so"):
             if kept.stem == f"{name}-{_digest(kept.read_bytes())}":
@@ -186,7 +189,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
             kept = cache / f"{name}-{_digest(library.read_bytes())}.so"
             os.replace(library, kept)  # whole, or not there
         return ctypes.CDLL(str(kept))
-    except (OSError, RuntimeError):  # nowhere to keep it: for this process alone
+    except (OSError, RuntimeError):  # nowhere safe to keep it: for this process alone
         with tempfile.TemporaryDirectory() as folder:
             return ctypes.CDLL(str(compile_into(folder)))
 
