@@ -388,7 +388,8 @@ class Run:
         Raises:
           UserError: if there are none, they are not final, or they are of another model.
         """
-        own = (self.workdir / "checkpoints" / "dense").is_dir()
+        folder = self.workdir / "checkpoints" / "dense"
+        own = any(path.name.isdecimal() for path in folder.glob("*"))  # not one half saved
         source = self.workdir if own else Path(self.config.prune.checkpoint).expanduser()
         return self._read(source, "dense")
 

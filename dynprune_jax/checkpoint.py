@@ -185,7 +185,9 @@ class Checkpoints:
                 f"{where} and none that is older is good; nothing was changed there: put back a"
                 " copy, or start again in a new workdir"
             )
-        raise UserError(f"{where}; --mode=train in its workdir goes on from an older step")
+        raise UserError(
+            f"{where}; put back a copy, or let --mode=train in its workdir go on from an older step"
+        )
 
     def _set_aside(self, step: int, reason: str, older: int) -> None:
         place, count = self.folder / f"{step}.damaged", 1

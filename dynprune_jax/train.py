@@ -364,7 +364,12 @@ class Feed:
 
     def next_batch(self) -> Any:
         """What the next call of `advance` needs from the host: a batch of the stream, or None."""
-        return None if self._stream is None else next(self._stream)
+        if self._stream is None:
+            return None
+        try:
+            return next(self._stream)
+        except UserError as error:  # grain adds lines of its own to the message
+            raise UserError(str(error).splitlines()[0]) from error
 
     def advance(
         self, state: TrainState, count: int, batch: Any
