@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import random
 import shutil
@@ -278,6 +279,20 @@ def test_only_who_trains_clears_away_what_a_killed_save_left(copy):
     with Checkpoints(copy, of=RUN, mend=True) as checkpoints:
         checkpoints.save(4, state(4.0), {})
     assert sorted(path.name for path in copy.iterdir()) == ["2", "4"]
+
+
+def test_a_clock_that_was_set_back_changes_nothing(copy):
+    notes = copy / "1" / "_CHECKPOINT_METADATA"
+    later = {
+        k: v + 10**18 if k.endswith("nsecs") else v
+        for k, v in json.loads(notes.read_text()).items()
+    }
+    notes.write_text(json.dumps(later))
+    os.utime(copy / "1", (2**32, 2**32))
+    assert restored(copy) == 2
+    with Checkpoints(copy, of=RUN, mend=True) as checkpoints:
+        checkpoints.save(3, state(3.0), {})
+    assert sorted(path.name for path in copy.iterdir()) == ["2", "3"]
 
 
 def test_a_save_sees_nothing_of_what_comes_after(tmp_path):

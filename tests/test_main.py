@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,6 +315,17 @@ def test_the_entry_point_trains_on_class_folders_in_a_process_of_its_own(tmp_pat
     }
     assert "dynprune_jax.main" in report["command"]
     assert "pruned" in done.stdout
+
+
+def test_a_disk_that_is_read_only(tmp_path, data_dir, capfd, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    command = ["dynprune_jax", DIGITS, f"--workdir={tmp_path}"]
+    assert main([*command, f"--config.data.data_dir={data_dir}"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "cannot be written: Read-only file system" in line
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
