@@ -247,7 +247,7 @@ def test_a_step_of_another_run_is_refused_and_stays(copy):
     assert sorted(path.name for path in copy.iterdir()) == ["1", "2"]
 
 
-def full(*_, **__):
+async def full(*_):  # in the background, as the method that it stands for
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -257,7 +257,7 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_one_before(copy, monkeypat
         with Checkpoints(copy, of=RUN, mend=True) as checkpoints:
             checkpoints.save(3, state(3.0), {})
 
-    if how == "Orbax":  # in the background
+    if how == "Orbax":
         monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", full)
     else:
         error = ValueError("RESOURCE_EXHAUSTED: Error ... [os_error_code='28']\n...")
