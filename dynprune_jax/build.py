@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
-from dynprune_jax import models, sharding
+from dynprune_jax import models, processes, sharding
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.config import Config
 from dynprune_jax.data import augment
@@ -259,17 +259,24 @@ class Run:
         Raises:
           UserError: if it cannot be written.
         """
-        make_folder(self.workdir)
+        if processes.leads():
+            make_folder(self.workdir)
 
     def claim(self) -> None:
         """Makes the work directory this run's own: writes config.json if it is not there.
 
         Raises:
-          UserError: if it cannot be written.
+          UserError: if it cannot be written, or if it is not the same for all processes.
         """
         self.make_workdir()
         if not (self.workdir / "config.json").exists():
             write_json(self.workdir / "config.json", _as_json(self.config))
+        processes.wait_for_all("config.json")
+        if not (self.workdir / "config.json").exists():
+            raise UserError(
+                f"--workdir={self.workdir} holds no config.json, which process 0 has written;"
+                " all processes need the same folder"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -323,22 +330,25 @@ class Run:
             def prepare(images: Any) -> Any:
                 return evaluation_images(self.config, sharding.split_batch(images, self.mesh))
 
-            evaluator = self._evaluators[network] = make_evaluator(network, prepare)
+            evaluator = make_evaluator(network, prepare, sharding.whole(self.mesh))
+            self._evaluators[network] = evaluator
         # What a network has and the values do not, such as a new gate's parameters, is initial.
         merged = dict(network.weights)
         for given in values:
             merged |= given
-        return evaluate(evaluator, sharding.replicate(merged, self.mesh), self.test_batches())
+        return evaluate(evaluator, sharding.replicate(merged, self.mesh), self._test_batches())
 
     @functools.cached_property
     def _evaluators(self) -> dict[Network, Evaluator]:
         return {}  # compiled once for each network
 
-    def test_batches(self) -> Any:
-        """The test split in batches of one shape that the devices can share, each example once."""
+    def _test_batches(self) -> Iterator[tuple[Any, Any, Any]]:
+        """The test split in batches of one shape that the devices share, each example once."""
         size = min(self.config.eval_batch_size, len(self.dataset.test))
-        devices = self.mesh.size
-        return eval_batches(self._test_examples, math.ceil(size / devices) * devices)
+        size = math.ceil(size / self.mesh.size) * self.mesh.size
+        rows = sharding.local_rows(size, self.mesh)
+        for images, labels, valid in eval_batches(self._test_examples, size, rows):
+            yield *sharding.place_batch((images, labels), size, self.mesh), valid
 
     @property
     def one_image(self) -> Float[Array, "1 side side channels"]:

@@ -1,21 +1,22 @@
 """Accuracy and per-input MACs over a data set, each example exactly once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
 from dynprune_jax.pruning.macs import Usage
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.train_step import Network, Values
 
-# A compiled evaluation of one batch: (values, uint8 images, draw) -> (prediction, usage).
-Evaluator = Callable[[Values, Any, Any], tuple[Any, Usage]]
+# A compiled evaluation of one batch: (values, uint8 images, labels, draw) -> (correct, usage).
+Evaluator = Callable[[Values, Any, Any, Any], tuple[Any, Usage]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +50,25 @@ class Evaluation:
         }
 
 
-def make_evaluator(network: Network, prepare: Callable[[Any], Any]) -> Evaluator:
+def make_evaluator(
+    network: Network, prepare: Callable[[Any], Any], out_sharding: Any = None
+) -> Evaluator:
     """Compiles the evaluation of a batch; ratios among the values are traced.
 
     Args:
       network: of a model; it is evaluated in evaluation mode.
       prepare: uint8 images to what the model takes.
+      out_sharding: where to put what comes out, if the batch is shared by many processes.
     """
 
-    @jax.jit
-    def evaluator(values: Values, images: Any, draw: Any) -> tuple[Any, Usage]:
+    @functools.partial(jax.jit, out_shardings=out_sharding)
+    def evaluator(values: Values, images: Any, labels: Any, draw: Any) -> tuple[Any, Usage]:
         model = network.bind(values, draw=draw)
         model.eval()
         logits, usage = measure(model, prepare(images))
         layers = tuple(dataclasses.replace(layer, masks=Masks()) for layer in usage.layers)
-        return jnp.argmax(logits, axis=-1), dataclasses.replace(usage, layers=layers)
+        correct = jnp.argmax(logits, axis=-1) == labels
+        return correct, dataclasses.replace(usage, layers=layers)
 
     return evaluator
 
@@ -71,7 +76,7 @@ def make_evaluator(network: Network, prepare: Callable[[Any], Any]) -> Evaluator
 def evaluate(
     evaluator: Evaluator,
     values: Values,
-    batches: Iterable[tuple[Any, Int[np.ndarray, " batch"], Bool[np.ndarray, " batch"]]],
+    batches: Iterable[tuple[Any, Any, Bool[np.ndarray, " batch"]]],
 ) -> Evaluation:
     """Runs a network over a data set.
 
@@ -82,8 +87,8 @@ def evaluate(
     """
     correct, usages = [], []
     for draw, (images, labels, valid) in enumerate(batches):
-        prediction, usage = jax.device_get(evaluator(values, images, draw))
-        correct.append((prediction == labels)[valid])
+        right, usage = jax.device_get(evaluator(values, images, labels, draw))
+        correct.append(right[valid])
         usages.append(jax.tree.map(lambda leaf, valid=valid: leaf[valid], usage))
     usage = jax.tree.map(lambda *leaves: np.concatenate(leaves), *usages)
     return Evaluation(np.concatenate(correct), usage)

@@ -27,6 +27,7 @@ from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.study import study
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.flags import parse
+from dynprune_jax.processes import joined
 from dynprune_jax.stopping import Stopped
 from dynprune_jax.train import evaluate_workdir, train_and_evaluate
 
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         config, workdir, mode = parse(argv, MODES)
-        MODES[mode](config, workdir)
+        with joined():
+            MODES[mode](config, workdir)
     except UserError as error:
         return _say(error, 2)
     except OSError as error:

@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from dynprune_jax import plots
+from dynprune_jax import plots, processes
 from dynprune_jax.build import Run, evaluation_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.data.augment import center_crop
@@ -25,7 +24,7 @@ from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.train_step import Network, Values
-from dynprune_jax.writers import read_metrics, write_json
+from dynprune_jax.writers import read_metrics, screen, write_json
 
 _PACKAGES = ("dynprune_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 _PICTURED_IMAGES = 6
@@ -78,7 +77,8 @@ def write_report(
         **provenance(run),
         "phases": timings or {},
     }
-    _draw(run, report, shown, final)
+    if processes.leads():
+        _draw(run, report, shown, final)
     report["seconds"] = None if started is None else time.perf_counter() - started
     if timings is None:
         report |= _told_of_training(run)
@@ -158,9 +158,9 @@ def _draw(run: Run, report: dict[str, Any], shown: Evaluation, final: Values) ->
         folder / "macs_distribution.png",
     )
     if run.dynamic is not None:
-        images, _, _ = next(iter(run.test_batches()))
-        masks = kept_columns(run, run.dynamic, final, images[:_PICTURED_IMAGES])
-        seen = center_crop(jnp.asarray(images[:_PICTURED_IMAGES]), run.config.data.image_size)
+        images, _ = run.dataset.test.read(range(min(_PICTURED_IMAGES, len(run.dataset.test))))
+        masks = kept_columns(run, run.dynamic, final, images)
+        seen = center_crop(jnp.asarray(images), run.config.data.image_size)
         plots.plot_kept_columns(np.asarray(seen), masks, folder / "kept_columns.png")
 
 
@@ -204,7 +204,7 @@ def _print_table(report: dict[str, Any], run: Run) -> None:
             f"{row['mac_reduction']:.1%}",
             *(f"{executed[part] / 1e6:.2f}" for part in ("mean", "min", "max")),
         )
-    console = rich.console.Console()
+    console = screen()
     console.print(table)
     gates = (report["pruned"] or {}).get("gate_operations_per_image")
     if gates:

@@ -1,4 +1,4 @@
-"""Data parallelism over the devices at hand: whole arrays on each, batches cut among them."""
+"""Data parallelism over the devices of all processes: whole arrays on each, batches cut up."""
 
 from typing import TypeVar
 
@@ -12,8 +12,9 @@ Tree = TypeVar("Tree")
 
 
 def data_mesh() -> Mesh:
-    """A mesh of all devices along the axis `data`."""
-    return Mesh(np.asarray(jax.devices()), ("data",))
+    """A mesh of all devices along the axis `data`; those of one process lie side by side."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices), ("data",))
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
@@ -25,11 +26,45 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def whole(mesh: Mesh) -> NamedSharding:
+    """Of an array that is whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parts(mesh: Mesh) -> NamedSharding:
+    """Of an array that is cut along its first axis, one part for each device."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> slice:
+    """Which rows of a batch are on the devices of this process."""
+    indices = parts(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = [index[0].indices(batch_size) for index in indices if index is not None]
+    return slice(min(row[0] for row in rows), max(row[1] for row in rows))
+
+
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """Puts a whole copy of every array on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Puts a whole copy of every array on every device; all processes give the same arrays."""
+
+    def place(leaf):
+        if isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat):
+            return leaf
+        return jax.make_array_from_process_local_data(whole(mesh), np.asarray(leaf))
+
+    return jax.tree.map(place, tree)
+
+
+def place_batch(tree: Tree, batch_size: int, mesh: Mesh) -> Tree:
+    """Makes batches of their `local_rows`, which each process gives of its own."""
+
+    def place(leaf):
+        return jax.make_array_from_process_local_data(
+            parts(mesh), leaf, (batch_size, *leaf.shape[1:])
+        )
+
+    return jax.tree.map(place, tree)
 
 
 def split_batch(tree: Tree, mesh: Mesh) -> Tree:
-    """Cuts every array along its first axis, one part for each device; also inside `jit`."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec("data")))
+    """Inside `jit`: cuts every array along its first axis, one part for each device."""
+    return jax.lax.with_sharding_constraint(tree, parts(mesh))

@@ -294,7 +294,6 @@ class Feed:
         def learn(
             state: TrainState, images: Any, labels: Any, teacher: Values | None
         ) -> tuple[TrainState, Any]:
-            images, labels = sharding.split_batch((images, labels), mesh)
             key = jax.random.fold_in(augment_key, state.step)
             model: Any = None
             if teacher is not None:
@@ -308,7 +307,7 @@ class Feed:
         ) -> tuple[TrainState, Any]:
             def body(state: TrainState, _: None) -> tuple[TrainState, Any]:
                 batch = device_batch(order_key, state.step, data[0], data[1], run.config.batch_size)
-                return learn(state, *batch, teacher)
+                return learn(state, *sharding.split_batch(batch, mesh), teacher)
 
             if count == 1:
                 return body(state, None)
@@ -325,7 +324,12 @@ class Feed:
                 run.steps_per_epoch,
             )
             self._data = sharding.replicate(run.train_arrays, mesh)
-            self._step = jax.jit(learn_from_memory, static_argnames="count", donate_argnums=0)
+            self._step = jax.jit(
+                learn_from_memory,
+                static_argnames="count",
+                donate_argnums=0,
+                out_shardings=sharding.whole(mesh),
+            )
         else:
             self.steps_per_dispatch = 1
             self._stream = stream_batches(
@@ -333,8 +337,9 @@ class Feed:
                 run.config.batch_size,
                 run.config.seed,
                 threads=run.config.data.threads,
+                rows=sharding.local_rows(run.config.batch_size, mesh),
             )
-            self._step = jax.jit(learn, donate_argnums=0)
+            self._step = jax.jit(learn, donate_argnums=0, out_shardings=sharding.whole(mesh))
 
     def __enter__(self) -> "Feed":
         return self
@@ -367,9 +372,10 @@ class Feed:
         if self._stream is None:
             return None
         try:
-            return next(self._stream)
+            batch = next(self._stream)
         except UserError as error:  # grain adds lines of its own to the message
             raise UserError(str(error).splitlines()[0]) from error
+        return sharding.place_batch(batch, self._run.config.batch_size, self._mesh)
 
     def advance(
         self, state: TrainState, count: int, batch: Any

@@ -1,4 +1,7 @@
-"""What a run writes as it goes: metrics.jsonl, TensorBoard events, and lines on the screen."""
+"""What a run writes as it goes: metrics.jsonl, TensorBoard events, and lines on the screen.
+
+Of many processes only the leading one writes and prints anything.
+"""
 
 import contextlib
 import datetime
@@ -17,6 +20,8 @@ from tensorboardX.proto import event_pb2, summary_pb2
 _EVENT: Any = event_pb2  # protobuf makes the classes of these modules as they are imported
 _SUMMARY: Any = summary_pb2
 
+from dynprune_jax import processes
+
 
 class Writers:
     """Writes rows of numbers to metrics.jsonl and to TensorBoard.
@@ -28,8 +33,12 @@ class Writers:
     """
 
     def __init__(self, folder: Path, step: int):
-        self._path = folder / "metrics.jsonl"
+        self._file = self._board = None
+        if not processes.leads():
+            return
+        path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(folder) if row["step"] <= step]
+<<<<<<< HEAD
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = self._path.open("a", encoding="utf-8")
         # Not a SummaryWriter: on a full disk its thread ends, and then the run waits for it.
@@ -37,16 +46,29 @@ class Writers:
         self._board = EventsWriter(str(folder / "tensorboard" / "events"))
         begin = _EVENT.SessionLog(status=_EVENT.SessionLog.START)  # takes later rows out
         self._event(step + 1, session_log=begin)
+=======
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+>>>>>>> c33acac (Train as many processes: joining, one that writes, rows of its own for each, and a line when one dies)
 
     def __enter__(self) -> "Writers":
         return self
 
     def __exit__(self, *_: object) -> None:
+<<<<<<< HEAD
         with self._file:
             self._board.close()
+=======
+        for opened in (self._file, self._board):
+            if opened is not None:
+                opened.close()
+>>>>>>> c33acac (Train as many processes: joining, one that writes, rows of its own for each, and a line when one dies)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Appends one row; TensorBoard gets its numbers."""
+        if self._file is None or self._board is None:
+            return
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         values = [
@@ -82,11 +104,14 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
+    if not processes.leads():
+        return
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
+<<<<<<< HEAD
 def resident_memory_mb() -> float | None:
     """What this process holds in memory now, in MiB; None where the system does not tell."""
     try:
@@ -94,17 +119,22 @@ def resident_memory_mb() -> float | None:
     except OSError:  # not Linux
         return None
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+=======
+def screen() -> rich.console.Console:
+    """The console to print on; of many processes only the leading one's prints."""
+    return rich.console.Console(quiet=not processes.leads())
+>>>>>>> c33acac (Train as many processes: joining, one that writes, rows of its own for each, and a line when one dies)
 
 
 @contextlib.contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Shows a bar on a terminal while something is done; gives `progress(done, total)`."""
-    console = rich.console.Console()
+    console = screen()
     with rich.progress.Progress(
         *rich.progress.Progress.get_default_columns(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     ) as bar:
         task = bar.add_task(description)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -121,7 +151,7 @@ class Screen:
 
     def __init__(self, name: str, step: int, total: int):
         self._name = name
-        self._console = rich.console.Console()
+        self._console = screen()
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description:>5}"),
             rich.progress.BarColumn(),
@@ -130,7 +160,7 @@ class Screen:
             rich.progress.TimeRemainingColumn(),
             rich.progress.TextColumn("loss {task.fields[loss]:.3f}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=self._console.quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task(
             name, total=total, completed=step, rate=0.0, loss=float("nan")

@@ -13,6 +13,8 @@ from dynprune_jax.data.records import chunks
 from dynprune_jax.data.sources import Split
 from dynprune_jax.errors import UserError
 
+_ALL = slice(None)
+
 
 def check_batch_size(batch_size: int, examples: int) -> None:
     """Raises UserError unless a batch of that size can be drawn from that many examples."""
@@ -59,7 +61,7 @@ def device_batch(
 
 
 def stream_batches(
-    split: Split, batch_size: int, seed: int, *, threads: int = 4
+    split: Split, batch_size: int, seed: int, *, threads: int = 4, rows: slice = _ALL
 ) -> grain.DatasetIterator:
     """Streams shuffled training batches without end, decoding in threads ahead of the caller.
 
@@ -74,6 +76,8 @@ def stream_batches(
         seed: of the orders.
         threads: how many batches are decoded at the same time; 0 decodes when asked. As many
             are kept ready.
+        rows: which rows of each batch to read: one of many processes reads only its own. The
+            position is the same for all rows.
 
     Returns:
         An iterator of `{"image": uint8 (batch, side, side, channels), "label": int32 (batch,)}`.
@@ -86,7 +90,7 @@ def stream_batches(
     def read(
         indices: Int[np.ndarray, " batch"],
     ) -> dict[str, np.ndarray]:
-        images, labels = split.read(indices)
+        images, labels = split.read(indices[rows])
         return {"image": images, "label": labels}
 
     order = grain.MapDataset.range(len(split)).seed(seed).shuffle().repeat()
@@ -100,10 +104,11 @@ def stream_batches(
 def eval_batches(
     examples: Split | tuple[UInt8[np.ndarray, "n height width channels"], Int32[np.ndarray, " n"]],
     batch_size: int,
+    rows: slice = _ALL,
 ) -> Iterator[
     tuple[
-        UInt8[np.ndarray, "batch height width channels"],
-        Int32[np.ndarray, " batch"],
+        UInt8[np.ndarray, "rows height width channels"],
+        Int32[np.ndarray, " rows"],
         Bool[np.ndarray, " batch"],
     ]
 ]:
@@ -112,40 +117,32 @@ def eval_batches(
     Args:
         examples: a split, which is decoded one batch ahead, or (images, labels) in memory.
         batch_size: number of examples in each batch, padding included.
+        rows: which rows of each batch to read: one of many processes reads only its own.
 
     Yields:
-        Images, labels and which of them are valid. The last batch is padded with zeros, whose
-        `valid` is False.
+        Images and labels of these rows, and which of the whole batch are valid. The last batch
+        is padded with zeros, whose `valid` is False.
     """
     count = len(examples) if isinstance(examples, Split) else len(examples[1])
+    own = range(batch_size)[rows]
 
     def load(
         chunk: range,
-    ) -> tuple[UInt8[np.ndarray, "some height width channels"], Int32[np.ndarray, " some"]]:
+    ) -> tuple[UInt8[np.ndarray, "rows height width channels"], Int32[np.ndarray, " rows"]]:
+        mine = chunk[rows]
         if isinstance(examples, Split):
-            return examples.read(chunk)
-        where = slice(chunk.start, chunk.stop)
-        return examples[0][where], examples[1][where]
+            images, labels = examples.read(mine)
+        else:
+            where = slice(mine.start, mine.stop)
+            images, labels = examples[0][where], examples[1][where]
+        missing = len(own) - len(labels)
+        images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        return images, np.pad(labels, (0, missing))
 
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for chunk in [*chunks(count, batch_size), None]:
-            following = pool.submit(load, chunk) if chunk is not None else None
+            following = (chunk, pool.submit(load, chunk)) if chunk is not None else None
             if waiting is not None:
-                yield _padded(*waiting.result(), batch_size)
+                yield *waiting[1].result(), np.arange(batch_size) < len(waiting[0])
             waiting = following
-
-
-def _padded(
-    images: UInt8[np.ndarray, "some height width channels"],
-    labels: Int32[np.ndarray, " some"],
-    batch_size: int,
-) -> tuple[
-    UInt8[np.ndarray, "batch height width channels"],
-    Int32[np.ndarray, " batch"],
-    Bool[np.ndarray, " batch"],
-]:
-    missing = batch_size - len(labels)
-    images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(labels, (0, missing))
-    return images, labels, np.arange(batch_size) < batch_size - missing

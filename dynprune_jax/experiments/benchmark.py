@@ -71,6 +71,8 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
             "config.gate.channel_ratio and config.gate.column_ratio prune nothing; there is"
             " nothing to compare"
         )
+    if jax.process_count() > 1:
+        raise UserError(f"--mode=benchmark is for one process, not {jax.process_count()}")
     folder = Path(workdir).expanduser()
     model = _trained_or_fresh(config, folder)
     model.eval()

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -29,7 +28,7 @@ from dynprune_jax.pruning.surgery import intercept
 from dynprune_jax.report import provenance
 from dynprune_jax.train import run_phase, train_dense
 from dynprune_jax.train_step import Network, Values
-from dynprune_jax.writers import write_json
+from dynprune_jax.writers import screen, write_json
 
 _TAYLOR_BATCHES = 8
 
@@ -227,7 +226,7 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
             whole = report["dense"][f"{part}macs_per_image"]["mean"]
             report[name][f"{part}mac_reduction"] = 1.0 - left / whole
     write_json(run.workdir / "report.json", report)
-    rich.console.Console().print(
+    screen().print(
         f"{config.model} on {config.data.name}, filters by {config.static.criterion}: accuracy"
         f" {report['dense']['accuracy']:.4f} dense, {report['pruned']['accuracy']:.4f} with"
         f" {report['pruned']['mac_reduction']:.1%} of the MACs removed"

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.console
 import rich.table
 
 from dynprune_jax import sharding
@@ -16,7 +15,7 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.plan import interleaved
 from dynprune_jax.train import Feed, ratio_schedule
 from dynprune_jax.train_step import TrainState
-from dynprune_jax.writers import write_json
+from dynprune_jax.writers import screen, write_json
 
 
 def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -97,4 +96,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['images_per_second']:.0f}",
             f"{row['cost']:.3f}",
         )
-    rich.console.Console().print(table)
+    screen().print(table)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import rich.console
 
 from dynprune_jax import config as config_lib
@@ -99,6 +100,8 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                 raise UserError(
                     f"config.study.{field} has {name!r}; choose of {', '.join(METHODS)}"
                 )
+    if jax.process_count() > 1:
+        raise UserError(f"--mode=study is for one process, not {jax.process_count()}")
     folder = Path(workdir).expanduser()
     make_folder(folder)
     grid = [(name, cut) for name in config.study.methods for cut in config.study.cuts]

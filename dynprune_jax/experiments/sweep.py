@@ -3,16 +3,15 @@
 import os
 from typing import Any
 
-import rich.console
 import rich.table
 
-from dynprune_jax import plots
+from dynprune_jax import plots, processes
 from dynprune_jax.build import Run
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.writers import write_json
+from dynprune_jax.writers import screen, write_json
 
 
 def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -54,7 +53,8 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                     }
                 )
     write_json(run.workdir / "sweep.json", rows)
-    plots.plot_sweep(rows, run.workdir / "sweep.png")
+    if processes.leads():
+        plots.plot_sweep(rows, run.workdir / "sweep.png")
     _print_table(rows, config)
     return rows
 
@@ -70,4 +70,4 @@ def _print_table(rows: list[dict[str, Any]], config: Config) -> None:
     for points in zip(*curves.values(), strict=True):
         cut = f"{points[0]['mac_reduction']:.1%}"
         table.add_row(cut, *(f"{point['accuracy']:.4f}" for point in points))
-    rich.console.Console().print(table)
+    screen().print(table)

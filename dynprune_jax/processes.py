@@ -1,0 +1,111 @@
+"""Several processes as one run: how they join, which of them writes, what the death of one does."""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from dynprune_jax.errors import UserError
+
+# A process that is not heard of for so long is dead.
+_HEARTBEAT_SECONDS = 12
+# Between two looks at the others, and what a process may need to end after the others have.
+_LOOK_SECONDS = 1.0
+_ENDING_SECONDS = 2.0
+
+
+def leads() -> bool:
+    """Whether this is the process that writes and prints: number 0, or the only one."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+    """Waits until every process has come to this place; `where` names it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Runs its body as one of many processes where the environment tells of them.
+
+    It does where JAX_COORDINATOR_ADDRESS is set: to the same `host:port` for all, at which
+    process 0 will listen. JAX_NUM_PROCESSES and JAX_PROCESS_ID say how many there are and which
+    is this one; under Slurm and on a TPU pod JAX finds out by itself.
+
+    If another process dies, this one ends at once with exit code 1 and a line that names it, for
+    it may be stuck for good in a sum with the dead one. If process 0 dies, JAX itself ends all
+    others: its message is that the leader is gone.
+
+    Raises:
+      UserError: if the environment tells of processes and not how many or which.
+    """
+    if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        yield
+        return
+    # Else JAX aborts when any process dies, with no word on which one, ...
+    jax.config.update("jax_enable_recoverability", True)
+    # ... and takes no SIGTERM as an order to end.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        raise UserError(
+            "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be too"
+            f" (except under Slurm and on a TPU pod): {error}"
+        ) from error
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
+    watch.start()
+    try:
+        yield
+        wait_for_all("end of the run")
+    except jax.errors.JaxRuntimeError:
+        # Most likely a sum with a process that is gone; who that is, the watch is about to know.
+        watch.join(2 * _HEARTBEAT_SECONDS)
+        raise
+    finally:
+        ended.set()
+    jax.distributed.shutdown()
+
+
+def _number(name: str) -> int | None:
+    value = os.environ.get(name)
+    if not value:
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UserError(f"{name} is {value!r}; it must be a whole number") from error
+
+
+def _watch(ended: threading.Event) -> None:
+    """Ends this process when another is gone, unless the run has ended."""
+    while not ended.wait(_LOOK_SECONDS):
+        try:
+            with multihost_utils.live_devices(jax.devices()):
+                pass
+        except multihost_utils.ProcessFailureError as failure:
+            gone = sorted({device.process_index for device in failure.failed_devices})
+        except jax.errors.JaxRuntimeError:
+            gone = [0]  # which answers these calls
+        else:
+            continue
+        if ended.wait(_ENDING_SECONDS):
+            return
+        names = ", ".join(map(str, gone))
+        print(
+            f"dynprune_jax: process {jax.process_index()} of {jax.process_count()} ends because"
+            f" process {names} is gone; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
