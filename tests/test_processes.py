@@ -1,0 +1,144 @@
+"""Several processes train as one does, and the death of one is told and survived."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import CONFIGS
+
+from dynprune_jax import processes
+from dynprune_jax.errors import UserError
+from dynprune_jax.writers import read_metrics
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    f"--config={CONFIGS / 'digits_vgg.py'}",
+    *"--config.batch_size=16 --config.eval_batch_size=40 --config.log_every_steps=4".split(),
+    *"--config.data.image_size=8 --config.data.train_examples=64".split(),
+    *"--config.data.test_examples=40 --config.evaluate_every_epochs=99".split(),
+    *"--config.dense.epochs=2 --config.dense.warmup_epochs=0. --config.prune.epochs=2".split(),
+    *"--config.ascent.warmup=0.2 --config.ascent.increment=0.3".split(),
+    *"--config.ascent.interval_epochs=0.5".split(),
+]
+
+
+def environment(**more):
+    """Of a process that knows nothing of others, with the compilations of earlier ones."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_"))}
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **{name: str(value) for name, value in more.items()},
+    }
+
+
+def start(command, count, devices):
+    """Starts a command as `count` processes of `devices` CPU devices."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    many = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": count}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=environment(
+                JAX_NUM_CPU_DEVICES=devices, **({**many, "JAX_PROCESS_ID": i} if count > 1 else {})
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(started, timeout=240):
+    """Waits for processes to succeed."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(outputs)
+    return outputs
+
+
+def test_any_topology_trains_as_one_device_does(config, tmp_path):
+    config.data.crop_padding = 1
+    config.data.flip = True
+    config.gate.drop_probability = 0.8
+    (tmp_path / "config").write_bytes(pickle.dumps(config.to_dict()))
+    worker = [str(ROOT / "tests" / "worker.py"), str(tmp_path / "config")]
+    found = {}
+    for count, devices in ((1, 1), (1, 8), (2, 2)):
+        out = tmp_path / f"{count}x{devices}.npz"
+        finish(start([*worker, str(out)], count, devices))
+        found[count, devices] = np.load(out)
+    one = found.pop((1, 1))
+    for many in found.values():
+        assert set(many) == set(one)
+        for name, value in one.items():
+            if name.split(":")[1] in ("correct", "macs", "executed_macs", "position"):
+                # Of each example and nothing else: no sum depends on who computes it.
+                np.testing.assert_array_equal(many[name], value)
+            else:
+                # Sums over the batch are taken in another order: a few roundings of float32, of
+                # 6e-8 each, that three steps through six batch normalizations make a thousand
+                # times larger.
+                np.testing.assert_allclose(many[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_anywhere(tmp_path, data_dir):
+    def command(workdir):
+        flags = [f"--workdir={tmp_path / workdir}", f"--config.data.data_dir={data_dir}"]
+        return ["-m", "dynprune_jax.main", *SMALL, *flags]
+
+    dense = tmp_path / "many" / "checkpoints" / "dense"
+    survivor, victim = start(command("many"), 2, 2)
+    patience = time.monotonic() + 240
+    while not any((dense / step).is_dir() for step in ("4", "8")):
+        assert survivor.poll() is None and time.monotonic() < patience, survivor.communicate()[0]
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    output, _ = survivor.communicate(timeout=30)
+    victim.communicate()
+    assert survivor.returncode == 1, output
+    lines = [line for line in output.splitlines() if line.startswith("dynprune_jax:")]
+    assert lines == [
+        "dynprune_jax: process 0 of 2 ends because process 1 is gone; the same command goes on"
+        " from the last checkpoint"
+    ]
+    assert "Traceback" not in output
+    assert not (tmp_path / "many" / "report.json").exists()
+
+    shutil.copytree(tmp_path / "many", tmp_path / "one")
+    shutil.copytree(tmp_path / "many", tmp_path / "eight")
+    finish([*start(command("one"), 1, 1), *start(command("eight"), 1, 8)])
+    outputs = finish(start(command("many"), 2, 2))
+    assert "Report, pictures and checkpoints" in outputs[0]
+    assert "dense" not in outputs[1]  # one process prints
+    for workdir in ("many", "one", "eight"):
+        assert (tmp_path / workdir / "kept_columns.png").exists()
+        report = json.loads((tmp_path / workdir / "report.json").read_text())
+        assert report["pruned"]["examples"] == 40
+        rows = read_metrics(tmp_path / workdir)
+        assert [row["step"] for row in rows if "train_loss" in row] == [4, 8, 12, 16]
+        assert all(np.isfinite(row["train_loss"]) for row in rows if "train_loss" in row)
+
+
+def test_half_an_environment_gets_a_line(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two'"), processes.joined():
+        pass

@@ -1,0 +1,57 @@
+"""What test_processes.py starts, once or several times: a few steps and an evaluation of a config.
+
+python worker.py CONFIG OUT: reads a pickled config, writes the results as OUT, a .npz file.
+"""
+
+import pickle
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dynprune_jax.build import Run
+from dynprune_jax.processes import joined, leads
+from dynprune_jax.train import Feed, ratio_schedule
+from dynprune_jax.train_step import TrainState
+
+STEPS = 3
+
+
+def results(config, workdir):
+    """Parameters and batch statistics after a few steps; what the fresh network did on the test."""
+    run = Run.open(config, workdir)
+    network = run.dynamic
+    with Feed(run, "prune", network, ratio_schedule(run, network), run.mesh) as feed:
+        state = TrainState.create(run.dense.weights, network, run.optimizer("prune"))
+        state = feed.place(state)
+        for _ in range(STEPS):
+            state, metrics = feed.advance(state, 1, feed.next_batch())
+        position = feed.position()
+    evaluation = run.evaluate(network, run.dense.weights)
+    return {
+        **jax.device_get(state.values),
+        "metrics": np.asarray([metrics["loss"], metrics["accuracy"]]),
+        "correct": evaluation.correct,
+        "macs": evaluation.usage.macs,
+        "executed_macs": evaluation.usage.executed_macs,
+        "position": np.asarray(str(position)),
+    }
+
+
+def main(config_file, out):
+    """Trains with the data in memory, then streams them."""
+    config = ConfigDict(pickle.loads(Path(config_file).read_bytes()))
+    found = {}
+    with joined():
+        for name, limit in (("memory", 4096), ("stream", 0)):
+            config.data.memory_limit_mb = limit
+            for key, value in results(config, Path(out).parent / "none").items():
+                found[f"{name}:{key}"] = value
+        if leads():
+            np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
