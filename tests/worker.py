@@ -1,6 +1,7 @@
 """What test_processes.py starts, once or several times: a few steps and an evaluation of a config.
 
-python worker.py CONFIG OUT: reads a pickled config, writes the results as OUT, a .npz file.
+python worker.py CONFIG OUT WAY...: reads a pickled config, writes the results as OUT, a .npz file.
+A way to have the data is memory or stream.
 """
 
 import pickle
@@ -40,15 +41,14 @@ def results(config, workdir):
     }
 
 
-def main(config_file, out):
-    """Trains with the data in memory, then streams them."""
+def main(config_file, out, *ways):
     config = ConfigDict(pickle.loads(Path(config_file).read_bytes()))
     found = {}
     with joined():
-        for name, limit in (("memory", 4096), ("stream", 0)):
-            config.data.memory_limit_mb = limit
+        for way in ways:
+            config.data.memory_limit_mb = {"memory": 4096, "stream": 0}[way]
             for key, value in results(config, Path(out).parent / "none").items():
-                found[f"{name}:{key}"] = value
+                found[f"{way}:{key}"] = value
         if leads():
             np.savez(out, **found)
 

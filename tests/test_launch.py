@@ -1,0 +1,144 @@
+"""The scripts in launch/: what they print, refuse and start, with stand-ins for gcloud and srun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_processes import ROOT, SMALL, environment
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+TPU = {"RUN": "a-run", "ZONE": "a-zone", "TYPE": "v5litepod-16", "SHARE": "10.0.0.2:/runs"}
+SHORT = [*SMALL, "--config.dense.epochs=1"]
+
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+for i in 0 1; do
+  SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2 SLURM_PROCID=$i \\
+    SLURM_LOCALID=$i "$@" &
+done
+wait -n && wait -n
+"""
+
+# Two workers, which share one folder of runs; the first run of the program is preempted.
+GCLOUD = """
+shift 3
+echo "$1" >> "$POD/calls"
+case "$*" in
+  create*) echo READY > "$POD/state" ;;
+  delete*) rm "$POD/state" ;;
+  describe*ipAddress*) echo 127.0.0.1 ;;
+  describe*) cat "$POD/state" ;;
+  scp*) for i in 0 1; do cp "$2" "$POD/worker$i/code.tar.gz"; done ;;
+  ssh*)
+    [[ $3 == --worker=all && $4 == --command=* ]]
+    if [[ $4 == *dynprune_jax.main* && ! -e $POD/preempted ]]; then
+      echo PREEMPTED | tee "$POD/state" "$POD/preempted"
+      exit 1
+    fi
+    for i in 0 1; do
+      HOME=$POD/worker$i JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=$i bash -c "${4#--command=}" &
+    done
+    wait -n && wait -n ;;
+esac
+"""
+
+UV = """
+if [[ $1 == venv ]]; then
+  mkdir -p ~/venv/bin
+  printf '#!/bin/sh\\nexec "%s" "$@"\\n' "$PYTHON" > ~/venv/bin/python
+  chmod +x ~/venv/bin/python
+fi
+"""
+
+
+def executable(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{text}")
+    path.chmod(0o755)
+
+
+def launch(script, *arguments, **variables):
+    return subprocess.run(
+        [ROOT / "launch" / script, *arguments],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def check_finished(done, workdir):
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["device"] == "2 x cpu"
+    assert report["dense"]["examples"] == 40
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = os.path.join(os.path.dirname(sys.executable), "shellcheck")
+    subprocess.run([shellcheck, *SCRIPTS], check=True)
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+def test_bad_input_gets_the_usage_line(script):
+    done = launch(script)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("usage: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_dry_runs_start_nothing():
+    flags = ["--config=c.py", "--workdir=w", "--config.gate.channel_ratio=(.5, .2)"]
+    local = launch("local.sh", "--dry-run", "3", *flags)
+    assert local.stdout.count("'JAX_NUM_PROCESSES=3'") == 3
+    assert "'JAX_PROCESS_ID=2'" in local.stdout.splitlines()[2]
+    slurm = launch("slurm.sh", "--dry-run", *flags, SLURM_JOB_ID=4097, SLURMD_NODENAME="n1")
+    assert slurm.stdout.startswith("JAX_COORDINATOR_ADDRESS=n1:61441 'srun'")
+    tpu = launch("tpu_pod.sh", "--dry-run", "all", flags[0], flags[2], **TPU)
+    verbs = [line.split("'")[7] for line in tpu.stdout.splitlines() if line.startswith("'gcloud'")]
+    assert verbs == ["create", "scp", "ssh", "describe", "ssh", "delete"]
+    assert "--workdir=$HOME/runs/a-run" in tpu.stdout
+    for done in (local, slurm, tpu):
+        assert done.returncode == 0, done.stderr
+        assert "(.5, .2)" in done.stdout  # an argument stays one
+
+
+def test_slurm_outside_of_a_job_says_so():
+    done = launch("slurm.sh", "--config=c.py", "--workdir=w")
+    assert done.returncode == 2
+    assert "start it with sbatch" in done.stderr
+
+
+def test_a_slurm_job_trains(tmp_path, data_dir):
+    executable(tmp_path / "bin" / "srun", SRUN)
+    workdir = tmp_path / "workdir"
+    flags = [*SHORT, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}"]
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = launch(
+        "slurm.sh", *flags, PATH=path, SLURM_JOB_ID=os.getpid(), SLURMD_NODENAME="localhost"
+    )
+    check_finished(done, workdir)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the pod gets what git has")
+def test_a_pod_trains_on_after_a_preemption(tmp_path, data_dir):
+    pod = tmp_path / "pod"
+    (pod / "share").mkdir(parents=True)
+    for worker in ("worker0", "worker1"):
+        executable(pod / worker / ".local" / "bin" / "uv", UV)
+        (pod / worker / "runs").symlink_to(pod / "share")
+    executable(tmp_path / "bin" / "gcloud", GCLOUD)
+    executable(tmp_path / "bin" / "sudo")
+    executable(tmp_path / "bin" / "pip")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    flags = [*SHORT, f"--config.data.data_dir={data_dir}"]
+    done = launch("tpu_pod.sh", "all", *flags, **TPU, PATH=path, POD=pod)
+    check_finished(done, pod / "share" / "a-run")
+    assert "a-run was preempted" in done.stderr
+    attempt = ["create", "scp", "ssh", "describe", "ssh"]
+    calls = (pod / "calls").read_text().split()
+    assert calls == [*attempt, "describe", "delete", *attempt, "delete"]
+    assert "Report, pictures and checkpoints" in (pod / "worker0" / "a-run.log").read_text()
