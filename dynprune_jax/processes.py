@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -68,6 +69,10 @@ def joined() -> Iterator[None]:
     try:
         yield
         wait_for_all("end of the run")
+    except UserError:
+        if leads():  # with process 0 all others end, who may be about to find the same mistake
+            time.sleep(_ENDING_SECONDS)
+        raise
     except jax.errors.JaxRuntimeError:
         # Most likely a sum with a process that is gone; who that is, the watch is about to know.
         watch.join(2 * _HEARTBEAT_SECONDS)

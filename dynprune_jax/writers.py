@@ -17,10 +17,10 @@ import rich.progress
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from dynprune_jax import processes
+
 _EVENT: Any = event_pb2  # protobuf makes the classes of these modules as they are imported
 _SUMMARY: Any = summary_pb2
-
-from dynprune_jax import processes
 
 
 class Writers:
@@ -38,32 +38,21 @@ class Writers:
             return
         path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(folder) if row["step"] <= step]
-<<<<<<< HEAD
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = self._path.open("a", encoding="utf-8")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = path.open("a", encoding="utf-8")
         # Not a SummaryWriter: on a full disk its thread ends, and then the run waits for it.
         (folder / "tensorboard").mkdir(exist_ok=True)
         self._board = EventsWriter(str(folder / "tensorboard" / "events"))
         begin = _EVENT.SessionLog(status=_EVENT.SessionLog.START)  # takes later rows out
-        self._event(step + 1, session_log=begin)
-=======
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
->>>>>>> c33acac (Train as many processes: joining, one that writes, rows of its own for each, and a line when one dies)
+        self._event(self._board, step + 1, session_log=begin)
 
     def __enter__(self) -> "Writers":
         return self
 
     def __exit__(self, *_: object) -> None:
-<<<<<<< HEAD
-        with self._file:
-            self._board.close()
-=======
-        for opened in (self._file, self._board):
-            if opened is not None:
-                opened.close()
->>>>>>> c33acac (Train as many processes: joining, one that writes, rows of its own for each, and a line when one dies)
+        if self._file is not None and self._board is not None:
+            with self._file:
+                self._board.close()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Appends one row; TensorBoard gets its numbers."""
@@ -76,12 +65,12 @@ class Writers:
             for name, value in row.items()
             if isinstance(value, int | float)
         ]
-        self._event(step, summary=_SUMMARY.Summary(value=values))
+        self._event(self._board, step, summary=_SUMMARY.Summary(value=values))
 
-    def _event(self, step: int, **content: Any) -> None:
+    def _event(self, board: EventsWriter, step: int, **content: Any) -> None:
         # The time is only shown; nothing depends on it.
-        self._board.write_event(_EVENT.Event(step=step, wall_time=time.time(), **content))
-        self._board.flush()
+        board.write_event(_EVENT.Event(step=step, wall_time=time.time(), **content))
+        board.flush()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -111,7 +100,6 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-<<<<<<< HEAD
 def resident_memory_mb() -> float | None:
     """What this process holds in memory now, in MiB; None where the system does not tell."""
     try:
@@ -119,11 +107,11 @@ def resident_memory_mb() -> float | None:
     except OSError:  # not Linux
         return None
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
-=======
+
+
 def screen() -> rich.console.Console:
     """The console to print on; of many processes only the leading one's prints."""
     return rich.console.Console(quiet=not processes.leads())
->>>>>>> c33acac (Train as many processes: joining, one that writes, rows of its own for each, and a line when one dies)
 
 
 @contextlib.contextmanager

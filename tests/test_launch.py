@@ -98,7 +98,7 @@ def test_dry_runs_start_nothing():
     slurm = launch("slurm.sh", "--dry-run", *flags, SLURM_JOB_ID=4097, SLURMD_NODENAME="n1")
     assert slurm.stdout.startswith("JAX_COORDINATOR_ADDRESS=n1:61441 'srun'")
     tpu = launch("tpu_pod.sh", "--dry-run", "all", flags[0], flags[2], **TPU)
-    verbs = [line.split("'")[7] for line in tpu.stdout.splitlines() if line.startswith("'gcloud'")]
+    verbs = [line.split("'")[9] for line in tpu.stdout.splitlines() if line.startswith("'gcloud'")]
     assert verbs == ["create", "scp", "ssh", "describe", "ssh", "delete"]
     assert "--workdir=$HOME/runs/a-run" in tpu.stdout
     for done in (local, slurm, tpu):

@@ -23,10 +23,16 @@ from dynprune_jax.writers import read_metrics
 ROOT = Path(__file__).parent.parent
 SMALL = [
     f"--config={CONFIGS / 'digits_vgg.py'}",
-    *"--config.batch_size=16 --config.eval_batch_size=40 --config.log_every_steps=2".split(),
-    *"--config.data.image_size=8 --config.data.train_examples=32".split(),
-    *"--config.data.test_examples=40 --config.evaluate_every_epochs=99".split(),
-    *"--config.dense.epochs=60 --config.dense.warmup_epochs=0. --config.prune.epochs=0".split(),
+    "--config.batch_size=16",
+    "--config.eval_batch_size=40",
+    "--config.log_every_steps=2",
+    "--config.evaluate_every_epochs=99",
+    "--config.data.image_size=8",
+    "--config.data.train_examples=32",
+    "--config.data.test_examples=40",
+    "--config.dense.epochs=60",
+    "--config.dense.warmup_epochs=0.",
+    "--config.prune.epochs=0",
 ]
 
 
@@ -109,7 +115,8 @@ def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_anywhere(tmp_path,
     survivor, victim = start_main("many", 2, 2)
     patience = time.monotonic() + 240
     while not list((tmp_path / "many" / "checkpoints" / "dense").glob("[1-9]*")):
-        assert survivor.poll() is None and time.monotonic() < patience, survivor.communicate()[0]
+        assert survivor.poll() is None, survivor.communicate()[0]
+        assert time.monotonic() < patience
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     output, _ = survivor.communicate(timeout=30)

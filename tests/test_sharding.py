@@ -1,0 +1,99 @@
+"""What devices that share a batch say to each other in a step of training."""
+
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynprune_jax import models
+from dynprune_jax.build import Run
+from dynprune_jax.sharding import data_mesh, local_rows, place_batch, replicate
+from dynprune_jax.train import Feed, ratio_schedule
+from dynprune_jax.train_step import TrainState
+
+SCALING = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+
+
+def collectives(program):
+    """Kind and shapes of each collective in the text of a compiled program."""
+    found = re.findall(rf" = (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", program)
+    return [(kind, re.findall(r"(\w+)\[([\d,]*)\]", shapes)) for shapes, kind in found]
+
+
+def numbers(network):
+    """The parameters of a network, and the channels of all its batch norms."""
+    of_params = sum(math.prod(value.shape) for value in network.values(nnx.Param).values())
+    of_stats = sum(math.prod(value.shape) for value in network.values(nnx.BatchStat).values())
+    return of_params, of_stats // 2  # a mean and a variance
+
+
+@pytest.mark.parametrize("way", ["memory", "stream"])
+def test_a_step_sends_gradients_statistics_and_metrics_and_nothing_else(config, tmp_path, way):
+    config.gate.drop_probability = 0.8
+    config.data.flip = True
+    if way == "memory":
+        config.data.crop_padding = 2
+    else:
+        config.data.memory_limit_mb = 0
+        config.data.resized_crop = True
+        config.gate.criterion = "random"
+    run = Run.open(config, tmp_path)
+    with Feed(run, "prune", run.dynamic, ratio_schedule(run, run.dynamic), run.mesh) as feed:
+        state = TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
+        state = feed.place(state)
+        if way == "memory":
+            lowered = feed._step.lower(state, feed._data, count=1)
+        else:
+            batch = feed.next_batch()
+            lowered = feed._step.lower(state, batch["image"], batch["label"])
+    program = lowered.compile().as_text()
+    found = collectives(program)
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    sent = [(dtype, shape) for _, shapes in found for dtype, shape in shapes]
+    assert {dtype for dtype, _ in sent} == {"f32"}  # no flag of a loop, no index
+    total = sum(math.prod(int(n) for n in shape.split(",") if n) for _, shape in sent)
+    params, channels = numbers(run.dynamic)
+    assert total == params + 4 * channels + 2
+    # No message inside a loop: each is there once a step.
+    loops = re.findall(r"(?:body|condition)=%?([\w.-]+)", program)
+    for name in loops:
+        body = program.split(f"%{name} ", 1)[1].split("\n}", 1)[0]
+        assert not collectives(body)
+
+
+def test_the_page_on_scaling_counts_what_the_networks_have():
+    for label, model, classes, side in (
+        ("VGG16, 32²", "vgg16", 10, 32),
+        ("ResNet-56, 32²", "resnet56", 10, 32),
+        ("ResNet-50, 224²", "resnet50", 1000, 224),
+    ):
+        make = getattr(models, model)
+        built = nnx.eval_shape(
+            lambda make=make, classes=classes, side=side: make(
+                classes, image_size=side, rngs=nnx.Rngs(0)
+            )
+        )
+        state = nnx.state(built)
+        params = sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
+        stats = sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat)))
+        sent = 4 * (params + 2 * stats + 2)
+        row = f"| {label} | {params / 1e6:.2f} M | {stats // 2:,} | {sent / 1e6:.1f} MB |"
+        assert row in SCALING, row
+
+
+def test_rows_are_placed_and_arrays_copied():
+    mesh = data_mesh()
+    assert local_rows(8, mesh) == slice(0, 8)
+    batch = place_batch(np.arange(8), 8, mesh)
+    assert [shard.data.shape for shard in batch.addressable_shards] == [(2,)] * 4
+    np.testing.assert_array_equal(batch, np.arange(8))
+    copies = replicate({"a": jnp.arange(3)}, mesh)["a"]
+    assert copies.is_fully_replicated
+    assert len(copies.addressable_shards) == 4
+    assert replicate(copies, mesh) is copies
