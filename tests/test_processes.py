@@ -30,7 +30,7 @@ SMALL = [
     "--config.data.image_size=8",
     "--config.data.train_examples=32",
     "--config.data.test_examples=40",
-    "--config.dense.epochs=60",
+    "--config.dense.epochs=12",
     "--config.dense.warmup_epochs=0.",
     "--config.prune.epochs=0",
 ]
@@ -149,9 +149,11 @@ def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_anywhere(tmp_path,
         report = json.loads((tmp_path / workdir / "report.json").read_text())
         assert report["dense"]["examples"] == 40
         rows = [row for row in read_metrics(tmp_path / workdir) if "train_loss" in row]
-        assert [row["step"] for row in rows] == list(range(2, 121, 2))
+        assert [row["step"] for row in rows] == list(range(2, 25, 2))
         losses[workdir] = [row["train_loss"] for row in rows]
-    assert max(loss[-1] for loss in losses.values()) < losses["many"][0] / 2
+    # From the same state on: the same steps, but for rounding that grows.
+    for workdir in ("one", "eight"):
+        np.testing.assert_allclose(losses[workdir][:3], losses["many"][:3], rtol=1e-2)
 
 
 def test_half_an_environment_gets_a_line(monkeypatch):

@@ -59,7 +59,8 @@ def test_a_step_sends_gradients_statistics_and_metrics_and_nothing_else(config, 
     assert {dtype for dtype, _ in sent} == {"f32"}  # no flag of a loop, no index
     total = sum(math.prod(int(n) for n in shape.split(",") if n) for _, shape in sent)
     params, channels = numbers(run.dynamic)
-    assert total == params + 4 * channels + 2
+    # Of the two sums a channel on a batch norm's way back, one is its bias's gradient.
+    assert total == params + 3 * channels + 2
     # No message inside a loop: each is there once a step.
     loops = re.findall(r"(?:body|condition)=%?([\w.-]+)", program)
     for name in loops:
@@ -82,7 +83,7 @@ def test_the_page_on_scaling_counts_what_the_networks_have():
         state = nnx.state(built)
         params = sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
         stats = sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat)))
-        sent = 4 * (params + 2 * stats + 2)
+        sent = 4 * (params + 3 * stats // 2 + 2)
         row = f"| {label} | {params / 1e6:.2f} M | {stats // 2:,} | {sent / 1e6:.1f} MB |"
         assert row in SCALING, row
 
