@@ -326,10 +326,7 @@ class Run:
         """
         evaluator = self._evaluators.get(network)
         if evaluator is None:
-
-            def prepare(images: Any) -> Any:
-                return evaluation_images(self.config, sharding.split_batch(images, self.mesh))
-
+            prepare = functools.partial(evaluation_images, self.config)
             evaluator = make_evaluator(network, prepare, sharding.whole(self.mesh))
             self._evaluators[network] = evaluator
         # What a network has and the values do not, such as a new gate's parameters, is initial.

@@ -48,10 +48,10 @@ def test_a_step_sends_gradients_statistics_and_metrics_and_nothing_else(config, 
         state = TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
         state = feed.place(state)
         if way == "memory":
-            lowered = feed._step.lower(state, feed._data, count=1)
+            lowered = feed._step.lower(state, feed._data, None, count=1)
         else:
             batch = feed.next_batch()
-            lowered = feed._step.lower(state, batch["image"], batch["label"])
+            lowered = feed._step.lower(state, batch["image"], batch["label"], None)
     program = lowered.compile().as_text()
     found = collectives(program)
     assert {kind for kind, _ in found} == {"all-reduce"}
