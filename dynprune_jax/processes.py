@@ -14,9 +14,11 @@ from dynprune_jax.errors import UserError
 
 # A process that is not heard of for so long is dead.
 _HEARTBEAT_SECONDS = 12
-# Between two looks at the others, and what a process may need to end after the others have.
+# Between two looks at the others; what a process may need to end after the others have; and how
+# long process 0 waits at the end of a run for the others to leave.
 _LOOK_SECONDS = 1.0
 _ENDING_SECONDS = 2.0
+_LEAVING_SECONDS = 60.0
 
 
 def leads() -> bool:
@@ -69,9 +71,13 @@ def joined() -> Iterator[None]:
     try:
         yield
         wait_for_all("end of the run")
+        ended.set()
+        if leads():  # with process 0 JAX ends all that are not gone yet
+            watch.join(_LEAVING_SECONDS)
     except UserError:
-        if leads():  # with process 0 all others end, who may be about to find the same mistake
-            time.sleep(_ENDING_SECONDS)
+        ended.set()
+        if leads():  # the others may be about to find the same mistake, or be stuck for good
+            watch.join(_ENDING_SECONDS)
         raise
     except jax.errors.JaxRuntimeError:
         # Most likely a sum with a process that is gone; who that is, the watch is about to know.
@@ -93,19 +99,23 @@ def _number(name: str) -> int | None:
 
 
 def _watch(ended: threading.Event) -> None:
-    """Ends this process when another is gone, unless the run has ended."""
-    while not ended.wait(_LOOK_SECONDS):
+    """Ends this process when another is gone; after the run, returns when all others are."""
+    alone = False
+    while not alone:
+        time.sleep(_LOOK_SECONDS)
         try:
-            with multihost_utils.live_devices(jax.devices()):
-                pass
+            with multihost_utils.live_devices(jax.devices()) as live:
+                alone = {device.process_index for device in live} == {jax.process_index()}
         except multihost_utils.ProcessFailureError as failure:
             gone = sorted({device.process_index for device in failure.failed_devices})
-        except jax.errors.JaxRuntimeError:
-            gone = [0]  # which answers these calls
+        except RuntimeError:
+            gone = [0]  # which answers these calls, or this process itself has left
         else:
             continue
         if ended.wait(_ENDING_SECONDS):
-            return
+            if 0 in gone:
+                return
+            continue
         names = ", ".join(map(str, gone))
         print(
             f"dynprune_jax: process {jax.process_index()} of {jax.process_count()} ends because"

@@ -47,7 +47,8 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Puts a whole copy of every array on every device; all processes give the same arrays."""
 
     def place(leaf):
-        if isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat):
+        # Equal, not equivalent: a step traces again for an array of one device placed otherwise.
+        if isinstance(leaf, jax.Array) and leaf.sharding == whole(mesh):
             return leaf
         return jax.make_array_from_process_local_data(whole(mesh), np.asarray(leaf))
 
