@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from dynprune_jax import processes
 from dynprune_jax.errors import UserError
 
 
@@ -171,9 +172,12 @@ class Checkpoints:
                 if self._mend:
                     continue
                 break
-            for bad, reason in damaged.items():
-                self._set_aside(bad, reason, step)
             if damaged:
+                processes.wait_for_all("damage found")  # before anything moves
+                for bad, reason in damaged.items():
+                    if processes.leads():
+                        self._set_aside(bad, reason, step)
+                processes.wait_for_all("damage set aside")
                 self._manager.reload()
             return state, extra
         if not damaged:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from dynprune_jax.errors import UserError
@@ -30,6 +31,13 @@ def wait_for_all(where: str) -> None:
     """Waits until every process has come to this place; `where` names it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+def agree(number: int) -> int:
+    """The highest of the numbers that all processes give here: what one knows, all know."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 @contextlib.contextmanager

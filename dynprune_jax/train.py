@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynprune_jax import sharding
+from dynprune_jax import processes, sharding
 from dynprune_jax.build import Run, training_images
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.config import Config
@@ -181,7 +181,9 @@ def run_phase(
 
             def evaluate() -> None:
                 ratios = schedule(jnp.asarray(step - 1))
-                with signals.obeyed():
+                # Of many processes none may leave the others in the middle.
+                alone = jax.process_count() == 1
+                with signals.obeyed() if alone else contextlib.nullcontext():
                     accuracy = run.evaluate(network, state.values, ratios).accuracy
                 row = {"test_accuracy": accuracy, "resident_memory_mb": resident_memory_mb()}
                 writers.write(offset + step, {"phase": name, **row})
@@ -222,7 +224,8 @@ def run_phase(
                         evaluate()
                     timing.evaluation += time.perf_counter() - clock
                     clock = time.perf_counter()
-                if due("checkpoint") or signals.received is not None:
+                stopped_by = processes.agree(signals.received or 0)
+                if due("checkpoint") or stopped_by:
                     saved = jax.device_get(state)
                     _stop_if_weights_are_not_finite(run, name, step, saved)
                     extra = {
@@ -232,11 +235,11 @@ def run_phase(
                         "recent": recent,
                     }
                     checkpoints.save(step, saved, extra)
-                if signals.received is not None:
+                if stopped_by:
                     checkpoints.wait()
                     raise Stopped(
-                        signals.received,
-                        f"stopped by {signal.Signals(signals.received).name}; step {step} of"
+                        stopped_by,
+                        f"stopped by {signal.Signals(stopped_by).name}; step {step} of"
                         f" {total} of the {name} phase is saved, and the same command goes on",
                     )
     return jax.device_get(state.values), timing.summary()

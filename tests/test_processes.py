@@ -156,6 +156,25 @@ def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_anywhere(tmp_path,
         np.testing.assert_allclose(losses[workdir][:3], losses["many"][:3], rtol=1e-2)
 
 
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, data_dir):
+    folder = tmp_path / "run" / "checkpoints" / "dense"
+    flags = [*SMALL, f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={data_dir}"]
+    flags.append("--config.dense.epochs=400")  # it is not to end before
+    both = start(["-m", "dynprune_jax.main", *flags], 2, 1)
+    patience = time.monotonic() + 240
+    while not list(folder.glob("[1-9]*")):
+        assert both[0].poll() is None, both[0].communicate()[0]
+        assert time.monotonic() < patience
+        time.sleep(0.02)
+    both[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [143, 143], "\n".join(outputs)
+    steps = [int(path.name) for path in folder.glob("[1-9]*") if path.name.isdecimal()]
+    for output in outputs:
+        assert f"stopped by SIGTERM; step {max(steps)} of 800" in output
+        assert "Traceback" not in output
+
+
 def test_half_an_environment_gets_a_line(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
