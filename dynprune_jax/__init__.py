@@ -9,7 +9,7 @@ from dynprune_jax.pruning.macs import LayerUsage, Usage
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.plan import Plan, measure_plan
 from dynprune_jax.pruning.schedules import ratio_ascent
-from dynprune_jax.pruning.surgery import dynamic_layers, make_dynamic, set_ratios
+from dynprune_jax.pruning.surgery import dynamic_layers, make_dynamic, predict_channels, set_ratios
 
 __all__ = [
     "DynamicConv",
@@ -25,6 +25,7 @@ __all__ = [
     "measure",
     "measure_plan",
     "models",
+    "predict_channels",
     "ratio_ascent",
     "set_ratios",
 ]

@@ -22,6 +22,7 @@ _ORANGE = "#E69F00"
 _VERMILION = "#D55E00"
 _GREY = "#BBBBBB"
 _SKIPPED_RGB = np.array([30, 70, 150])
+_SKIPPED_OF_A_PHOTOGRAPH = np.array([150, 0, 110], np.uint8)  # hardly one has this colour
 _MAX_LAYERS_SHOWN = 6
 
 _ACCURACIES = (
@@ -262,11 +263,13 @@ def plot_macs_distribution(
 def _tint_skipped(
     image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "rows columns"]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Darkens the skipped columns to blue, so that they stay visible on a black ground."""
+    """Darkens the skipped columns to blue, visible on a black ground; of colours, to purple."""
     height, width, _ = image.shape
     rows = np.arange(height) * mask.shape[0] // height
     columns = np.arange(width) * mask.shape[1] // width
     kept = mask[rows[:, None], columns[None, :], None]
+    if np.ptp(image, axis=-1).any():  # coloured: what is skipped must not look like sky or sea
+        return np.where(kept, image, _SKIPPED_OF_A_PHOTOGRAPH)
     grey = image.mean(axis=-1, keepdims=True)
     return np.where(kept, image, (0.3 * grey + 0.7 * _SKIPPED_RGB).astype(np.uint8))
 
@@ -302,7 +305,9 @@ def kept_columns_figure(
         grid[0, column].set_title(f"{name}\n{size} columns, {mask.mean():.0%} kept", fontsize=7)
         for i, image in enumerate(images):
             grid[i, column].imshow(_tint_skipped(image, mask[i]))
-    figure.suptitle("Columns each layer keeps of each image (skipped: dark blue)", fontsize=10)
+    figure.suptitle(
+        "Columns each layer keeps of each image (skipped: dark blue, or purple)", fontsize=10
+    )
     return figure
 
 
@@ -476,10 +481,10 @@ def ablations_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
             fontsize=9,
         )
     if dense:
-        axes.axvline(statistics.mean(dense), color="0.4", linestyle="--")
-        axes.annotate(
-            "dense ", (statistics.mean(dense), -0.45), ha="right", va="bottom", color="0.3"
-        )
+        mean = statistics.mean(dense)
+        axes.axvline(mean, color="0.4", linestyle="--")
+        where = axes.get_xaxis_transform()
+        axes.annotate("dense ", (mean, 0.02), xycoords=where, ha="right", color="0.3")
     axes.set_yticks(range(len(shown)), list(shown))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)

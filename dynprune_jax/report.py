@@ -158,7 +158,9 @@ def _draw(run: Run, report: dict[str, Any], shown: Evaluation, final: Values) ->
         folder / "macs_distribution.png",
     )
     if run.dynamic is not None:
-        images, _ = run.dataset.test.read(range(min(_PICTURED_IMAGES, len(run.dataset.test))))
+        last = len(run.dataset.test) - 1  # evenly spread: a set may be in the order of classes
+        pictured = np.unique(np.linspace(0, last, _PICTURED_IMAGES).round().astype(int))
+        images, _ = run.dataset.test.read(pictured)
         masks = kept_columns(run, run.dynamic, final, images)
         seen = center_crop(jnp.asarray(images), run.config.data.image_size)
         plots.plot_kept_columns(np.asarray(seen), masks, folder / "kept_columns.png")

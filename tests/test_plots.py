@@ -166,6 +166,12 @@ def test_kept_columns_darkens_what_is_skipped(channels, tmp_path):
     skipped[:2, 4:] = True  # one column of the map covers two by two pixels
     np.testing.assert_array_equal((second < 200).all(axis=-1), skipped)
     assert "3×3 columns, 94% kept" in figure.axes[1].get_title()
+    if channels == 3:
+        images[..., 0] = 0
+        figure = plots.kept_columns_figure(images, {"conv": mask})
+        second = np.asarray(figure.axes[3].images[0].get_array())
+        np.testing.assert_array_equal((second == (150, 0, 110)).all(axis=-1), skipped)
+        np.testing.assert_array_equal(second[~skipped], images[1][~skipped])
 
     assert plots.plot_kept_columns(images, {"conv": mask}, tmp_path / "kept.png")
     check_png(tmp_path / "kept.png")

@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 from PIL import Image
@@ -129,6 +130,24 @@ def test_the_tables_by_hand():
         "| 70% | 80.00 | 40.00 | 10.00 |",
     ]
     assert tables([]) == []
+
+
+def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
+    config.seed = 3
+    monkeypatch.setattr("sys.argv", ["main.py", "--mode=study", "--config=configs/x.py"])
+    line = study_lib.command("l1", 0.55, config)
+    flags = [part for part in shlex.split(line)[3:] if "DIR" not in part]
+    assert flags == [
+        "--mode=study",
+        "--config=configs/x.py",
+        "--config.data.name=digits",
+        "--config.study.seeds=(3,)",
+        "--config.study.methods=('l1',)",
+        "--config.study.cuts=(0.55,)",
+        "--config.study.ablations=()",
+    ]
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    assert study_lib.command("l1", 0.55, config) is None
 
 
 def test_an_unknown_method_is_said(small, tmp_path):

@@ -292,9 +292,25 @@ def _row(
         "executed_macs_per_image": result["executed_macs_per_image"],
         "accuracy_untrained": untrained["accuracy"],
         **{key: report[key] for key in told},
-        "config_file": next((a.split("=")[1] for a in sys.argv if a.startswith("--config=")), None),
+        "command": command(name, cut, config),
         "config": {key: value for key, value in fields.items() if not key.startswith("study.")},
     }
+
+
+def command(name: str, cut: float, config: Config) -> str | None:
+    """What repeats one run of a study and its dense network; None for no config file's."""
+    file = next((arg for arg in sys.argv if arg.startswith("--config=")), None)
+    if file is None:
+        return None
+    data = f"--config.data.name={config.data.name}"
+    if config.data.path:
+        data += " --config.data.path=FOLDER"
+    methods, cuts = ("()", "()") if name == "dense" else (f"('{name}',)", f"({cut},)")
+    return (
+        f"python -m dynprune_jax.main --mode=study {file} --workdir=DIR {data}"
+        f' "--config.study.seeds=({config.seed},)" "--config.study.methods={methods}"'
+        f' "--config.study.cuts={cuts}" "--config.study.ablations=()"'
+    )
 
 
 def _changed(config: Config, fields: Mapping[str, Any]) -> Config:
