@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dynprune_jax.errors import UserError
+from dynprune_jax.stopping import Stopped
 
 # A process that is not heard of for so long is dead.
 _HEARTBEAT_SECONDS = 12
@@ -86,6 +87,11 @@ def joined() -> Iterator[None]:
         ended.set()
         if leads():  # the others may be about to find the same mistake, or be stuck for good
             watch.join(_ENDING_SECONDS)
+        raise
+    except Stopped:
+        ended.set()
+        if leads():  # all stop at the same step, and process 0 leaves last here too
+            watch.join(_HEARTBEAT_SECONDS)
         raise
     except jax.errors.JaxRuntimeError:
         # Most likely a sum with a process that is gone; who that is, the watch is about to know.

@@ -150,7 +150,7 @@ def test_a_ratio_out_of_range_is_refused(ratio):
 
 
 def test_other_mistakes_are_refused():
-    with pytest.raises(ValueError, match="drop_probability is 0"):
-        dynamic(conv(), channel_ratio=0.5, drop_probability=0.0)
+    with pytest.raises(ValueError, match="drop_probability is 2"):
+        dynamic(conv(), channel_ratio=0.5, drop_probability=2.0)
     with pytest.raises(ValueError, match="2-D kernel"):
         dynamic(conv(kernel=(3,)), channel_ratio=0.5)

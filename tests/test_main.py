@@ -148,7 +148,7 @@ MISTAKES = {
     ),
     "no batch size": (["--config.benchmark.batch_sizes=()"], r"batch_sizes is \(\); give"),
     "timed ratio of 1": (["--config.benchmark.ratios=(1.0,)"], r"benchmark.ratios.*\[0.0, 1.0\)"),
-    "drop probability of 0": (["--config.gate.drop_probability=0."], r"drop_probability.*\(0, 1\]"),
+    "drop probability of 2": (["--config.gate.drop_probability=2."], r"drop_probability.*\[0, 1\]"),
     "ascent that never arrives": (
         ["--config.ascent.interval_epochs=90"],
         "is only reached at step",

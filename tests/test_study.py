@@ -18,7 +18,7 @@ def small(config):
     config.ascent.increment = 0.4
     config.study.seeds = (3,)
     config.study.cuts = (0.2, 0.3)
-    config.study.methods = ("attention", "l1")
+    config.study.methods = ("l1",)
     config.study.ablations = ("both",)
     config.study.ablation_cut = 0.3
     return config
@@ -29,8 +29,6 @@ def test_a_study_runs_each_point_once(small, tmp_path, monkeypatch):
     points = {(row["method"], row["cut"], row["seed"]) for row in rows}
     assert points == {
         ("dense", 0.0, 3),
-        ("attention", 0.2, 3),
-        ("attention", 0.3, 3),
         ("l1", 0.2, 3),
         ("l1", 0.3, 3),
         ("both", 0.3, 3),
