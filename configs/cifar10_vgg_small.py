@@ -4,7 +4,7 @@ Paper: the method of AntiDote (arXiv 2008.06543) beside static filter pruning, a
 Command: python -m dynprune_jax.main --mode=study --config=configs/cifar10_vgg_small.py
     --workdir=DIR (with the data set as class folders, add --config.data.name=class_folders
     --config.data.path=DIR)
-Hardware and time: 2 CPU cores, about an hour a seed on a quiet machine; single seeds with --config.study.seeds="(0,)".
+Hardware and time: 2 CPU cores, some hours; "--config.study.seeds=(0,)" for one seed.
 Result: dense 77.4 %; with 55 % of the MACs removed 74.9 % by predicted gates, 65.9 % by attention,
     75.4 % by static pruning (2 seeds); docs/results/cifar10_vgg_small has every run.
 """
