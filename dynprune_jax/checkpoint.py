@@ -95,6 +95,7 @@ class Checkpoints:
         try:
             self._manager.close()  # waits
         except Exception as error:
+            _pass_on(error)
             raise self._not_saved(error) from error
 
     def steps(self) -> list[int]:
@@ -129,6 +130,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
+            _pass_on(error)
             raise self._not_saved(error) from error
 
     def wait(self) -> None:
@@ -140,6 +142,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # Orbax, tensorstore and the file system have their own types
+            _pass_on(error)
             raise self._not_saved(error) from error
 
     def _not_saved(self, error: Exception) -> UserError:
@@ -217,6 +220,7 @@ class Checkpoints:
             content = record["content"]
             sound = record["digest"] == _json_digest(content) and content["step"] == step
         except Exception as error:
+            _pass_on(error)
             raise _DamageError(_reason(error)) from error
         if not sound:
             raise _DamageError("its record is not what was saved")
@@ -227,6 +231,7 @@ class Checkpoints:
             state = self._restore(step, state=ocp.args.StandardRestore(abstract))
             found = leaf_digests(state)
         except Exception as error:
+            _pass_on(error)
             raise _DamageError(_reason(error)) from error
         for path, digest in found.items():
             if digest != digests[path]:
@@ -258,6 +263,12 @@ class Checkpoints:
                         f"{where} is of another run: {name} is {there.get(name)!r} there and"
                         f" {here.get(name)!r} here"
                     )
+
+
+def _pass_on(error: Exception) -> None:
+    """Raises an error of many processes' own sums: one of them is gone, and no file is at fault."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        raise error
 
 
 def _reason(error: Exception) -> str:
