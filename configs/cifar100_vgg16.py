@@ -21,6 +21,6 @@ def get_config():
     config.gate.channel_ratio = (0.2, 0.2, 0.2, 0.8, 0.9)
 
     config.study.seeds = (0,)
-    config.study.methods = ("attention", "l1", "taylor")
+    config.study.methods = ("attention", "predicted", "l1", "taylor")
     config.study.ablations = ("random", "no_dropout", "distillation")
     return config

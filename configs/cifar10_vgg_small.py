@@ -35,4 +35,17 @@ def get_config():
     config.prune.epochs = 6
     config.prune.learning_rate = 0.05
     config.optim.weight_decay = 5e-4
+
+    config.study.seeds = (0, 1)
+    config.study.methods = ("attention", "predicted", "l1", "taylor")
+    config.study.ablations = (
+        "geometric_median",
+        "random_filters",
+        "random",
+        "columns",
+        "both",
+        "no_dropout",
+        "distillation",
+        "predicted_distillation",
+    )
     return config

@@ -28,6 +28,6 @@ def get_config():
     config.optim.weight_decay = 5e-4
 
     config.study.seeds = (0,)
-    config.study.methods = ("attention", "l1", "taylor")
+    config.study.methods = ("attention", "predicted", "l1", "taylor")
     config.study.ablations = ("channels", "columns", "random", "no_dropout", "distillation")
     return config

@@ -139,19 +139,19 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
         ratios[field] = {f"blocks/{i}/*": ratio for i, ratio in enumerate(given) if ratio} or None
     if not any(ratios.values()):
         return model
-    common: dict[str, Any] = {}
     try:
         if config.gate.kind == "predicted":
             reads = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
             surgery = functools.partial(predict_channels, links=reads)
         else:
-            surgery = make_dynamic
-            common["channel_group"] = config.gate.channel_group
-            common["column_patch"] = config.gate.column_patch
+            surgery = functools.partial(
+                make_dynamic,
+                channel_group=config.gate.channel_group,
+                column_patch=config.gate.column_patch,
+            )
         return surgery(
             model,
             **ratios,
-            **common,
             layers=config.gate.layers,
             statistic=STATISTICS[config.gate.statistic],
             criterion=CRITERIA[criterion or config.gate.criterion],
@@ -329,10 +329,7 @@ class Run:
             prepare = functools.partial(evaluation_images, self.config)
             evaluator = make_evaluator(network, prepare, sharding.whole(self.mesh))
             self._evaluators[network] = evaluator
-        # What a network has and the values do not, such as a new gate's parameters, is initial.
-        merged = dict(network.weights)
-        for given in values:
-            merged |= given
+        merged = {name: value for given in values for name, value in given.items()}
         return evaluate(evaluator, sharding.replicate(merged, self.mesh), self._test_batches())
 
     @functools.cached_property
@@ -363,7 +360,7 @@ class Run:
         if self.dynamic is None:
             return 0.0
         given = {name: jnp.float32(ratio) for name, ratio in (ratios or {}).items()}
-        model = self.dynamic.bind(self.dynamic.weights, given)
+        model = self.dynamic.bind(given)
         model.eval()
         return measure(model, self.one_image)[1].mac_reduction
 

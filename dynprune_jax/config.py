@@ -103,7 +103,14 @@ def base_config() -> Config:
             "study": {
                 "seeds": (0, 1, 2),
                 "cuts": (0.4, 0.55, 0.65, 0.75),
-                "methods": ("attention", "l1", "geometric_median", "taylor", "random_filters"),
+                "methods": (
+                    "attention",
+                    "predicted",
+                    "l1",
+                    "geometric_median",
+                    "taylor",
+                    "random_filters",
+                ),
                 "ablations": (
                     "random",
                     "inverse",

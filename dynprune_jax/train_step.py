@@ -11,7 +11,6 @@ from flax import nnx
 from flax.nnx import traversals
 from jaxtyping import Array, Float, Int, PyTree
 
-from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.surgery import path_name
 
 Values = Mapping[str, Any]
@@ -60,7 +59,7 @@ class Network:
         keys = {
             name: jax.random.fold_in(key, draw) for name, key in self.values(nnx.RngKey).items()
         }
-        merged = {**self.values(PruneRatio, nnx.RngCount), **keys}
+        merged = {**self._values, **keys}
         for given in values:
             merged |= given
         nested = traversals.unflatten_mapping({self._paths[k]: v for k, v in merged.items()})

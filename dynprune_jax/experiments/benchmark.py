@@ -1,5 +1,6 @@
 """Skipped work as time: a compact network against the fastest dense one, in one process."""
 
+import bisect
 import functools
 import os
 import statistics
@@ -30,7 +31,7 @@ from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
 from dynprune_jax.pruning.surgery import conv_layers
 from dynprune_jax.train_step import Network
-from dynprune_jax.writers import progress_bar, write_json
+from dynprune_jax.writers import progress_bar, screen, write_json
 
 # Of fresh weights, for data sets that need not be at hand: (classes, channels).
 _SETS = {
@@ -80,7 +81,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         build_dynamic(_at(config, ratio), model)  # a mistake shows before the first minute
     build_dynamic(config, model)
     make_folder(folder)
-    console = rich.console.Console()
+    console = screen()
     rows: list[dict[str, Any]] = []
     for batch_size in config.benchmark.batch_sizes:
         bench = _Bench(config, model, batch_size, folder, console)
@@ -299,7 +300,9 @@ def _trained_or_fresh(config: Config, folder: Path) -> nnx.Module:
     if (folder / "checkpoints").is_dir():
         run = Run.open(config, folder)
         dense, pruned = run.trained_values()
-        return Network(run.model).bind(pruned or dense or {})
+        network = Network(run.model)
+        values = pruned or dense or {}  # without the parameters of predicted gates
+        return network.bind({k: v for k, v in values.items() if k in network.weights})
     classes, channels = _SETS.get(config.data.name, (10, 3))
     return build_model(config, classes, channels)
 
@@ -312,19 +315,15 @@ def _usage(model: nnx.Module, images: jax.Array) -> Any:
 def _equal_width(config: Config, shape: tuple[int, ...], macs: float) -> float:
     """The width at which the dense network has so many MACs, by bisection."""
     factory = getattr(models, config.model)
-    low, high = 0.0, 1.0
-    for _ in range(8):
-        width = (low + high) / 2
-        make = functools.partial(
-            factory, 10, in_channels=shape[-1], image_size=shape[1], width=width
-        )
-        model = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
+    image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
+    build = functools.partial(factory, 10, in_channels=shape[-1], image_size=shape[1])
+
+    def macs_at(step: int) -> int:
+        model = nnx.eval_shape(lambda: build(width=step / 256, rngs=nnx.Rngs(0)))
         model.eval()
-        if dense_macs(model, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)) > macs:
-            high = width
-        else:
-            low = width
-    return (low + high) / 2
+        return dense_macs(model, image)
+
+    return (bisect.bisect_right(range(1, 256), macs, key=macs_at) + 0.5) / 256
 
 
 def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> None:

@@ -5,6 +5,7 @@ and budget of training, same counter. A *criterion* gives every filter of a conv
 those with the lowest leave the network, and with them the next layer's kernel rows.
 """
 
+import bisect
 import os
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import screen, write_json
 
 _TAYLOR_BATCHES = 8
-
+HIGHEST_RATIO = 0.95  # that a ratio is scaled up to
 
 Scores = dict[str, Float[np.ndarray, " filters"]]
 
@@ -156,19 +157,18 @@ def allot(model: Any, image: Any, mac_reduction: float, shares: dict[str, float]
     order = {link.name: -np.arange(link.conv.out_features, dtype=float) for link in links(model)}
 
     def at(factor: float) -> dict[str, float]:
-        return {name: min(factor * share, 0.95) for name, share in shares.items()}
+        return {name: min(factor * share, HIGHEST_RATIO) for name, share in shares.items()}
 
-    def reached(factor: float) -> bool:
-        small = remove_filters(model, order, at(factor))
+    def reached(step: int) -> bool:
+        small = remove_filters(model, order, at(step * unit))
         return 1.0 - dense_macs(small, image) / dense >= mac_reduction - 1e-9
 
-    low, high = 0.0, 0.95 / min(share for share in shares.values() if share > 0)
-    if not reached(high):
+    steps = range(2**16 + 1)
+    unit = HIGHEST_RATIO / min(share for share in shares.values() if share > 0) / steps[-1]
+    step = bisect.bisect_left(steps, True, key=reached)
+    if step == len(steps):
         raise ValueError(f"no removal of filters takes {mac_reduction:.1%} of the MACs away")
-    for _ in range(16):
-        middle = (low + high) / 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return at(high)
+    return at(step * unit)
 
 
 def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:

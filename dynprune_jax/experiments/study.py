@@ -5,6 +5,7 @@ cut. A finished run is one small JSON file and is not run again, so a study goes
 stopped, and several processes may share one over their seeds.
 """
 
+import bisect
 import copy
 import dataclasses
 import functools
@@ -17,19 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import rich.console
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots
 from dynprune_jax.build import Run, make_folder
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.static import static
+from dynprune_jax.experiments.static import HIGHEST_RATIO, static
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.train import train_and_evaluate
-from dynprune_jax.writers import write_json, write_text
-
-_HIGHEST_RATIO = 0.95
+from dynprune_jax.writers import screen, write_json, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +46,11 @@ class Method:
     run: Callable[[Config, Any], dict[str, Any]] = train_and_evaluate
 
 
+# The patterns of a config are those of the convolutions with a gate in front.
+_PREDICTED = {"gate.kind": "predicted", "gate.layers": ("*",)}
 METHODS = {
     "attention": Method("dynamic, by attention"),
-    "predicted": Method("dynamic, predicted", {"gate.kind": "predicted"}),
+    "predicted": Method("dynamic, predicted", _PREDICTED),
     "l1": Method("static, L1 norm", {"static.criterion": "l1"}, static),
     "geometric_median": Method(
         "static, geometric median", {"static.criterion": "geometric_median"}, static
@@ -70,7 +70,7 @@ METHODS = {
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
     "predicted_distillation": Method(
-        "predicted, and distilled", {"gate.kind": "predicted", "prune.distillation": 0.7}
+        "predicted, and distilled", {**_PREDICTED, "prune.distillation": 0.7}
     ),
 }
 
@@ -120,7 +120,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     write_text(folder / "table.md", text)
     plots.plot_curves(rows, folder / "curves.png", labels())
     plots.plot_ablations(rows, folder / "ablations.png", labels())
-    rich.console.Console().print(text, highlight=False, soft_wrap=True)
+    screen().print(text, highlight=False, soft_wrap=True)
     return rows
 
 
@@ -152,22 +152,21 @@ def at_cut(config: Config, cut: float) -> Config:
             break
         targets = {name: float(ratio) for name, ratio in run.dynamic.values(PruneRatio).items()}
 
-        def made(factor: float, run: Run = run, targets: dict[str, float] = targets) -> float:
-            return run.mac_reduction({k: _scaled(v, factor) for k, v in targets.items()})
-
-        low, high = 0.0, _HIGHEST_RATIO / min(targets.values())
-        if made(high) < cut:
-            continue
-        for _ in range(12):
-            middle = (low + high) / 2
-            low, high = (low, middle) if made(middle) >= cut else (middle, high)
-        for axis in ("channel_ratio", "column_ratio"):
-            scaled.gate[axis] = tuple(_scaled(ratio, high) for ratio in scaled.gate[axis])
-        return scaled
+        steps = range(2**12 + 1)
+        unit = HIGHEST_RATIO / min(targets.values()) / steps[-1]
+        step = bisect.bisect_left(steps, cut, key=functools.partial(_reduction, run, targets, unit))
+        if step < len(steps):
+            for axis in ("channel_ratio", "column_ratio"):
+                scaled.gate[axis] = tuple(_scaled(r, step * unit) for r in scaled.gate[axis])
+            return scaled
     raise UserError(
         f"config.study: no factor on the ratios {config.gate.channel_ratio} and"
         f" {config.gate.column_ratio} cuts {cut:.0%} of the MACs"
     )
+
+
+def _reduction(run: Run, targets: Mapping[str, float], unit: float, step: int) -> float:
+    return run.mac_reduction({name: _scaled(r, step * unit) for name, r in targets.items()})
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -251,7 +250,7 @@ def _run_once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
 
 
 def _dense(config: Config, seed: int, workdir: Path) -> dict[str, Any]:
-    changed = _changed(config, {"seed": seed, "prune.epochs": 0})
+    changed = with_fields(config, {"seed": seed, "prune.epochs": 0})
     report = train_and_evaluate(changed, workdir)
     return _row("dense", 0.0, changed, report, report["dense"], report["dense"])
 
@@ -261,7 +260,7 @@ def _pruned(
 ) -> dict[str, Any]:
     method = METHODS[name]
     start = {"seed": seed, "prune.start": "checkpoint", "prune.checkpoint": str(dense)}
-    changed = at_cut(_changed(config, {**start, **method.fields}), cut)
+    changed = at_cut(with_fields(config, {**start, **method.fields}), cut)
     report = method.run(changed, workdir)
     kind = "training" if method.run is static else "targeted_dropout"
     untrained = report[f"pruned_without_{kind}"]
@@ -313,7 +312,8 @@ def command(name: str, cut: float, config: Config) -> str | None:
     )
 
 
-def _changed(config: Config, fields: Mapping[str, Any]) -> Config:
+def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
+    """A copy of a config with some fields changed; one number for ratios goes to each block."""
     changed = copy.deepcopy(config)
     blocks = max(len(config.gate.channel_ratio), len(config.gate.column_ratio))
     for name, value in fields.items():
@@ -325,4 +325,4 @@ def _changed(config: Config, fields: Mapping[str, Any]) -> Config:
 
 
 def _scaled(ratio: float, factor: float) -> float:
-    return round(min(factor * ratio, _HIGHEST_RATIO), 4)
+    return round(min(factor * ratio, HIGHEST_RATIO), 4)

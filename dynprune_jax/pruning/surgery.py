@@ -165,8 +165,8 @@ def predict_channels(
       links: for each convolution that may get such a gate, the names of the `nnx.BatchNorm`
         behind it and of the one layer that reads the result; `models.links` has those of this
         package's models.
-      column_ratio: over the columns of the readers' inputs, by attention as in `make_dynamic`.
-      layers: patterns of names: which of the linked convolutions.
+      column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
+      layers: patterns of names: which of the linked convolutions, and which for columns.
       statistic: as in `make_dynamic`, for columns.
       criterion: ranks saliences and column attention.
       drop_probability: as in `make_dynamic`.
@@ -184,8 +184,9 @@ def predict_channels(
     feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
     convs = conv_layers(model)
     follow = {links[name][1]: ratio for name, ratio in feature.items() if links[name][1] in convs}
-    readers = [name for name in convs if name in follow]
-    column = _ratio_of_each(model, readers, column_ratio, "column_ratio")
+    column = {}
+    if column_ratio is not None:
+        column = _ratio_of_each(model, _select(model, layers), column_ratio, "column_ratio")
     modules: dict[str, Any] = {path_name(path): node for path, node in nnx.iter_modules(model)}
     new: dict[str, Any] = {
         name: DynamicConv(
@@ -200,7 +201,7 @@ def predict_channels(
             rngs=rngs,
         )
         for name in convs
-        if name in follow or name in feature
+        if name in follow or name in feature or column.get(name) is not None
     }
     for name in feature:
         new[links[name][0]] = SalientNorm(modules[links[name][0]], new[name])
