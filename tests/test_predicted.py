@@ -150,10 +150,27 @@ def test_a_salience_is_taken_once_and_by_its_own_map_only():
     handover, y = Handover(), jnp.ones(2)
     handover.put(y, "salience")
     assert handover.take(jnp.ones(2)) is None
-    assert handover.take(y) is None
-    handover.put(y, "salience")
+    assert handover.waits
     assert handover.take(y) == "salience"
     assert handover.take(y) is None
+    assert not handover.waits
+
+
+def test_what_is_not_left_out_is_not_counted_as_left_out():
+    class Between(nnx.Module):
+        """Something comes between the convolution and its normalization."""
+
+        def __init__(self):
+            self.conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+            self.head = nnx.Conv(8, 4, (3, 3), rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.head(self.norm(self.conv(x) + 1.0))
+
+    dynamic = predict_channels(Between(), 0.5, {"conv": ("norm", "head")})
+    with pytest.raises(ValueError, match="outputs that conv leaves out are not left out"):
+        measure(dynamic, jnp.ones((2, 4, 4, 8)))
 
 
 def test_surgery_says_what_it_cannot_do():

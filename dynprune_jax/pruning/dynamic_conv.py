@@ -44,8 +44,15 @@ class Handover:
 
     def take(self, y: Any) -> Any:
         """What was left for the map `y`, once; None if nothing was."""
-        held, self._held = self._held, None
-        return held[1] if held is not None and held[0] is y else None
+        if self._held is None or self._held[0] is not y:
+            return None
+        salience, self._held = self._held[1], None
+        return salience
+
+    @property
+    def waits(self) -> bool:
+        """Whether what was left last has not been taken: no normalization has read that map."""
+        return self._held is not None
 
 
 class SalientNorm(nnx.BatchNorm):

@@ -11,7 +11,7 @@ from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
-from dynprune_jax.pruning.surgery import intercept
+from dynprune_jax.pruning.surgery import dynamic_layers, intercept
 
 
 def measure(
@@ -32,8 +32,9 @@ def measure(
       usage: a `Usage`; `usage.macs` and `usage.executed_macs` have the shape `(batch,)`.
 
     Raises:
-      ValueError: if a layer sees another number of maps than there are images, or the model is
-        compact: its masks are those of the dynamic model it was made from.
+      ValueError: if a salience did not reach its normalization, a layer sees another number of
+        maps than there are images, or the model is compact: its masks are those of the dynamic
+        model it was made from.
     """
     if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
         raise ValueError("this model is compact; measure the model that it was made from")
@@ -53,6 +54,12 @@ def measure(
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
     run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
     logits, sown = run(metered, images, *others)
+    for name, layer in dynamic_layers(model).items():
+        if layer.feature_ratio is not None and layer.handover.waits:
+            raise ValueError(
+                f"the outputs that {name} leaves out are not left out: its normalization does not"
+                " read the convolution's own output, but something made of it"
+            )
     layers = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))
     layers = sorted(layers, key=lambda layer: layer.order)
     for layer in layers:
