@@ -46,6 +46,6 @@ def get_config():
         "both",
         "no_dropout",
         "distillation",
-        "predicted_distillation",
+        "predicted+distillation",
     )
     return config

@@ -7,7 +7,7 @@ from flax import nnx
 
 from dynprune_jax import config as config_lib
 from dynprune_jax.build import build_dynamic, build_model
-from dynprune_jax.experiments.study import METHODS, with_fields
+from dynprune_jax.experiments.study import find_method, with_fields
 from dynprune_jax.pruning.surgery import dynamic_layers
 
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -31,7 +31,7 @@ def test_every_method_of_a_study_builds(path):
     config = runpy.run_path(str(path))["get_config"]()
     classes, channels = CLASSES.get(config.data.name, (1000, 3))
     for name in {*config.study.methods, *config.study.ablations}:
-        changed = with_fields(config, METHODS[name].fields)
+        changed = with_fields(config, find_method(name).fields)
         config_lib.check(changed)
         model = nnx.eval_shape(
             lambda c=changed: build_dynamic(c, build_model(c, classes, channels))

@@ -8,7 +8,7 @@ from dynprune_jax import config as config_lib
 from dynprune_jax.build import Run
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import study as study_lib
-from dynprune_jax.experiments.study import METHODS, at_cut, study, tables
+from dynprune_jax.experiments.study import METHODS, at_cut, find_method, study, tables
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 
 
@@ -148,9 +148,17 @@ def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
     assert study_lib.command("l1", 0.55, config) is None
 
 
+def test_methods_join(config):
+    joined = find_method("l1+both")
+    assert joined.label == "static, L1 norm, channels and columns"
+    assert joined.run is METHODS["l1"].run
+    assert joined.fields == {"static.criterion": "l1", "gate.column_ratio": 0.5}
+    assert find_method("predicted+distillation").run is METHODS["predicted"].run
+
+
 def test_an_unknown_method_is_said(small, tmp_path):
-    small.study.methods = ("attention", "attentoin")
-    with pytest.raises(UserError, match=r"config.study.methods has 'attentoin'; choose of att"):
+    small.study.methods = ("attention", "l1+attentoin")
+    with pytest.raises(UserError, match=r"config.study.methods has 'l1\+attentoin'; choose of att"):
         study(small, tmp_path / "not_made")
     assert not (tmp_path / "not_made").exists()
 
@@ -159,4 +167,5 @@ def test_every_method_changes_fields_that_are_there(config):
     fields = config_lib.flatten(config)
     for method in METHODS.values():
         assert method.fields.keys() <= fields.keys()
-    assert {*config.study.methods, *config.study.ablations} <= METHODS.keys()
+    for name in {*config.study.methods, *config.study.ablations}:
+        find_method(name)

@@ -46,11 +46,11 @@ class Method:
     run: Callable[[Config, Any], dict[str, Any]] = train_and_evaluate
 
 
-# The patterns of a config are those of the convolutions with a gate in front.
-_PREDICTED = {"gate.kind": "predicted", "gate.layers": ("*",)}
+# A study names any of these, or several joined by a plus: "predicted+distillation".
 METHODS = {
     "attention": Method("dynamic, by attention"),
-    "predicted": Method("dynamic, predicted", _PREDICTED),
+    # The patterns of a config are those of the convolutions with a gate in front.
+    "predicted": Method("dynamic, predicted", {"gate.kind": "predicted", "gate.layers": ("*",)}),
     "l1": Method("static, L1 norm", {"static.criterion": "l1"}, static),
     "geometric_median": Method(
         "static, geometric median", {"static.criterion": "geometric_median"}, static
@@ -69,10 +69,21 @@ METHODS = {
     "stochastic": Method("targets dropped with probability .5", {"gate.drop_probability": 0.5}),
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
-    "predicted_distillation": Method(
-        "predicted, and distilled", {**_PREDICTED, "prune.distillation": 0.7}
-    ),
 }
+
+
+def find_method(name: str) -> Method:
+    """One of `METHODS`, or what several of them joined by a plus make together.
+
+    Raises:
+      KeyError: for a name that is none of them.
+    """
+    parts = [METHODS[part] for part in name.split("+")]
+    fields: dict[str, Any] = {}
+    for part in parts:
+        fields.update(part.fields)
+    run = next((part.run for part in parts if part.run is static), train_and_evaluate)
+    return Method(", ".join(part.label for part in parts), fields, run)
 
 
 def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -96,9 +107,10 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     config_lib.check(config)
     for field in ("methods", "ablations"):
         for name in config.study[field]:
-            if name not in METHODS:
+            if not METHODS.keys() >= {*name.split("+")}:
                 raise UserError(
-                    f"config.study.{field} has {name!r}; choose of {', '.join(METHODS)}"
+                    f"config.study.{field} has {name!r}; choose of {', '.join(METHODS)},"
+                    " or join several by a plus"
                 )
     if jax.process_count() > 1:
         raise UserError(f"--mode=study is for one process, not {jax.process_count()}")
@@ -118,15 +130,18 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     rows = read_rows(folder)
     text = "\n\n".join(tables(rows)) + "\n"
     write_text(folder / "table.md", text)
-    plots.plot_curves(rows, folder / "curves.png", labels())
-    plots.plot_ablations(rows, folder / "ablations.png", labels())
+    plots.plot_curves(rows, folder / "curves.png", labels(rows))
+    plots.plot_ablations(rows, folder / "ablations.png", labels(rows))
     screen().print(text, highlight=False, soft_wrap=True)
     return rows
 
 
-def labels() -> dict[str, str]:
-    """What each method is called in tables and figures."""
-    return {"dense": "dense", **{name: method.label for name, method in METHODS.items()}}
+def labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What each method of some rows is called in tables and figures, in the order of `METHODS`."""
+    order = {name: i for i, name in enumerate(METHODS)}
+    names = {row["method"] for row in rows} - {"dense"}
+    names = sorted(names, key=lambda name: [order[part] for part in name.split("+")])
+    return {"dense": "dense", **{name: find_method(name).label for name in names}}
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -176,7 +191,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     A cell is the mean over seeds, with the standard deviation where there are several.
     """
-    names = labels()
+    names = labels(rows)
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
     cuts = sorted({row["cut"] for row in rows if row["method"] != "dense"})
     curves = [name for name in names if len({r["cut"] for r in rows if r["method"] == name}) > 1]
@@ -258,7 +273,7 @@ def _dense(config: Config, seed: int, workdir: Path) -> dict[str, Any]:
 def _pruned(
     config: Config, name: str, cut: float, seed: int, dense: Path, workdir: Path
 ) -> dict[str, Any]:
-    method = METHODS[name]
+    method = find_method(name)
     start = {"seed": seed, "prune.start": "checkpoint", "prune.checkpoint": str(dense)}
     changed = at_cut(with_fields(config, {**start, **method.fields}), cut)
     report = method.run(changed, workdir)
