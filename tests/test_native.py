@@ -34,28 +34,34 @@ def dense(x, kernel, strides, dilation, padding):
     )
 
 
-def native_and_dense(x, kernel, channels, columns, strides=(1, 1), dilation=(1, 1), padding=None):
+def native_and_dense(x, kernel, kept, strides=(1, 1), dilation=(1, 1), padding=None):
     padding = padding or ((1, 1), (1, 1))
     y = native.kept_conv(
         x,
         native.kernel_panels(kernel),
-        channels,
-        columns,
+        kept,
         features=kernel.shape[-1],
         kernel_size=kernel.shape[:2],
         strides=strides,
         dilation=dilation,
         padding=padding,
     )
-    kept = masks.Masks(channels, columns).apply(x)
-    return np.asarray(y), np.asarray(dense(kept, kernel, strides, dilation, padding))
+    expected = np.array(dense(kept.apply(x), kernel, strides, dilation, padding))
+    if kept.features is not None:
+        expected *= np.asarray(kept.features)[:, None, None, :]
+    if kept.out_columns is not None:
+        expected *= np.asarray(kept.out_columns)[..., None]
+    return np.asarray(y), expected
 
 
 @needs_compiler
 @settings(max_examples=60)
 @given(st.data())
 def test_it_equals_the_dense_convolution_of_what_is_kept(data):
-    """Any geometry; more features than a panel has; images that keep different numbers, or none."""
+    """Any geometry; more features than a panel has; images that keep different numbers, or none.
+
+    Of the output the same: what is not wanted comes as 0.
+    """
     draw = data.draw
     size = st.sampled_from([1, 2, 3, 5])
     kernel_size, strides = (draw(size), draw(size)), (draw(size), draw(size))
@@ -67,14 +73,17 @@ def test_it_equals_the_dense_convolution_of_what_is_kept(data):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     x = jnp.asarray(rng.normal(size=(batch, height, width, channels)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(*kernel_size, channels, features)), jnp.float32)
-    shares = [draw(st.none() | st.floats(0, 1)) for _ in range(2)]
-    channel_mask, column_mask = (
-        None if share is None else jnp.asarray(rng.random(shape) < share)
-        for share, shape in zip(shares, [(batch, channels), (batch, height, width)], strict=True)
+    out = dense(x[:1], kernel, strides, dilation, padding).shape[1:3]
+    shapes = [(channels,), (height, width), (features,), out]
+    shares = [draw(st.none() | st.floats(0, 1)) for _ in shapes]
+    channel_mask, column_mask, feature_mask, out_column_mask = (
+        None if share is None else jnp.asarray(rng.random((batch, *shape)) < share)
+        for share, shape in zip(shares, shapes, strict=True)
     )
-    y, reference = native_and_dense(
-        x, kernel, channel_mask, column_mask, strides, dilation, padding
+    kept = masks.Masks(
+        channel_mask, column_mask, features=feature_mask, out_columns=out_column_mask
     )
+    y, reference = native_and_dense(x, kernel, kept, strides, dilation, padding)
     np.testing.assert_allclose(y, reference, rtol=1e-5, atol=1e-5 * max(1, abs(reference).max()))
 
 
@@ -89,8 +98,11 @@ def test_it_divides_the_work_of_any_shape(shape):
     kernel = jnp.asarray(rng.normal(size=(3, 3, shape[3], 40)), jnp.float32)
     channel_mask = jnp.asarray(rng.random((shape[0], shape[3])) < 0.5)
     column_mask = jnp.asarray(rng.random(shape[:3]) < 0.5)
-    for gates in itertools.product((None, channel_mask), (None, column_mask)):
-        y, reference = native_and_dense(x, kernel, *gates)
+    feature_mask = jnp.asarray(rng.random((shape[0], 40)) < 0.5)
+    sides = ((None, channel_mask), (None, column_mask), (None, feature_mask))
+    for channels, columns, features in itertools.product(*sides):
+        kept = masks.Masks(channels, columns, features=features)
+        y, reference = native_and_dense(x, kernel, kept)
         np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-3)
 
 
@@ -99,7 +111,7 @@ def test_what_is_not_kept_is_not_read():
     x = jnp.ones((1, 3, 3, 2)).at[:, :, :, 1].set(jnp.nan).at[:, 2].set(jnp.inf)
     channels = jnp.asarray([[True, False]])
     columns = jnp.ones((1, 3, 3), bool).at[:, 2].set(False)
-    y, _ = native_and_dense(x, jnp.ones((3, 3, 2, 1)), channels, columns)
+    y, _ = native_and_dense(x, jnp.ones((3, 3, 2, 1)), masks.Masks(channels, columns))
     # Each output sums the kept columns around it: two rows are kept.
     np.testing.assert_array_equal(y[0, :, :, 0], [[4, 6, 4], [4, 6, 4], [2, 3, 2]])
 
@@ -189,7 +201,7 @@ def test_a_damaged_library_is_made_anew(fresh, monkeypatch, tmp_path):
 @needs_compiler
 def test_a_kernel_larger_than_its_map_leaves_nothing():
     y, reference = native_and_dense(
-        jnp.ones((2, 3, 3, 4)), jnp.ones((5, 5, 4, 6)), None, None, padding=((0, 0), (0, 0))
+        jnp.ones((2, 3, 3, 4)), jnp.ones((5, 5, 4, 6)), masks.Masks(), padding=((0, 0), (0, 0))
     )
     assert y.shape == reference.shape == (2, 0, 0, 6)
 

@@ -54,7 +54,10 @@ class CompactConv(DynamicConv):
                 None if conv.feature_ratio is None else float(conv.feature_ratio[...])
             )
         forms = possible(
-            self, channels=self.channel_ratio is not None, columns=self.column_ratio is not None
+            self,
+            channels=self.channel_ratio is not None,
+            columns=self.column_ratio is not None,
+            features=self.feature_ratio is not None,
         )
         if dataclasses.replace(form, images=0) not in forms or form.images < 0:
             raise ValueError(
@@ -78,6 +81,10 @@ class CompactConv(DynamicConv):
         self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None
     ) -> Masks:
         """The masks of maps of a shape; where few channels are ranked, their indices too."""
+        if self.follows_features and self.form.product == "native" and channel_scores is not None:
+            # Whatever is not zero: no more than the count that is kept, and perhaps less.
+            masks = super().choose(shape, None, column_scores)
+            return dataclasses.replace(masks, channels=channel_scores > 0.0)
         masks = super().choose(shape, channel_scores, column_scores)
         if not self.form.channels or self.form.product == "native" or channel_scores.size > _FEW:
             return masks
@@ -123,6 +130,7 @@ class CompactConv(DynamicConv):
             features=self.out_features,
             kept_channels=group * self.kept_count(self.channel_ratio, channels // group),
             kept_columns=patch * self.kept_count(self.column_ratio, height * width // patch),
+            wanted_features=self.kept_count(self.feature_ratio, self.out_features),
             group_size=group,
             precision=self.precision,
         )

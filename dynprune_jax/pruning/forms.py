@@ -5,7 +5,8 @@ have the taps of its input side by side (`patches`, also known as im2col), the t
 (`taps`: one product for all of them, then shifted adds), or one kernel dimension on each side
 (`rows`). What a gate does not keep is set to zero (*masked*), or left out of the product
 (*gathered*: the kept rows and channels are collected, and of the kernel the rows of the kept
-channels, for each image its own).
+channels, for each image its own). Outputs that are not wanted are computed all the same, or left
+out of the product too: of the kernel only the columns of the wanted ones are collected.
 
 Two products are not XLA's: `native`, compiled C++ for CPUs, and `pallas`, for GPUs. Both read what
 is kept of the map and of the kernel in place.
@@ -42,17 +43,20 @@ class Form:
     Attributes:
       product: `conv` (XLA's own convolution), `patches`, `rows`, `taps`, `native` or `pallas`.
       channels: whether only the kept channels are multiplied; if not, the others are masked.
-      columns: the same of columns; only `taps` and `native` skip them.
+      columns: the same of columns; only `taps` and `native` skip them. `native` leaves out columns
+        of the output too, where a tile of columns lands on none that is wanted.
       images: how many are computed at a time; 0 for all.
+      features: whether only the wanted output channels are computed; if not, all are.
     """
 
     product: str = "conv"
     channels: bool = False
     columns: bool = False
     images: int = 0
+    features: bool = False
 
     def __str__(self) -> str:
-        gathered = [name for name in ("channels", "columns") if getattr(self, name)]
+        gathered = [name for name in ("channels", "columns", "features") if getattr(self, name)]
         parts = [self.product, "+".join(gathered), f"by {self.images}" if self.images else ""]
         return " ".join(filter(None, parts))
 
@@ -166,13 +170,14 @@ def execute(
     features: int,
     kept_channels: int,
     kept_columns: int,
+    wanted_features: int,
     group_size: int = 1,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "batch out_height out_width features"]:
     """Convolves what the masks keep of each image.
 
     Args:
-      form: how; `conv` only with gathered channels, for without it is the layer's own.
+      form: how; `conv` only with something gathered, for without it is the layer's own.
       geometry: of the convolution on maps of this size.
       weights: the kernel, from `layout`.
       x: the maps.
@@ -180,6 +185,7 @@ def execute(
       features: of the kernel.
       kept_channels: how many channels each image keeps.
       kept_columns: how many columns each image keeps.
+      wanted_features: how many output channels each image wants.
       group_size: how many neighbouring channels are kept or left out together.
       precision: of the products.
 
@@ -192,8 +198,11 @@ def execute(
         return kept_conv(
             x,
             weights,
-            masks.channels,
-            masks.columns,
+            dataclasses.replace(
+                masks,
+                features=masks.features if form.features else None,
+                out_columns=masks.out_columns if form.columns else None,
+            ),
             features=features,
             kernel_size=geometry.kernel,
             strides=geometry.strides,
@@ -227,11 +236,22 @@ def execute(
             image["places"] = places.reshape(masks.columns.shape)
         else:
             image["column_mask"] = masks.columns
+    if form.features:
+        assert masks.features is not None
+        image["wanted"], image["stand"] = kept_indices(masks.features, wanted_features)
     product = _PRODUCTS[form.product]
+    dot = _Dot(precision, jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype)
 
     def convolve(image: Mapping[str, Any]) -> Array:
-        dtype = jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
-        return product(geometry, weights, _Dot(precision, dtype), **image)
+        if not form.features:
+            return product(geometry, weights, dot, **image)
+        rest = dict(image)
+        wanted, stand = rest.pop("wanted"), rest.pop("stand")
+        of_features = weights.reshape(*weights.shape[:-1], -1, features)
+        part = _take(of_features, wanted, axis=-1).reshape(*weights.shape[:-1], -1)
+        y = product(geometry, part, dot, **rest)
+        nothing = jnp.zeros((*y.shape[:-1], 1), y.dtype)  # where those that are not wanted stand
+        return _take(jnp.concatenate([y, nothing], axis=-1), stand, axis=-1)
 
     if form.product == "conv":  # a loop would keep XLA from its fast convolution
         each = [convolve(jax.tree.map(lambda leaf, i=i: leaf[i], image)) for i in range(batch)]
@@ -320,13 +340,15 @@ def _taps(
 
 
 def _conv(
-    geometry: Geometry, weights: Array, dot: _Dot, x: Array, channels: Array, **masks: Any
+    geometry: Geometry, weights: Array, dot: _Dot, x: Array, channels: Any = None, **masks: Any
 ) -> Array:
     """XLA's convolution of the kept channels with their rows of the kernel."""
-    x = Masks(None, masks.get("column_mask")).apply(x)
+    x = Masks(masks.get("channel_mask"), masks.get("column_mask")).apply(x)
+    if channels is not None:
+        x, weights = _take(x, channels, axis=-1), _take(weights, channels, axis=2)
     y = lax.conv_general_dilated(
-        _take(x, channels, axis=-1)[None],
-        _take(weights, channels, axis=2),
+        x[None],
+        weights,
         geometry.strides,
         geometry.padding,
         rhs_dilation=geometry.dilation,
@@ -387,7 +409,14 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def candidates(
-    conv: nnx.Conv, batch: int, *, group_size: int, columns: bool, platform: str, wide: bool = False
+    conv: nnx.Conv,
+    batch: int,
+    *,
+    group_size: int,
+    columns: bool,
+    features: bool = False,
+    platform: str,
+    wide: bool = False,
 ) -> Iterator[Form]:
     """The forms worth measuring for a convolution.
 
@@ -396,19 +425,22 @@ def candidates(
       batch: images at a time.
       group_size: of the channels that its gate leaves out; 0 if it leaves none out.
       columns: whether its gate leaves columns out.
+      features: whether its gate leaves output channels out.
       platform: `cpu`, `gpu` or `tpu`. On a CPU loops over a few images keep to the cache, but
         where `native` is to be had none was the fastest in any plan that was measured.
       wide: whether it computes in more than float32, which our own kernels do not.
     """
     loops = platform == "cpu" and native.why_not() is not None
     some = [n for n in (1, 2, 4, 16) if loops and n < batch]
-    for form in possible(conv, channels=group_size > 0, columns=columns):
+    for form in possible(conv, channels=group_size > 0, columns=columns, features=features):
         if form.product == "pallas":
             if platform == "gpu" and group_size % 16 == 0 and not wide:
                 yield form
         elif form.product == "native":
             if native.why_not() is None and not wide:
                 yield form
+        elif form.channels and form.features != features:
+            continue  # what copies rows of the kernel for each image copies no more than it must
         elif form == Form() or (form.product == "conv" and batch <= 8):
             yield form
         elif form.product != "conv":
@@ -416,13 +448,16 @@ def candidates(
             yield from (dataclasses.replace(form, images=n) for n in (0, *counts))
 
 
-def possible(conv: nnx.Conv, *, channels: bool, columns: bool) -> list[Form]:
+def possible(
+    conv: nnx.Conv, *, channels: bool, columns: bool, features: bool = False
+) -> list[Form]:
     """The forms that can execute a convolution, all images at a time.
 
     Args:
       conv: the convolution.
       channels: whether its gate leaves channels out.
       columns: whether its gate leaves columns out.
+      features: whether its gate leaves output channels out.
     """
     if conv.feature_group_count > 1 or _pair(conv.input_dilation) != (1, 1):
         return [Form()]
@@ -440,4 +475,7 @@ def possible(conv: nnx.Conv, *, channels: bool, columns: bool) -> list[Form]:
         forms.append(Form("taps", columns=True))
         if channels:
             forms.append(Form("taps", channels=True, columns=True))
+    if features:
+        able = [form for form in forms if form.product != "pallas"]
+        forms += [dataclasses.replace(form, features=True) for form in able]
     return forms

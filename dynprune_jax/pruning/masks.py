@@ -33,7 +33,8 @@ class Masks:
       kept_channels: the indices of the kept channels in any order, where they are known; an
         execution that gathers may use them in place of `channels`.
       features: which output channels are wanted, of the shape `(*batch, features)`. An execution
-        may return anything for the others: the layer behind sets them to zero.
+        may return anything finite for the others: the layer behind sets them to zero.
+      out_columns: the same of output columns, `(*batch, out_height, out_width)`.
       salience: what the wanted ones are multiplied by there, `(*batch, features)`.
     """
 
@@ -41,6 +42,7 @@ class Masks:
     columns: Bool[Leaf, "*batch height width"] | None = None
     kept_channels: Int[Leaf, "*batch kept"] | None = None
     features: Bool[Leaf, "*batch features"] | None = None
+    out_columns: Bool[Leaf, "*batch out_height out_width"] | None = None
     salience: Float[Leaf, "*batch features"] | None = None
 
     def apply(

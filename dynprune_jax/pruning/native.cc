@@ -2,11 +2,14 @@
 //
 // The convolution follows the input. A tile of a few kept columns, packed with their kept channels
 // alone, is multiplied by the rows of the kernel for those channels, one tap after the other, and
-// added where that tap lands. The kernel is read in place: none is gathered for an image. A tap
-// that lands nowhere for a whole tile (outside, or not at a stride) is not multiplied.
+// added where that tap lands. A tap that lands nowhere for a whole tile (outside, not at a stride,
+// or on columns of the output that are not wanted) is not multiplied.
 //
 // The kernel comes in panels of 32 features. All tiles of a task go through one tap of one panel
-// before the next, so that those rows of the kernel stay in the first or second level cache.
+// before the next, so that those rows of the kernel stay in the first or second level cache. Where
+// all features are wanted the kernel is read in place: none is gathered for an image. Where an
+// image wants some, its panels are of 32 of those; for each tap of a panel the rows of the kept
+// channels are packed side by side just before they are multiplied, and never written to memory.
 
 #include <algorithm>
 #include <atomic>
@@ -21,6 +24,9 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #if __has_include(<unistd.h>)
 #include <unistd.h>
 #endif
@@ -43,6 +49,7 @@ constexpr int kLanes = 4, kVectors = 2, kTile = 6;
 #endif
 constexpr int kAhead = 8;   // rows of the kernel that are fetched before they are multiplied
 constexpr int kPanel = 32;  // native.py lays the kernel out in panels as wide
+constexpr int kHalf = 16;   // panels of wanted features are of one or two of these
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
@@ -61,11 +68,13 @@ struct Convolution {
   int64_t kernel_height, kernel_width;
   int64_t stride_down, stride_across, dilation_down, dilation_across, top, left;
   const float *x, *kernel;
-  const bool *channel_mask, *column_mask;  // no gate on that axis: null
+  // Of the input and of the output; null: no gate on that axis.
+  const bool *channel_mask, *column_mask, *feature_mask, *out_column_mask;
+  int64_t wanted;  // features, of the image that wants the most
+  int64_t panels;  // that they are computed in, of at most 32 each
   float* y;
 
   int64_t taps() const { return kernel_height * kernel_width; }
-  int64_t panels() const { return (features + kPanel - 1) / kPanel; }
 };
 
 // A part of the output: some rows of some images.
@@ -81,15 +90,21 @@ struct Column {
 // Columns that are multiplied together. They share their kept channels.
 struct Tile {
   int64_t first, columns;          // in `kept`
-  int64_t first_channel, depth;    // in `channels`
+  int64_t first_channel, depth;    // in the list of `channels`
   int64_t packed;                  // where its values begin in `packed`
+};
+
+// What each image of a task keeps on one axis, one image after the other.
+struct Lists {
+  std::vector<int32_t> members;
+  std::vector<int64_t> first;  // where those of each image begin, and where the last ends
 };
 
 // All that is made ready of a task before anything is multiplied.
 struct Ready {
   Task task;
-  std::vector<int32_t> channels;       // the kept channels of one image after the other
-  std::vector<int64_t> first_channel;  // where those of each image begin
+  Lists channels;  // one list for all images if there is no gate
+  Lists features;  // none if all are wanted
   std::vector<Column> kept;
   std::vector<Tile> tiles;
   std::vector<int32_t> landings_down, landings_across;
@@ -99,38 +114,49 @@ struct Ready {
   int64_t places(const Convolution& c) const { return task.images * task.rows * c.out_width; }
 };
 
-// Adds the product of a tile of M columns with rows of the kernel to M rows of sums.
-template <int M>
-void Multiply(int64_t depth, const float* __restrict tile, const float* __restrict kernel,
-              const int32_t* __restrict rows, float* const* sums) {
-  for (int part = 0; part < kPanel; part += kLanes * kVectors) {
-    Vector total[M][kVectors];
+// Adds the product of a tile of M columns with V vectors of rows of the kernel to M rows of sums.
+template <int M, int V>
+void MultiplyPart(int64_t depth, const float* __restrict tile, const float* __restrict kernel,
+                  const int32_t* __restrict rows, float* const* sums, int part, int64_t next) {
+  Vector total[M][V];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * kLanes);
-    for (int64_t k = 0; k < depth; ++k) {
-      const float* row = kernel + int64_t{rows[k]} * kPanel + part;
-      // Of rows that are picked out, the processor cannot guess the next by itself.
-      const float* soon = kernel + int64_t{rows[k + kAhead]} * kPanel + part;
-      __builtin_prefetch(soon);
-      __builtin_prefetch(soon + 16);
-      Vector weights[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        weights[v] = *reinterpret_cast<const Vector*>(row + v * kLanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) total[m][v] += tile[k * M + m] * weights[v];
+    for (int v = 0; v < V; ++v)
+      total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * kLanes);
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* row = kernel + int64_t{rows[k]} * kPanel + part;
+    // Of rows that are picked out, the processor cannot guess the next by itself.
+    const float* soon = kernel + int64_t{rows[k + kAhead]} * kPanel + part;
+    __builtin_prefetch(soon);
+    if (V * kLanes > 16) __builtin_prefetch(soon + 16);
+    if (next) {
+      __builtin_prefetch(row + next, 0, 2);
+      if (V * kLanes > 16) __builtin_prefetch(row + next + 16, 0, 2);
     }
+    Vector weights[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) weights[v] = *reinterpret_cast<const Vector*>(row + v * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        *reinterpret_cast<Vector*>(sums[m] + part + v * kLanes) = total[m][v];
+      for (int v = 0; v < V; ++v) total[m][v] += tile[k * M + m] * weights[v];
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      *reinterpret_cast<Vector*>(sums[m] + part + v * kLanes) = total[m][v];
+}
+
+// The same with the first `width` features of the rows.
+template <int M>
+void Multiply(int64_t depth, int64_t width, const float* tile, const float* kernel,
+              const int32_t* rows, float* const* sums, int64_t next) {
+  int part = 0;
+  for (; part + kLanes < width; part += kVectors * kLanes)
+    MultiplyPart<M, kVectors>(depth, tile, kernel, rows, sums, part, next);
+  if (part < width) MultiplyPart<M, 1>(depth, tile, kernel, rows, sums, part, next);
 }
 
 template <int M>
@@ -143,8 +169,8 @@ void Pack(int64_t depth, const int32_t* channels, const float* const* columns, f
 // Both for each number of columns that a tile can have.
 template <int... M>
 struct ForTiles {
-  static constexpr void (*multiply[])(int64_t, const float*, const float*, const int32_t*,
-                                      float* const*) = {Multiply<M + 1>...};
+  static constexpr void (*multiply[])(int64_t, int64_t, const float*, const float*, const int32_t*,
+                                      float* const*, int64_t) = {Multiply<M + 1>...};
   static constexpr void (*pack[])(int64_t, const int32_t*, const float* const*,
                                   float*) = {Pack<M + 1>...};
 };
@@ -152,22 +178,21 @@ template <int... M>
 ForTiles<M...> Each(std::integer_sequence<int, M...>);
 using Of = decltype(Each(std::make_integer_sequence<int, kTile>()));
 
+int64_t Parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 int64_t Modulo(int64_t a, int64_t n) { return ((a % n) + n) % n; }
 
-// The kept channels of each image of a task: without a gate, all of them, once.
-void FindChannels(const Convolution& c, Ready& ready) {
-  const Task& task = ready.task;
-  ready.channels.clear();
-  ready.first_channel.clear();
-  const int64_t lists = c.channel_mask ? task.images : 1;
-  for (int64_t i = 0; i < lists; ++i) {
-    ready.first_channel.push_back(ready.channels.size());
-    const bool* mask = c.channel_mask ? c.channel_mask + (task.image + i) * c.channels : nullptr;
-    for (int64_t channel = 0; channel < c.channels; ++channel)
-      if (!mask || mask[channel]) ready.channels.push_back(channel);
+// What each image of a task keeps of `n`: without a gate, everything, in one list.
+void FindMembers(const Task& task, const bool* mask, int64_t n, Lists& lists) {
+  lists.members.clear();
+  lists.first.clear();
+  for (int64_t i = 0; i < (mask ? task.images : 1); ++i) {
+    lists.first.push_back(lists.members.size());
+    for (int64_t member = 0; member < n; ++member)
+      if (!mask || mask[(task.image + i) * n + member]) lists.members.push_back(member);
   }
-  ready.first_channel.push_back(ready.channels.size());
-  ready.channels.resize(ready.channels.size() + kAhead, 0);  // which is read, and of no matter
+  lists.first.push_back(lists.members.size());
+  lists.members.resize(lists.members.size() + kAhead, 0);  // which is read, and of no matter
 }
 
 // Divides the kept columns from `first` on into tiles of about equal size.
@@ -176,8 +201,8 @@ void CloseTiles(const Convolution& c, int64_t first, Ready& ready) {
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
     const int64_t list = c.channel_mask ? ready.kept[begin].image : 0;
-    const int64_t channel = ready.first_channel[list];
-    const int64_t depth = ready.first_channel[list + 1] - channel;
+    const int64_t channel = ready.channels.first[list];
+    const int64_t depth = ready.channels.first[list + 1] - channel;
     int64_t packed = 0;
     if (!ready.tiles.empty()) {
       const Tile& last = ready.tiles.back();
@@ -199,6 +224,7 @@ void FindTiles(const Convolution& c, Ready& ready) {
   const Task& task = ready.task;
   ready.kept.clear();
   ready.tiles.clear();
+  const bool apart = c.channel_mask || c.feature_mask;  // each image has its own rows of the kernel
   const int64_t reach = (c.kernel_height - 1) * c.dilation_down + 1;
   const int64_t low = std::max<int64_t>(0, task.row * c.stride_down - c.top);
   const int64_t high =
@@ -219,12 +245,12 @@ void FindTiles(const Convolution& c, Ready& ready) {
                w += c.stride_across)
             if (!mask || mask[h * c.width + w])
               ready.kept.push_back({int32_t(i), int32_t(h), int32_t(w)});
-        if (c.channel_mask) {  // each image has its own kept channels
+        if (apart) {
           CloseTiles(c, first, ready);
           first = ready.kept.size();
         }
       }
-      if (!c.channel_mask) CloseTiles(c, first, ready);
+      if (!apart) CloseTiles(c, first, ready);
     }
 }
 
@@ -254,18 +280,23 @@ void FillTile(const Convolution& c, const Tile& tile, Ready& ready) {
     const int32_t* across = ready.landings_across.data() + column.across * c.kernel_width;
     for (int64_t i = 0, tap = 0; i < c.kernel_height; ++i) {
       const int64_t first = (column.image * task.rows + down[i]) * c.out_width;
-      for (int64_t j = 0; j < c.kernel_width; ++j, ++tap)
-        landings[tap * tile.columns + m] = down[i] < 0 || across[j] < 0 ? -1 : first + across[j];
+      const int64_t out_row = (task.image + column.image) * c.out_height + task.row + down[i];
+      const bool* wanted = c.out_column_mask ? c.out_column_mask + out_row * c.out_width : nullptr;
+      for (int64_t j = 0; j < c.kernel_width; ++j, ++tap) {
+        const bool lands = down[i] >= 0 && across[j] >= 0 && (!wanted || wanted[across[j]]);
+        landings[tap * tile.columns + m] = lands ? first + across[j] : -1;
+      }
     }
   }
-  Of::pack[tile.columns - 1](tile.depth, ready.channels.data() + tile.first_channel, columns,
-                             ready.packed.data() + tile.packed);
+  Of::pack[tile.columns - 1](tile.depth, ready.channels.members.data() + tile.first_channel,
+                             columns, ready.packed.data() + tile.packed);
 }
 
 // Makes a task ready but for the filling of its tiles.
 void Prepare(const Convolution& c, const Task& task, Ready& ready) {
   ready.task = task;
-  FindChannels(c, ready);
+  FindMembers(task, c.channel_mask, c.channels, ready.channels);
+  if (c.feature_mask) FindMembers(task, c.feature_mask, c.features, ready.features);
   FindTiles(c, ready);
   FindLandings(c.height, c.kernel_height, c.stride_down, c.dilation_down, c.top, task.row,
                task.rows, ready.landings_down);
@@ -278,14 +309,98 @@ void Prepare(const Convolution& c, const Task& task, Ready& ready) {
   }
 }
 
+// The features of one image in one panel: the next of those that it wants.
+struct Panel {
+  const int32_t* features;
+  int64_t width;
+  int64_t low, high;  // of the output's features it writes these, with 0 for what is not wanted
+};
+
+Panel FindPanel(const Convolution& c, const Ready& ready, int64_t image, int64_t panel) {
+  const int64_t *first = ready.features.first.data() + image, count = first[1] - first[0];
+  const int32_t* all = ready.features.members.data() + first[0];
+  const int64_t halves = Parts(c.wanted, kHalf);
+  const auto start = [&](int64_t panel) {  // the wider panels come first
+    const int64_t before = halves / c.panels * panel + std::min(halves % c.panels, panel);
+    return std::min(before * kHalf, count);
+  };
+  const int64_t begin = start(panel), end = start(panel + 1);
+  if (begin == count && panel > 0) return {all, 0, 0, 0};
+  return {all + begin, end - begin, panel > 0 ? all[begin] : 0, end < count ? all[end] : c.features};
+}
+
+// Packs, of one tap, the rows of some channels with the features of a panel side by side.
+void PackRows(const Convolution& c, const Panel& panel, int64_t tap, const int32_t* channels,
+              int64_t depth, float* rows) {
+  const float* from[kPanel];
+  const auto source = [&](int64_t feature) {
+    return c.kernel + (feature / kPanel * c.taps() + tap) * c.channels * kPanel + feature % kPanel;
+  };
+#if defined(__AVX512F__)
+  // Of each vector that has a wanted feature: those to the front, over what came before.
+  __mmask16 masks[kPanel];
+  int counts[kPanel], vectors = 0;
+  for (int64_t j = 0; j < panel.width; ++vectors) {
+    const int32_t first = panel.features[j] / kLanes * kLanes;
+    from[vectors] = source(first), masks[vectors] = 0, counts[vectors] = 0;
+    for (; j < panel.width && panel.features[j] < first + kLanes; ++j, ++counts[vectors])
+      masks[vectors] |= 1 << (panel.features[j] - first);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    float* row = rows + k * kPanel;
+    for (int v = 0; v < vectors; ++v) {
+      const float* at = from[v] + int64_t{channels[k]} * kPanel;
+      const __m512 all = _mm512_loadu_ps(at);
+      __builtin_prefetch(at + c.channels * kPanel, 0, 2);
+      _mm512_storeu_ps(row, _mm512_maskz_compress_ps(masks[v], all));
+      row += counts[v];
+    }
+  }
+#else
+  for (int64_t j = 0; j < panel.width; ++j) from[j] = source(panel.features[j]);
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t j = 0; j < panel.width; ++j)
+      rows[k * kPanel + j] = from[j][int64_t{channels[k]} * kPanel];
+#endif
+}
+
+// Writes the sums of one image, of all features of a panel or of those that it wants.
+void WriteSums(const Convolution& c, const float* sums, int64_t places, const Panel& panel,
+               float* y) {
+  const int64_t width = panel.width, whole = panel.high - panel.low;
+  y += panel.low;
+  for (int64_t place = 0; place < places; ++place, sums += kPanel, y += c.features) {
+    if (width == kPanel && whole == kPanel) {
+      std::memcpy(y, sums, kPanel * sizeof(float));  // of a constant length: no call
+    } else if (width == whole) {
+      std::memcpy(y, sums, width * sizeof(float));
+    } else {
+      std::memset(y, 0, whole * sizeof(float));
+      for (int64_t j = 0; j < width; ++j) y[panel.features[j] - panel.low] = sums[j];
+    }
+  }
+}
+
 // Computes the 32 features of a panel for all of a task.
-void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t panel) {
-  thread_local std::vector<float> buffer;  // of each place of the output; the last is nowhere
+void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
+  thread_local std::vector<float> buffer;   // of each place of the output; the last is nowhere
+  thread_local std::vector<float> packed;   // rows of the kernel of one image and tap
+  thread_local std::vector<int32_t> order;  // 0, 1, 2, ...: packed rows are not picked out
+  const Task& task = ready.task;
   const int64_t taps = c.taps(), nowhere = ready.places(c);
   buffer.resize((nowhere + 1) * kPanel);
   float* sums = buffer.data();
   std::memset(sums, 0, nowhere * kPanel * sizeof(float));
-  for (int64_t tap = 0; tap < taps; ++tap)
+  if (c.feature_mask) {
+    packed.resize((c.channels + 1) * kPanel);
+    for (int64_t k = order.size(); k < c.channels + kAhead; ++k) order.push_back(k);
+  }
+  const int64_t low = index * kPanel, high = std::min(low + kPanel, c.features);
+  Panel panel{nullptr, high - low, low, high};
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    int64_t image = -1;  // whose rows are packed
+    int64_t next = c.feature_mask ? 0 : c.channels * kPanel;
+    const float* kernel = c.kernel + (index * taps + tap) * c.channels * kPanel;
     for (const Tile& tile : ready.tiles) {
       const int32_t* landing = ready.landings.data() + tile.first * taps + tap * tile.columns;
       float* rows[kTile];
@@ -294,28 +409,29 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t panel) {
         lands |= landing[m] >= 0;
         rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
       }
-      if (lands)
-        Of::multiply[tile.columns - 1](tile.depth, ready.packed.data() + tile.packed,
-                                       c.kernel + (panel * taps + tap) * c.channels * kPanel,
-                                       ready.channels.data() + tile.first_channel, rows);
-    }
-  const Task& task = ready.task;
-  const int64_t features = std::min<int64_t>(kPanel, c.features - panel * kPanel);
-  for (int64_t i = 0; i < task.images; ++i) {
-    const int64_t row = (task.image + i) * c.out_height + task.row;
-    float* y = c.y + row * c.out_width * c.features + panel * kPanel;
-    for (int64_t place = 0; place < task.rows * c.out_width; ++place) {
-      if (features == kPanel)
-        std::memcpy(y, sums, kPanel * sizeof(float));  // of a constant length: no call
-      else
-        std::memcpy(y, sums, features * sizeof(float));
-      sums += kPanel;
-      y += c.features;
+      if (!lands) continue;
+      const int32_t* channels = ready.channels.members.data() + tile.first_channel;
+      if (c.feature_mask) {
+        if (image != ready.kept[tile.first].image) {
+          image = ready.kept[tile.first].image;
+          panel = FindPanel(c, ready, image, index);
+          PackRows(c, panel, tap, channels, tile.depth, packed.data());
+          kernel = packed.data();
+        }
+        channels = order.data();
+      }
+      Of::multiply[tile.columns - 1](tile.depth, panel.width, ready.packed.data() + tile.packed,
+                                     kernel, channels, rows, next);
+      next = 0;
     }
   }
+  const int64_t places = task.rows * c.out_width;
+  for (int64_t i = 0; i < task.images; ++i) {
+    if (c.feature_mask) panel = FindPanel(c, ready, i, index);
+    const int64_t row = (task.image + i) * c.out_height + task.row;
+    WriteSums(c, sums + i * places * kPanel, places, panel, c.y + row * c.out_width * c.features);
+  }
 }
-
-int64_t Parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // How many are kept, where every image keeps as many.
 int64_t Count(const bool* mask, int64_t n) { return mask ? std::count(mask, mask + n, true) : n; }
@@ -337,7 +453,7 @@ std::vector<Task> Divide(const Convolution& c, int64_t threads) {
   } else {
     // A map of few rows is left whole, as its kernel is the larger: features are divided then.
     const int64_t share = Parts(threads, c.batch), few = c.kernel_height > 1 ? 16 : 8;
-    const bool whole = pieces == 1 && c.panels() >= share && c.out_height < few * share;
+    const bool whole = pieces == 1 && c.panels >= share && c.out_height < few * share;
     bands = whole ? 1 : std::min(Parts(pieces, share) * share, c.out_height);
   }
   std::vector<Task> tasks;
@@ -388,22 +504,24 @@ void RunApart(ffi::ThreadPool& pool, const Convolution& c, const std::vector<Tas
     thread_local Ready ready;
     Prepare(c, tasks[i], ready);
     for (const Tile& tile : ready.tiles) FillTile(c, tile, ready);
-    for (int64_t panel = 0; panel < c.panels(); ++panel) MultiplyPanel(c, ready, panel);
+    for (int64_t panel = 0; panel < c.panels; ++panel) MultiplyPanel(c, ready, panel);
   });
 }
 
 // All threads at one task: first they fill its tiles, then each multiplies panels.
-void RunTogether(ffi::ThreadPool& pool, const Convolution& c, const Task& task, int64_t threads) {
+void RunTogether(ffi::ThreadPool& pool, Convolution c, const Task& task, int64_t threads) {
   struct Shared {
     Ready ready;
     int64_t fillings;
     std::atomic<int64_t> filled{0};
   };
   auto shared = std::make_shared<Shared>();
+  if (c.feature_mask && c.panels < 2 * threads)  // narrower ones, so that each has as much to do
+    c.panels = std::min(Parts(c.wanted, kHalf), Parts(c.panels, threads) * threads);
   Prepare(c, task, shared->ready);
   const int64_t tiles = shared->ready.tiles.size();
   shared->fillings = std::min(tiles, 2 * threads);
-  ForEach(pool, shared->fillings + c.panels(), [c, shared, tiles](int64_t i) {
+  ForEach(pool, shared->fillings + c.panels, [c, shared, tiles](int64_t i) {
     Ready& ready = shared->ready;
     const int64_t fillings = shared->fillings;
     if (i < fillings) {
@@ -420,6 +538,7 @@ void RunTogether(ffi::ThreadPool& pool, const Convolution& c, const Task& task, 
 
 ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
                     ffi::Buffer<ffi::PRED> channel_mask, ffi::Buffer<ffi::PRED> column_mask,
+                    ffi::Buffer<ffi::PRED> feature_mask, ffi::Buffer<ffi::PRED> out_column_mask,
                     ffi::Span<const int64_t> geometry, ffi::ResultBuffer<ffi::F32> y) {
   const auto in = x.dimensions(), out = y->dimensions();
   if (in.size() != 4 || out.size() != 4 || geometry.size() != 8)
@@ -430,16 +549,26 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   int64_t* const fields[] = {&c.kernel_height, &c.kernel_width,    &c.stride_down, &c.stride_across,
                              &c.dilation_down, &c.dilation_across, &c.top,         &c.left};
   for (size_t i = 0; i < 8; ++i) *fields[i] = geometry[i];
-  const auto fits = [](size_t size, int64_t expected) { return int64_t(size) == expected; };
-  const auto fits_or_empty = [&](size_t size, int64_t n) { return size == 0 || fits(size, n); };
-  if (out[0] != c.batch || !fits(kernel.element_count(), c.panels() * c.taps() * c.channels * kPanel) ||
-      !fits_or_empty(channel_mask.element_count(), c.batch * c.channels) ||
-      !fits_or_empty(column_mask.element_count(), c.batch * c.height * c.width))
+  bool fits = out[0] == c.batch;
+  const auto mask = [&](const ffi::Buffer<ffi::PRED>& mask, int64_t size) -> const bool* {
+    const int64_t given = mask.element_count();
+    fits &= given == 0 || given == c.batch * size;
+    return given ? mask.typed_data() : nullptr;
+  };
+  c.channel_mask = mask(channel_mask, c.channels);
+  c.column_mask = mask(column_mask, c.height * c.width);
+  c.feature_mask = mask(feature_mask, c.features);
+  c.out_column_mask = mask(out_column_mask, c.out_height * c.out_width);
+  const int64_t panels = Parts(c.features, kPanel);
+  fits &= int64_t(kernel.element_count()) == panels * c.taps() * c.channels * kPanel;
+  if (!fits)
     return ffi::Error::InvalidArgument("the sizes of the operands do not fit each other");
   if (y->element_count() == 0) return ffi::Error::Success();
   c.x = x.typed_data(), c.kernel = kernel.typed_data(), c.y = y->typed_data();
-  c.channel_mask = channel_mask.element_count() ? channel_mask.typed_data() : nullptr;
-  c.column_mask = column_mask.element_count() ? column_mask.typed_data() : nullptr;
+  c.wanted = c.feature_mask ? 1 : c.features;  // where none is wanted, a panel writes zeros
+  for (int64_t i = 0; c.feature_mask && i < c.batch; ++i)
+    c.wanted = std::max(c.wanted, Count(c.feature_mask + i * c.features, c.features));
+  c.panels = Parts(c.wanted, kPanel);
 
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const std::vector<Task> tasks = Divide(c, threads);
@@ -504,6 +633,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_convolve, Convolve,
                                              .Ctx<ffi::ThreadPool>()
                                              .Arg<ffi::Buffer<ffi::F32>>()
                                              .Arg<ffi::Buffer<ffi::F32>>()
+                                             .Arg<ffi::Buffer<ffi::PRED>>()
+                                             .Arg<ffi::Buffer<ffi::PRED>>()
                                              .Arg<ffi::Buffer<ffi::PRED>>()
                                              .Arg<ffi::Buffer<ffi::PRED>>()
                                              .Attr<ffi::Span<const int64_t>>("geometry")

@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from dynprune_jax.pruning.masks import Masks
+
 _SOURCE = Path(__file__).with_name("native.cc")
 _TARGETS = ("dynprune_convolve", "dynprune_keep")
 _PANEL = 32  # features side by side, as in the source
@@ -44,8 +46,7 @@ def kernel_panels(
 def kept_conv(
     x: Float[Array, "batch height width channels"],
     panels: Float[Array, "panels taps channels 32"],
-    channel_mask: Bool[Array, "batch channels"] | None,
-    column_mask: Bool[Array, "batch height width"] | None,
+    masks: Masks,
     *,
     features: int,
     kernel_size: tuple[int, int],
@@ -55,14 +56,13 @@ def kept_conv(
 ) -> Float[Array, "batch out_height out_width features"]:
     """Convolves what the masks keep of each image, on a CPU and in float32.
 
-    Equal, to rounding, to the dense convolution of `x` with all else set to zero. It has no
-    gradient: it is for inference.
+    Equal, to rounding, to the dense convolution of `x` with all else set to zero, and 0 where the
+    output is not wanted. It has no gradient: it is for inference.
 
     Args:
       x: the maps.
       panels: the kernel, from `kernel_panels`.
-      channel_mask: the kept channels; None for all.
-      column_mask: the kept columns; None for all.
+      masks: what is kept of the maps and wanted of the output.
       features: of the kernel.
       kernel_size: height and width.
       strides: down and across.
@@ -80,6 +80,7 @@ def kept_conv(
     sides = zip(x.shape[1:3], padding, spans, strides, strict=True)
     out = [max(0, (side + sum(pad) - span) // stride + 1) for side, pad, span, stride in sides]
     everything = jnp.zeros(0, bool)
+    both_sides = (masks.channels, masks.columns, masks.features, masks.out_columns)
     call = jax.ffi.ffi_call(
         "dynprune_convolve",
         jax.ShapeDtypeStruct((x.shape[0], *out, features), jnp.float32),
@@ -88,8 +89,7 @@ def kept_conv(
     return call(
         x.astype(jnp.float32),
         panels.astype(jnp.float32),
-        everything if channel_mask is None else channel_mask,
-        everything if column_mask is None else column_mask,
+        *(everything if mask is None else mask for mask in both_sides),
         geometry=np.array(
             [*kernel_size, *strides, *dilation, padding[0][0], padding[1][0]], np.int64
         ),

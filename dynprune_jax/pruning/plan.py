@@ -211,8 +211,8 @@ def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
     gates = ()
     if isinstance(conv, DynamicConv):
         compact = CompactConv(conv, Form())
-        gates = (compact.channel_ratio, compact.column_ratio, compact.channel_group)
-        gates += (compact.column_patch,)
+        gates = (compact.channel_ratio, compact.column_ratio, compact.feature_ratio)
+        gates += (compact.channel_group, compact.column_patch)
     return (
         (shape.shape, str(shape.dtype), str(conv.dtype), conv.kernel[...].shape),
         (str(conv.strides), str(conv.padding), str(conv.kernel_dilation)),
@@ -232,6 +232,7 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
         shape.shape[0],
         group_size=0 if masks.channels is None else gate.group_size(shape.shape[-1]),
         columns=masks.columns is not None,
+        features=masks.features is not None,
         platform=jax.default_backend(),
         wide=jnp.finfo(conv.dtype or jnp.result_type(shape.dtype, conv.kernel.dtype)).bits > 32,
     ):
