@@ -25,7 +25,7 @@ from dynprune_jax.data.batches import check_batch_size, eval_batches
 from dynprune_jax.data.sources import Dataset, load_dataset
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
-from dynprune_jax.models.links import links
+from dynprune_jax.models.links import column_blocks, links
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
@@ -153,6 +153,7 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
             model,
             **ratios,
             layers=config.gate.layers,
+            column_blocks=column_blocks(model) if config.gate.block_columns else (),
             statistic=STATISTICS[config.gate.statistic],
             criterion=CRITERIA[criterion or config.gate.criterion],
             drop_probability=config.gate.drop_probability,

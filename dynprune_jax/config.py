@@ -69,6 +69,8 @@ def base_config() -> Config:
                 # attention: in front of a convolution, on its inputs. predicted: before it, by a
                 # learnt salience of its outputs, which the next convolution then skips as inputs.
                 "kind": "attention",
+                # Columns are chosen once a block (of a ResNet: a unit), for inputs and outputs.
+                "block_columns": False,
                 "layers": ("*",),  # patterns of layer names: which convolutions are gated
                 "channel_group": 1,  # neighbouring channels that are kept or skipped together
                 "column_patch": 1,  # side of the square of columns kept or skipped together

@@ -13,7 +13,7 @@ from dynprune_jax.pruning.masks import Masks
 PLACE = {"name": "conv", "order": 0}
 
 
-def slow_executed_macs(conv, x_shape, channels, columns, features=None):
+def slow_executed_macs(conv, x_shape, channels, columns, features=None, out_columns=None):
     """Walks over every output, every tap and every input channel of one image."""
     height, width, c_in = x_shape
     (k_h, k_w), (s_h, s_w), (d_h, d_w) = conv.kernel_size, conv.strides, conv.kernel_dilation
@@ -34,6 +34,8 @@ def slow_executed_macs(conv, x_shape, channels, columns, features=None):
     for i, j, a, b in itertools.product(range(out_h), range(out_w), range(k_h), range(k_w)):
         dense += c_in * fan_out
         h, w = i * s_h - top + a * d_h, j * s_w - left + b * d_w
+        if out_columns is not None and not out_columns[i, j]:
+            continue
         if 0 <= h < height and 0 <= w < width and columns[h, w]:
             for c in range(c_in):
                 wanted = fan_out if features is None else int(features.sum())
@@ -64,19 +66,26 @@ def test_macs_equal_a_walk_over_every_tap(kernel, strides, dilation, padding, gr
     # Only an ungrouped convolution chooses its outputs.
     features = random.random((2, 8)) < 0.6 if groups == 1 else None
     columns = random.random((2, *shape[:2])) < 0.6
+    out = conv(jnp.zeros((1, *shape))).shape[1:3]
+    out_columns = random.random((2, *out)) < 0.6 if seed % 2 else None
     masks = Masks(
         jnp.asarray(channels),
         jnp.asarray(columns),
         features=None if features is None else jnp.asarray(features),
+        out_columns=None if out_columns is None else jnp.asarray(out_columns),
     )
     usage = conv_usage(conv, (2, *shape), masks, **PLACE)
     for image in range(2):
         wanted = None if features is None else features[image]
-        executed, dense = slow_executed_macs(conv, shape, channels[image], columns[image], wanted)
+        places = None if out_columns is None else out_columns[image]
+        executed, dense = slow_executed_macs(
+            conv, shape, channels[image], columns[image], wanted, places
+        )
         assert usage.executed_macs[image] == executed
         assert usage.dense_macs == dense
         share = channels[image].mean() * columns[image].mean()
         share *= 1.0 if wanted is None else wanted.mean()
+        share *= 1.0 if places is None else places.mean()
         np.testing.assert_allclose(usage.macs[image], dense * share)
     everything = slow_executed_macs(conv, shape, np.ones(4), np.ones(shape[:2]))
     assert usage.dense_executed_macs == everything[0]

@@ -9,9 +9,15 @@ from flax import nnx
 from dynprune_jax import compact, measure, models
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _trained_or_fresh
-from dynprune_jax.models.links import links
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, Handover, SalientNorm
-from dynprune_jax.pruning.surgery import dynamic_layers, predict_channels, set_ratios
+from dynprune_jax.models.links import column_blocks, links
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Handover
+from dynprune_jax.pruning.masks import Masks
+from dynprune_jax.pruning.surgery import (
+    dynamic_layers,
+    make_dynamic,
+    predict_channels,
+    set_ratios,
+)
 from dynprune_jax.train import train_and_evaluate
 from dynprune_jax.train_step import Network
 
@@ -26,7 +32,7 @@ def reads(model):
     return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
 
 
-def predicted(name, ratio=0.4, column_ratio=None):
+def predicted(name, ratio=0.4, column_ratio=None, block_columns=False):
     """A model with norms as after some training, the same with predicted gates, and images."""
     factory, side, channels = FACTORIES[name]
     model = factory(10, image_size=side, in_channels=channels, width=0.25, rngs=nnx.Rngs(0))
@@ -36,7 +42,8 @@ def predicted(name, ratio=0.4, column_ratio=None):
             for j, part in enumerate((module.scale, module.bias, module.mean, module.var)):
                 draw = jax.random.fold_in(key, 4 * i + j)
                 part[...] = jax.random.uniform(draw, part.shape, minval=0.1, maxval=1.0)
-    dynamic = predict_channels(model, ratio, reads(model), column_ratio)
+    blocks = column_blocks(model) if block_columns else ()
+    dynamic = predict_channels(model, ratio, reads(model), column_ratio, column_blocks=blocks)
     for i, layer in enumerate(dynamic_layers(dynamic).values()):
         if layer.feature_ratio is not None:  # saliences that differ from input to input
             draw = jax.random.fold_in(key, i)
@@ -107,9 +114,12 @@ def test_with_every_salience_1_and_no_ratio_it_is_the_dense_model(name):
     np.testing.assert_array_equal(dynamic(images), model(images))
 
 
-@pytest.mark.parametrize(("name", "column_ratio"), [("vgg", None), ("resnet20", 0.3)])
-def test_compact_equals_masked(name, column_ratio):
-    _, dynamic, images = predicted(name, column_ratio=column_ratio)
+@pytest.mark.parametrize(
+    ("name", "column_ratio", "block_columns"),
+    [("vgg", None, False), ("resnet20", 0.3, False), ("vgg", 0.3, True), ("resnet20", 0.3, True)],
+)
+def test_compact_equals_masked(name, column_ratio, block_columns):
+    _, dynamic, images = predicted(name, 0.4, column_ratio, block_columns)
     fast = compact(dynamic, images)
     expected = dynamic(images)
     np.testing.assert_allclose(nnx.jit(fast)(images), expected, rtol=1e-4, atol=1e-4)
@@ -148,12 +158,61 @@ def test_the_norm_sees_all_outputs_in_training():
 
 def test_a_salience_is_taken_once_and_by_its_own_map_only():
     handover, y = Handover(), jnp.ones(2)
-    handover.put(y, "salience")
-    assert handover.take(jnp.ones(2)) is None
+    wanted = Masks(salience=jnp.ones(1))
+    handover.put(y, wanted)
+    assert handover.take(jnp.ones(2)) == Masks()
     assert handover.waits
-    assert handover.take(y) == "salience"
-    assert handover.take(y) is None
+    assert handover.take(y) is wanted
+    assert handover.take(y) == Masks()
     assert not handover.waits
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_columns_are_chosen_once_a_block(name):
+    """All its convolutions keep and want what the first has chosen."""
+    factory, side, channels = FACTORIES[name]
+    model = factory(10, image_size=side, in_channels=channels, width=0.5, rngs=nnx.Rngs(0))
+    blocks = column_blocks(model)
+    dynamic = make_dynamic(model, column_ratio=0.4, column_blocks=blocks)
+    dynamic.eval()
+    images = jax.random.normal(jax.random.key(1), (3, side, side, channels))
+    _, usage = measure(dynamic, images)
+    layers = {layer.name: layer for layer in usage.layers}
+    blocks = [[n for n, _ in block if layers[n].masks.columns is not None] for block in blocks]
+    assert max(len(block) for block in blocks) == {"resnet20": 2}.get(name, 3)
+    for first, *rest in blocks:
+        chosen = layers[first].masks
+        n = chosen.columns[0].size
+        np.testing.assert_array_equal(chosen.columns.sum(axis=(1, 2)), n - int(0.4 * n + 1e-6))
+        for layer in (layers[other] for other in (first, *rest)):
+            np.testing.assert_array_equal(layer.masks.columns, chosen.columns)
+            np.testing.assert_array_equal(layer.masks.out_columns, chosen.columns)
+            share = chosen.columns.mean() ** 2
+            np.testing.assert_allclose(layer.macs, layer.dense_macs * share, rtol=1e-6)
+
+
+def test_a_unit_leaves_the_columns_it_skips_as_they_were():
+    model = models.resnet20(10, image_size=8, width=0.5, rngs=nnx.Rngs(0))
+    dynamic = make_dynamic(model, column_ratio=0.5, column_blocks=column_blocks(model))
+    dynamic.eval()
+    unit = dynamic.blocks[0].layers[1]
+    x = nnx.relu(jax.random.normal(jax.random.key(0), (2, 8, 8, 8)))
+    skipped = ~np.asarray(unit.conv1.masks(x).columns)
+    y = np.asarray(unit(x))
+    assert skipped.sum() == 2 * 32
+    np.testing.assert_array_equal(y[skipped], np.asarray(x)[skipped])
+    assert (np.abs(y - x).max(-1) > 0)[~skipped].all()
+
+
+def test_columns_of_a_block_need_one_ratio_and_one_resolution():
+    model = models.vgg_digits(10, image_size=8, rngs=nnx.Rngs(0))
+    ratios = {"*": 0.5, "blocks/1/layers/1/conv": 0.4}
+    with pytest.raises(ValueError, match="column_ratio differs between blocks/1/layers/0/conv,"):
+        make_dynamic(model, column_ratio=ratios, column_blocks=column_blocks(model))
+    conv = nnx.Conv(4, 4, (3, 3), strides=2, rngs=nnx.Rngs(0))
+    gate = DynamicConv(conv, column_ratio=0.5, wants_columns=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="makes a map of 2x2 of one of 4x4"):
+        gate(jnp.ones((1, 4, 4, 4)))
 
 
 def test_what_is_not_left_out_is_not_counted_as_left_out():
@@ -180,14 +239,15 @@ def test_surgery_says_what_it_cannot_do():
     conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a grouped convolution cannot choose"):
         DynamicConv(conv, feature_ratio=0.5, rngs=nnx.Rngs(0))
-    assert not any(isinstance(m, SalientNorm) for _, m in nnx.iter_modules(model))
+    assert not any(isinstance(m, GatedNorm) for _, m in nnx.iter_modules(model))
 
 
 def test_a_run_with_predicted_gates(config, tmp_path):
     config.gate.kind = "predicted"
-    config.gate.column_ratio = ()
+    config.gate.column_ratio = (0.0, 0.2, 0.0)
+    config.gate.block_columns = True
     report = train_and_evaluate(config, tmp_path / "run")
-    # 7 convolutions at ratios .3, .4, .5 of both sides.
+    # 7 convolutions at ratios .3, .4, .5 of both sides; columns of one block.
     assert 0.5 < report["pruned"]["mac_reduction"] < 0.7
     assert report["pruned"]["gate_operations_per_image"] > 0
     assert set(report["pruned_by_other_criteria"]) == {"random", "inverse"}

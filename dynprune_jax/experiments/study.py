@@ -64,6 +64,10 @@ METHODS = {
     "channels": Method("channels only", {"gate.column_ratio": ()}),
     "columns": Method("columns only", {"gate.channel_ratio": (), "gate.column_ratio": 0.5}),
     "both": Method("channels and columns", {"gate.column_ratio": 0.5}),
+    "block_columns": Method(
+        "columns chosen once a block",
+        {"gate.column_ratio": 0.3, "gate.block_columns": True},
+    ),
     "all_layers": Method("gates on every convolution", {"gate.layers": ("*",)}),
     "no_dropout": Method("trained as long without dropout", {"gate.drop_probability": 0.0}),
     "stochastic": Method("targets dropped with probability .5", {"gate.drop_probability": 0.5}),
@@ -185,9 +189,9 @@ def _reduction(run: Run, targets: Mapping[str, float], unit: float, step: int) -
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A study as Markdown: accuracy by method and cut; the ablations at their one cut; controls.
+    """A study as Markdown: accuracy by method and cut; all methods at one cut; controls.
 
-    The controls are the weights trained for attention, with others chosen than it would choose.
+    The one cut is that of most methods that were run at a single one. The controls are the weights trained for attention, with others chosen than it would choose.
 
     A cell is the mean over seeds, with the standard deviation where there are several.
     """
@@ -212,9 +216,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["method"] == name and name not in curves and name != "dense"
     ]
     if single:
-        cut = single[0][1]
-        shown = [name for name in curves if _accuracies(rows, name, cut)]
-        shown += list(dict.fromkeys(name for name, _ in single))
+        cut = statistics.mode(cut for _, cut in single)
+        shown = [*curves, *dict.fromkeys(name for name, _ in single)]
+        shown = [name for name in shown if _accuracies(rows, name, cut)]
         lines = [
             f"| at a cut of {cut:.0%} | accuracy | without training for it | executed cut |",
             "|---|---|---|---|",

@@ -48,6 +48,34 @@ def links(model: Any) -> list[Link]:
     return found
 
 
+def column_blocks(model: Any) -> list[list[tuple[str, str]]]:
+    """Which convolutions of one of this package's models can share one choice of columns.
+
+    Of a VGG those of each block. Of a residual network those of each unit, behind its stride if
+    it has one; the shortcut is no part of it: what a unit skips, its input goes through unchanged.
+
+    Returns:
+      For each block or unit the names of each convolution and its normalization, in order.
+    """
+    names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
+    found = []
+    for block in model.blocks:
+        units: list[Any] = [unit for unit in block.layers if isinstance(unit, nnx.Module)]
+        groups = (
+            [[(u.conv, u.norm) for u in units]] if isinstance(model, VGG) else map(_unit, units)
+        )
+        found += [[(names[id(conv)], names[id(norm)]) for conv, norm in group] for group in groups]
+    return found
+
+
+def _unit(unit: Any) -> list[tuple[nnx.Conv, nnx.BatchNorm]]:
+    """A residual unit's convolutions behind the last that has a stride, with their norms."""
+    count = 3 if hasattr(unit, "conv3") else 2
+    pairs = [(getattr(unit, f"conv{i}"), getattr(unit, f"norm{i}")) for i in range(1, count + 1)]
+    strided = [i for i, (conv, _) in enumerate(pairs) if conv.strides not in (1, (1, 1))]
+    return pairs[strided[-1] + 1 :] if strided else pairs
+
+
 def _links(model: Any) -> Iterator[tuple[int, nnx.Conv, nnx.BatchNorm, Any]]:
     if isinstance(model, VGG):
         units = [

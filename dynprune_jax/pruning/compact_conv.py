@@ -43,11 +43,13 @@ class CompactConv(DynamicConv):
     def __init__(self, conv: nnx.Conv, form: Form):
         gates: dict[str, Any] = {}
         if isinstance(conv, DynamicConv):
-            names = ("channel_group", "column_patch", "follows_features", "statistic", "criterion")
+            names = ("channel_group", "column_patch", "statistic", "criterion")
+            names += ("follows_features", "follows_columns", "wants_columns")
             gates = {name: getattr(conv, name) for name in names}
         super().__init__(conv, **gates, rngs=nnx.Rngs(0))
         if isinstance(conv, DynamicConv):
             self.rngs = conv.rngs
+            self.handover = conv.handover
             self.channel_ratio = nnx.static(_number(conv.channel_ratio))
             self.column_ratio = nnx.static(_number(conv.column_ratio))
             self.feature_ratio = nnx.static(
@@ -81,12 +83,14 @@ class CompactConv(DynamicConv):
         self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None
     ) -> Masks:
         """The masks of maps of a shape; where few channels are ranked, their indices too."""
-        if self.follows_features and self.form.product == "native" and channel_scores is not None:
+        if channel_scores is None or not self.form.channels:
+            return super().choose(shape, channel_scores, column_scores)
+        if self.follows_features and self.form.product == "native":
             # Whatever is not zero: no more than the count that is kept, and perhaps less.
             masks = super().choose(shape, None, column_scores)
             return dataclasses.replace(masks, channels=channel_scores > 0.0)
         masks = super().choose(shape, channel_scores, column_scores)
-        if not self.form.channels or self.form.product == "native" or channel_scores.size > _FEW:
+        if self.form.product == "native" or channel_scores.size > _FEW:
             return masks
         # XLA drops what nobody reads: the indices, or the mask.
         size, ranked = self.group_size(shape[-1]), channel_scores.shape[-1]

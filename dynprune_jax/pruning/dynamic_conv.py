@@ -29,25 +29,25 @@ class PruneRatio(nnx.Variable):
 
 
 class Handover:
-    """Takes the salience of a convolution's outputs to the normalization that reads them.
+    """Takes what is wanted of a convolution's outputs to the normalization that reads them.
 
     It holds it between two calls of one forward pass, together with the very map that it
     belongs to, so that no other map can be taken for that one.
     """
 
     def __init__(self):
-        self._held: tuple[Any, Any] | None = None
+        self._held: tuple[Any, Masks] | None = None
 
-    def put(self, y: Any, salience: Any) -> None:
+    def put(self, y: Any, masks: Masks) -> None:
         """Leaves what belongs to the map `y`."""
-        self._held = (y, salience)
+        self._held = (y, masks)
 
-    def take(self, y: Any) -> Any:
-        """What was left for the map `y`, once; None if nothing was."""
+    def take(self, y: Any) -> Masks:
+        """What was left for the map `y`, once; masks of nothing if none was."""
         if self._held is None or self._held[0] is not y:
-            return None
-        salience, self._held = self._held[1], None
-        return salience
+            return Masks()
+        masks, self._held = self._held[1], None
+        return masks
 
     @property
     def waits(self) -> bool:
@@ -55,7 +55,7 @@ class Handover:
         return self._held is not None
 
 
-class SalientNorm(nnx.BatchNorm):
+class GatedNorm(nnx.BatchNorm):
     """A batch normalization whose outputs are scaled by their salience, and 0 where not wanted.
 
     Its statistics are those of all outputs, wanted or not (Gao et al. 2018, arXiv 1810.05331,
@@ -63,7 +63,7 @@ class SalientNorm(nnx.BatchNorm):
 
     Args:
       norm: the normalization to take over, with its parameters.
-      conv: the convolution in front of it, with predicted output channels.
+      conv: the convolution in front of it, which chooses its outputs.
     """
 
     def __init__(self, norm: nnx.BatchNorm, conv: "DynamicConv"):
@@ -79,17 +79,9 @@ class SalientNorm(nnx.BatchNorm):
         *,
         mask: Array | None = None,
     ) -> Float[Array, "*batch height width channels"]:
-        """Normalizes, then scales each channel of each map."""
+        """Normalizes, then scales what is wanted and leaves out all else."""
         y = super().__call__(x, use_running_average, mask=mask)
-        return scale_features(y, self.handover.take(x))
-
-
-def scale_features(
-    y: Float[Array, "*batch height width features"],
-    salience: Float[Array, "*batch features"] | None,
-) -> Float[Array, "*batch height width features"]:
-    """Multiplies every channel of every map; None leaves the map as it is."""
-    return y if salience is None else y * salience[..., None, None, :].astype(y.dtype)
+        return self.handover.take(x).apply_to_output(y)
 
 
 class DynamicConv(nnx.Conv):
@@ -107,11 +99,13 @@ class DynamicConv(nnx.Conv):
     With a `feature_ratio` it also decides, before it computes anything, which of its own output
     channels are wanted (Feature Boosting and Suppression, arXiv 1810.05331): a linear layer maps
     the mean magnitude of each channel of the input to a salience of each output channel; those
-    with the highest are wanted, and a `SalientNorm` behind scales them by it and sets the others
+    with the highest are wanted, and a `GatedNorm` behind scales them by it and sets the others
     to zero. Its parameters, `salience_kernel` and `salience_bias`, are trained with the network.
+    With `wants_columns` it wants its output at the columns that it keeps of its input, and no
+    other; a `GatedNorm` sets those to zero too.
 
-    The convolution that reads such outputs finds the channels that were left out by their zeros,
-    and skips them with the same ratio: `follows_features`. That is no choice of its own, and
+    The convolution that reads such outputs finds what was left out by its zeros, and skips it
+    with the same ratio: `follows_features`, `follows_columns`. That is no choice of its own, and
     loses nothing.
 
     Its mode, `deterministic`, is set with `model.train()` and `model.eval()`: True (the default,
@@ -128,6 +122,9 @@ class DynamicConv(nnx.Conv):
         side up to that which does.
       follows_features: the channel gate keeps what the gate in front of the map has wanted, with
         its ratio; no statistic and no criterion applies to it.
+      follows_columns: the same of the column gate.
+      wants_columns: the kept columns of the input are the wanted ones of the output, which must
+        be of the same height and width.
       statistic: of a channel or a column that is its attention, see `attention.STATISTICS`.
       criterion: turns attention into the scores to rank, see `attention.CRITERIA`.
       drop_probability: in training, the chance of a target to be dropped, in [0, 1]; 0 trains
@@ -135,7 +132,8 @@ class DynamicConv(nnx.Conv):
       rngs: draws for the criterion `random` and for a `drop_probability` below 1.
 
     Raises:
-      ValueError: for a ratio or a probability out of its range, or another kind of layer.
+      ValueError: for a ratio or a probability out of its range, or another kind of layer; when
+        it is called with `wants_columns`, for an output of another size than the input.
     """
 
     def __init__(
@@ -148,6 +146,8 @@ class DynamicConv(nnx.Conv):
         channel_group: int = 1,
         column_patch: int = 1,
         follows_features: bool = False,
+        follows_columns: bool = False,
+        wants_columns: bool = False,
         statistic: Statistic = mean,
         criterion: Criterion = attention,
         drop_probability: float = 1.0,
@@ -176,10 +176,12 @@ class DynamicConv(nnx.Conv):
             kernel = _SALIENCE_INIT(rngs(), shape, jnp.float32)
             self.salience_kernel = nnx.Param(kernel)
             self.salience_bias = nnx.Param(jnp.ones(self.out_features, jnp.float32))
-            self.handover = nnx.static(Handover())
+        self.handover = nnx.static(Handover())
         self.channel_group = channel_group
         self.column_patch = column_patch
         self.follows_features = follows_features
+        self.follows_columns = follows_columns
+        self.wants_columns = wants_columns
         self.statistic = statistic
         self.criterion = criterion
         self.drop_probability = drop_probability
@@ -198,6 +200,8 @@ class DynamicConv(nnx.Conv):
         Where the gate ranks groups or patches, `n` is their number.
         """
         masks = self.choose(x.shape, *self.scores(x))
+        if self.wants_columns:
+            masks = dataclasses.replace(masks, out_columns=masks.columns)
         if self.feature_ratio is None:
             return masks
         salience = self.salience(x)
@@ -243,11 +247,13 @@ class DynamicConv(nnx.Conv):
                 of_channels = self.criterion(of_channels, self.rngs)
         if self.column_ratio is not None:
             side = self.patch_side(height, width)
-            of_columns = column_attention(x, self.statistic)
+            statistic = magnitude if self.follows_columns else self.statistic
+            of_columns = column_attention(x, statistic)
             if side > 1:
                 patches = of_columns.reshape(*batch, height // side, side, width // side, side)
                 of_columns = jnp.mean(patches, axis=(-3, -1))
-            of_columns = self.criterion(of_columns, self.rngs)
+            if not self.follows_columns:
+                of_columns = self.criterion(of_columns, self.rngs)
         return of_channels, of_columns
 
     def group_size(self, channels: int) -> int:
@@ -273,11 +279,24 @@ class DynamicConv(nnx.Conv):
         return self.hand_over(super().__call__(masks.apply(x), out_sharding), masks)
 
     def hand_over(self, y: Any, masks: Masks) -> Any:
-        """Leaves the salience of the outputs for the normalization; returns the outputs."""
-        if masks.features is not None and masks.salience is not None:
-            salience = jnp.asarray(masks.salience)
-            self.handover.put(y, jnp.where(masks.features, salience, jnp.zeros_like(salience)))
+        """Leaves for the normalization what is wanted of the outputs; returns the outputs."""
+        columns = masks.out_columns
+        if columns is not None and columns.shape[-2:] != y.shape[-3:-1]:
+            raise ValueError(
+                f"a convolution wants the columns of its output that it keeps of its input, but"
+                f" makes a map of {y.shape[-3]}x{y.shape[-2]} of one of"
+                f" {columns.shape[-2]}x{columns.shape[-1]}"
+            )
+        if self.chooses_outputs:
+            self.handover.put(y, masks)
         return y
+
+    @property
+    def chooses_outputs(self) -> bool:
+        """Whether any of its outputs may not be wanted."""
+        return self.feature_ratio is not None or (
+            self.wants_columns and self.column_ratio is not None
+        )
 
     def kept_count(self, ratio: Any, n: int) -> int | Int[Array, ""]:
         """How many of `n` a ratio of this gate keeps."""

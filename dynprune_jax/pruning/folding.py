@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.pruning.dynamic_conv import scale_features
 from dynprune_jax.pruning.surgery import conv_layers, intercept, path_name
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -35,7 +34,7 @@ class FoldedNorm(nnx.Module):
         """Returns the map, in the dtype of the normalization."""
         del options  # `use_running_average`, which holds in any case
         y = x.astype(self.dtype or jnp.result_type(x, self.param_dtype))
-        return y if self.handover is None else scale_features(y, self.handover.take(x))
+        return y if self.handover is None else self.handover.take(x).apply_to_output(y)
 
 
 def fold_batch_norms(model: Model, images: Any, *others: Any) -> Model:

@@ -4,11 +4,11 @@ Three figures, all per image:
 
 * *dense*: `H_out * W_out * K_h * K_w * C_in / groups * C_out`, the literature's convention.
   Taps on the padding count.
-* *conventional* effective: dense x kept channel share x kept column share x wanted share of the
-  output channels, comparable with papers.
-* *executed*: the exact number of taps that fall inside the map on a kept column, times the kept
-  channels, times the outputs each feeds. With nothing pruned it is the dense figure without the
-  taps on the padding.
+* *conventional* effective: dense x kept channel share x kept column share x wanted shares of the
+  output channels and columns, comparable with papers.
+* *executed*: the exact number of taps that fall inside the map on a kept column, for a wanted
+  column of the output, times the kept channels, times the outputs each feeds. With nothing pruned
+  it is the dense figure without the taps on the padding.
 
 Devices count in int32, which a network outgrows; so what comes off the device are small exact
 counts per input, and the MACs are multiplied out in int64 on the host.
@@ -43,16 +43,18 @@ class LayerUsage:
       kept_columns: input columns kept, `(*batch)`.
       kept_features: output channels computed, `(*batch)`.
       kept_taps: (output position, kernel position) pairs that fall inside the map on a kept
-        column, `(*batch)`.
+        column, for a wanted one, `(*batch)`.
+      wanted_columns: output columns computed, `(*batch)`.
       masks: the masks themselves.
       name: the layer's path in the model.
       order: place in the order of execution.
       dense_macs: of the layer, per image, taps on the padding included.
-      dense_taps: `kept_taps` with every column kept.
+      dense_taps: `kept_taps` with every column kept and wanted.
       fan_out: outputs that one input channel feeds at one tap, `C_out / groups`.
       channels: input channels.
       columns: input columns, `height * width`.
       features: output channels.
+      out_columns: output columns.
       ranked: how many the gate ranks, for each axis that it has: channels or groups of them,
         then columns or patches of them, then output channels.
       salience_macs: of the gate's own linear layer, which predicts the salience of the outputs.
@@ -62,6 +64,7 @@ class LayerUsage:
     kept_columns: Int[Leaf, "*batch"]
     kept_features: Int[Leaf, "*batch"]
     kept_taps: Int[Leaf, "*batch"]
+    wanted_columns: Int[Leaf, "*batch"]
     masks: Masks
     name: str = _static()
     order: int = _static()
@@ -71,6 +74,7 @@ class LayerUsage:
     channels: int = _static()
     columns: int = _static()
     features: int = _static()
+    out_columns: int = _static()
     ranked: tuple[int, ...] = _static()
     salience_macs: int = _static()
 
@@ -85,7 +89,8 @@ class LayerUsage:
         channel_share = np.asarray(self.kept_channels, np.float64) / self.channels
         feature_share = np.asarray(self.kept_features, np.float64) / self.features
         column_share = np.asarray(self.kept_columns) / self.columns
-        return self.dense_macs * channel_share * column_share * feature_share
+        wanted_share = feature_share * np.asarray(self.wanted_columns) / self.out_columns
+        return self.dense_macs * channel_share * column_share * wanted_share
 
     @property
     def executed_macs(self) -> Int[np.ndarray, "*batch"]:
@@ -160,20 +165,20 @@ class Usage:
 
 
 def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: Any) -> LayerUsage:
-    """Counts one call of a convolution under masks of its input.
+    """Counts one call of a convolution under masks of its input and its output.
 
     Args:
       conv: the convolution; any kernel, stride, padding, dilation and grouping.
       shape: of its input, `(*batch, height, width, channels)`.
-      masks: what is kept of the input.
+      masks: what is kept of the input and wanted of the output.
       **place: `name` and `order` of the layer.
     """
     *batch, height, width, channels = shape
 
-    def taps(columns):
+    def taps(columns, wanted=None):
         """Sums in int32, so a map of any size counts exactly."""
-        counts = ones(columns.astype(jnp.float32)[..., None])
-        return jnp.sum(counts.astype(jnp.int32), axis=(-3, -2, -1))
+        counts = ones(columns.astype(jnp.float32)[..., None])[..., 0].astype(jnp.int32)
+        return jnp.sum(counts if wanted is None else jnp.where(wanted, counts, 0), axis=(-2, -1))
 
     with jax.ensure_compile_time_eval():  # the dense count is a number, also under jit
         # A convolution of the same geometry, with one channel and a kernel of ones, counts for
@@ -204,13 +209,15 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         ranked.append(height * width // (conv.patch_side(height, width) ** 2 if dynamic else 1))
     if masks.features is not None:
         ranked.append(conv.out_features)
+    columns = jnp.ones((*batch, height, width), bool) if masks.columns is None else masks.columns
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
         kept_features=_kept(masks.features, batch, conv.out_features, axes=(-1,)),
         kept_columns=_kept(masks.columns, batch, height * width, axes=(-2, -1)),
         kept_taps=jnp.full(batch, dense_taps, jnp.int32)
-        if masks.columns is None
-        else taps(masks.columns),
+        if masks.columns is None and masks.out_columns is None
+        else taps(columns, masks.out_columns),
+        wanted_columns=_kept(masks.out_columns, batch, positions, axes=(-2, -1)),
         masks=masks,
         dense_macs=positions * math.prod(conv.kernel_size) * channels * fan_out,
         dense_taps=dense_taps,
@@ -218,6 +225,7 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         channels=channels,
         columns=height * width,
         features=conv.out_features,
+        out_columns=positions,
         ranked=tuple(ranked),
         salience_macs=0 if masks.features is None else channels * conv.out_features,
         **place,
@@ -241,6 +249,7 @@ def linear_usage(
         kept_columns=jnp.full(batch, positions, jnp.int32),
         kept_features=jnp.full(batch, linear.out_features, jnp.int32),
         kept_taps=jnp.full(batch, positions, jnp.int32),
+        wanted_columns=jnp.full(batch, positions, jnp.int32),
         masks=masks,
         ranked=(),
         salience_macs=0,
@@ -250,6 +259,7 @@ def linear_usage(
         channels=linear.in_features,
         columns=positions,
         features=linear.out_features,
+        out_columns=positions,
         **place,
     )
 

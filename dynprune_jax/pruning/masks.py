@@ -57,6 +57,16 @@ class Masks:
             keep = columns if keep is None else keep & columns
         return x if keep is None else jnp.where(keep, x, jnp.zeros((), x.dtype))
 
+    def apply_to_output(
+        self, y: Float[Array, "*batch out_height out_width features"]
+    ) -> Float[Array, "*batch out_height out_width features"]:
+        """Returns the output with what is wanted scaled by its salience and all else set to 0."""
+        scaled = y
+        if self.salience is not None:
+            scaled = y * jnp.asarray(self.salience)[..., None, None, :].astype(y.dtype)
+        wanted = Masks(self.features, self.out_columns)
+        return wanted.apply(scaled)
+
 
 def kept_count(ratio: float | Float[ArrayLike, ""], n: int) -> Int[Array, ""]:
     """How many of `n` are kept at a prune ratio: `n - floor(ratio * n)`, at least 1.

@@ -32,7 +32,7 @@ def measure(
       usage: a `Usage`; `usage.macs` and `usage.executed_macs` have the shape `(batch,)`.
 
     Raises:
-      ValueError: if a salience did not reach its normalization, a layer sees another number of
+      ValueError: if what is wanted did not reach the normalization, a layer sees another number of
         maps than there are images, or the model is compact: its masks are those of the dynamic
         model it was made from.
     """
@@ -55,7 +55,7 @@ def measure(
     run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
     logits, sown = run(metered, images, *others)
     for name, layer in dynamic_layers(model).items():
-        if layer.feature_ratio is not None and layer.handover.waits:
+        if layer.chooses_outputs and layer.handover.waits:
             raise ValueError(
                 f"the outputs that {name} leaves out are not left out: its normalization does not"
                 " read the convolution's own output, but something made of it"

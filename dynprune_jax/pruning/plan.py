@@ -212,7 +212,7 @@ def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
     if isinstance(conv, DynamicConv):
         compact = CompactConv(conv, Form())
         gates = (compact.channel_ratio, compact.column_ratio, compact.feature_ratio)
-        gates += (compact.channel_group, compact.column_patch)
+        gates += (compact.channel_group, compact.column_patch, compact.wants_columns)
     return (
         (shape.shape, str(shape.dtype), str(conv.dtype), conv.kernel[...].shape),
         (str(conv.strides), str(conv.padding), str(conv.kernel_dilation)),

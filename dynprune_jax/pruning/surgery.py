@@ -11,10 +11,12 @@ from flax import nnx
 from jaxtyping import Array
 
 from dynprune_jax.pruning.attention import Criterion, Statistic, attention, mean
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, SalientNorm
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm
 
 # One number; one for each block; or one for each pattern of layer names. All are checked by value.
 Ratios = float | np.generic | np.ndarray | Array | Sequence[Any] | Mapping[str, Any] | None
+# Groups of (convolution, the normalization behind it), by name.
+Blocks = Sequence[Sequence[tuple[str, str]]]
 Layers = str | Sequence[str] | Callable[[str, nnx.Conv], bool]
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -78,6 +80,7 @@ def make_dynamic(
     column_ratio: Ratios = None,
     *,
     layers: Layers = "*",
+    column_blocks: Blocks = (),
     channel_group: int = 1,
     column_patch: int = 1,
     statistic: Statistic = mean,
@@ -103,6 +106,10 @@ def make_dynamic(
         (`"blocks/*/conv2"`), several of them, or a function of the name and the convolution.
         A pattern with a wildcard leaves out what sees the image, told by its at most 4 input
         channels; its full name, or a function, may choose that too.
+      column_blocks: groups of convolutions of one resolution, each with the name of its
+        normalization, in order, that share a choice of columns: it is made once, in front of the
+        first, for the inputs and the outputs of all; `models.links` has those of this package's
+        models. A convolution in no group has a choice of its own, for its inputs.
       channel_group: how many neighbouring channels are kept or skipped together, see
         `DynamicConv`.
       column_patch: the side of the square of columns that are kept or skipped together.
@@ -113,7 +120,8 @@ def make_dynamic(
 
     Raises:
       ValueError: for a pattern that matches no chosen layer, a sequence that does not fit the
-        blocks, a ratio out of [0, 1), or no ratio at all.
+        blocks, a ratio out of [0, 1), no ratio at all, or several column ratios in one of the
+        `column_blocks`.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if channel_ratio is None and column_ratio is None:
@@ -122,23 +130,18 @@ def make_dynamic(
     channel = _ratio_of_each(model, chosen, channel_ratio, "channel_ratio")
     column = _ratio_of_each(model, chosen, column_ratio, "column_ratio")
 
-    def gate(path: tuple, node: Any) -> Any:
-        name = path_name(path)
-        if channel.get(name) is None and column.get(name) is None:
-            return node
-        return DynamicConv(
-            node,
-            channel_ratio=channel.get(name),
-            column_ratio=column.get(name),
-            channel_group=channel_group,
-            column_patch=column_patch,
-            statistic=statistic,
-            criterion=criterion,
-            drop_probability=drop_probability,
-            rngs=rngs,
-        )
-
-    return nnx.recursive_map(gate, model)
+    return _with_gates(
+        model,
+        channel,
+        column,
+        blocks=column_blocks,
+        channel_group=channel_group,
+        column_patch=column_patch,
+        statistic=statistic,
+        criterion=criterion,
+        drop_probability=drop_probability,
+        rngs=rngs,
+    )
 
 
 def predict_channels(
@@ -148,6 +151,7 @@ def predict_channels(
     column_ratio: Ratios = None,
     *,
     layers: Layers = "*",
+    column_blocks: Blocks = (),
     statistic: Statistic = mean,
     criterion: Criterion = attention,
     drop_probability: float = 1.0,
@@ -167,6 +171,7 @@ def predict_channels(
         package's models.
       column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
       layers: patterns of names: which of the linked convolutions, and which for columns.
+      column_blocks: as in `make_dynamic`.
       statistic: as in `make_dynamic`, for columns.
       criterion: ranks saliences and column attention.
       drop_probability: as in `make_dynamic`.
@@ -187,24 +192,69 @@ def predict_channels(
     column = {}
     if column_ratio is not None:
         column = _ratio_of_each(model, _select(model, layers), column_ratio, "column_ratio")
+    return _with_gates(
+        model,
+        follow,
+        column,
+        feature,
+        norms={name: links[name][0] for name in feature},
+        blocks=column_blocks,
+        follows_features=True,
+        statistic=statistic,
+        criterion=criterion,
+        drop_probability=drop_probability,
+        rngs=rngs,
+    )
+
+
+def _with_gates(
+    model: Model,
+    channel: Mapping[str, float | None],
+    column: Mapping[str, float | None],
+    feature: Mapping[str, float | None] = {},
+    *,
+    norms: Mapping[str, str] = {},
+    blocks: Blocks = (),
+    **gate: Any,
+) -> Model:
+    """The model with gates of these ratios, by the names of the convolutions.
+
+    Args:
+      model: it is left as it is.
+      channel: over input channels; None or no entry: no gate on that axis.
+      column: over columns.
+      feature: over output channels.
+      norms: the normalization behind each convolution that chooses its outputs.
+      blocks: see `make_dynamic`.
+      **gate: what else a `DynamicConv` takes.
+    """
+    norms = dict(norms)
+    chooses: dict[str, str] = {}  # of each convolution in a block, the first in that block
+    for block in blocks:
+        members = [(name, norm) for name, norm in block if column.get(name) is not None]
+        if len({column[name] for name, _ in members}) > 1:
+            raise ValueError(
+                f"column_ratio differs between {', '.join(name for name, _ in members)}, which"
+                " share one choice of columns"
+            )
+        chooses |= {name: members[0][0] for name, _ in members}
+        norms |= dict(members)
     modules: dict[str, Any] = {path_name(path): node for path, node in nnx.iter_modules(model)}
-    new: dict[str, Any] = {
-        name: DynamicConv(
-            convs[name],
-            channel_ratio=follow.get(name),
-            column_ratio=column.get(name),
-            feature_ratio=feature.get(name),
-            follows_features=True,
-            statistic=statistic,
-            criterion=criterion,
-            drop_probability=drop_probability,
-            rngs=rngs,
-        )
-        for name in convs
-        if name in follow or name in feature or column.get(name) is not None
-    }
-    for name in feature:
-        new[links[name][0]] = SalientNorm(modules[links[name][0]], new[name])
+    new: dict[str, Any] = {}
+    for name, conv in conv_layers(model).items():
+        ratios = [of.get(name) for of in (channel, column, feature)]
+        if any(ratio is not None for ratio in ratios):
+            new[name] = DynamicConv(
+                conv,
+                channel_ratio=ratios[0],
+                column_ratio=ratios[1],
+                feature_ratio=ratios[2],
+                follows_columns=chooses.get(name, name) != name,
+                wants_columns=name in chooses,
+                **gate,
+            )
+    for name, norm in norms.items():
+        new[norm] = GatedNorm(modules[norm], new[name])
     return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model)
 
 
