@@ -191,7 +191,8 @@ def _reduction(run: Run, targets: Mapping[str, float], unit: float, step: int) -
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A study as Markdown: accuracy by method and cut; all methods at one cut; controls.
 
-    The one cut is that of most methods that were run at a single one. The controls are the weights trained for attention, with others chosen than it would choose.
+    The one cut is that of most methods that were run at a single one. The controls are the weights
+    trained for attention, with others chosen than it would choose.
 
     A cell is the mean over seeds, with the standard deviation where there are several.
     """
