@@ -21,6 +21,7 @@ from dynprune_jax.pruning.forms import (
     repeat_map,
 )
 from dynprune_jax.pruning.masks import Masks
+from dynprune_jax.pruning.native import kernel_panels
 
 # Of up to so many scores, over a batch, `top_k` is the fastest way to choose (on 2 CPU cores).
 _FEW = 8192
@@ -73,6 +74,26 @@ class CompactConv(DynamicConv):
             kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
             (kernel,) = conv.promote_dtype((kernel,), dtype=conv.dtype)  # once, not in every call
             self.kernel = nnx.Param(layout(form, kernel))
+
+        if self.feature_ratio is not None and native.why_not() is None:
+            self.salience_kernel = nnx.Param(kernel_panels(self.salience_kernel[...][None, None]))
+
+    def weigh(self, means: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+        """The linear layer of the salience; rows for channels of nothing but 0 are not read."""
+        if self.salience_kernel[...].ndim == 2:
+            return super().weigh(means)
+        maps = means.reshape(-1, 1, 1, means.shape[-1])
+        y = native.kept_conv(
+            maps,
+            self.salience_kernel[...],
+            Masks(maps[:, 0, 0] != 0.0),
+            features=self.out_features,
+            kernel_size=(1, 1),
+            strides=(1, 1),
+            dilation=(1, 1),
+            padding=((0, 0), (0, 0)),
+        )
+        return y.reshape(*means.shape[:-1], -1)
 
     def kept_count(self, ratio: float | None, n: int) -> int:
         """How many of `n` are kept; all of them without a gate."""

@@ -213,8 +213,12 @@ class DynamicConv(nnx.Conv):
     ) -> Float[Array, "*batch features"]:
         """What the output channels are expected to matter, at least 0 (arXiv 1810.05331, eq. 8)."""
         means = jnp.mean(jnp.abs(x), axis=(-3, -2), dtype=jnp.float32)
-        kernel, bias = self.salience_kernel[...], self.salience_bias[...]
-        return nnx.relu(means @ kernel + bias.reshape((1,) * (means.ndim - 1) + (-1,)))
+        bias = self.salience_bias[...].reshape((1,) * (means.ndim - 1) + (-1,))
+        return nnx.relu(self.weigh(means) + bias)
+
+    def weigh(self, means: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+        """The linear layer of the salience, without its bias."""
+        return means @ self.salience_kernel[...]
 
     def choose(
         self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None
