@@ -142,7 +142,9 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
     try:
         if config.gate.kind == "predicted":
             reads = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
-            surgery = functools.partial(predict_channels, links=reads)
+            surgery = functools.partial(
+                predict_channels, links=reads, salience_scales=config.gate.salience_scales
+            )
         else:
             surgery = functools.partial(
                 make_dynamic,

@@ -69,6 +69,8 @@ def base_config() -> Config:
                 # attention: in front of a convolution, on its inputs. predicted: before it, by a
                 # learnt salience of its outputs, which the next convolution then skips as inputs.
                 "kind": "attention",
+                # predicted: outputs are multiplied by their salience; or it only ranks them.
+                "salience_scales": True,
                 # Columns are chosen once a block (of a ResNet: a unit), for inputs and outputs.
                 "block_columns": False,
                 "layers": ("*",),  # patterns of layer names: which convolutions are gated

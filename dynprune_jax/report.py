@@ -141,7 +141,7 @@ def _layers(result: Evaluation, network: Network | None) -> list[dict[str, Any]]
             "executed_macs": float(np.mean(layer.executed_macs)),
             "gate_operations": layer.gate_operations,
         }
-        for axis in ("channel_ratio", "column_ratio"):
+        for axis in ("channel_ratio", "column_ratio", "feature_ratio"):
             ratio = ratios.get(f"{layer.name}/{axis}")
             row[axis] = None if ratio is None else round(float(ratio), 6)
         rows.append(row)

@@ -144,6 +144,19 @@ def test_the_saliences_learn_and_the_dense_names_stay():
         assert np.abs(gradient).max() > 0
 
 
+def test_a_salience_that_only_ranks_learns_too():
+    _, dynamic, images = predicted("vgg")
+    unit = dynamic.blocks[0].layers[0]
+    y = np.asarray(unit(images))
+    unit.conv.salience_scales = False
+    salience = np.asarray(unit.conv.salience(images))[:, None, None, :]
+    np.testing.assert_allclose(np.asarray(unit(images)) * salience, y, rtol=1e-4, atol=1e-6)
+    fast = compact(dynamic, images)
+    np.testing.assert_allclose(nnx.jit(fast)(images), dynamic(images), rtol=1e-4, atol=1e-4)
+    gradient = nnx.grad(lambda unit: jnp.sum(unit(images)))(unit)
+    assert np.abs(gradient.conv.salience_kernel[...]).max() > 0
+
+
 def test_the_norm_sees_all_outputs_in_training():
     """Its statistics are those of the dense convolution, wanted or not."""
     model, dynamic, images = predicted("vgg")

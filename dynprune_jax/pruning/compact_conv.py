@@ -45,7 +45,7 @@ class CompactConv(DynamicConv):
         gates: dict[str, Any] = {}
         if isinstance(conv, DynamicConv):
             names = ("channel_group", "column_patch", "statistic", "criterion")
-            names += ("follows_features", "follows_columns", "wants_columns")
+            names += ("follows_features", "follows_columns", "wants_columns", "salience_scales")
             gates = {name: getattr(conv, name) for name in names}
         super().__init__(conv, **gates, rngs=nnx.Rngs(0))
         if isinstance(conv, DynamicConv):

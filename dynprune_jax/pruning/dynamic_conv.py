@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -125,6 +126,8 @@ class DynamicConv(nnx.Conv):
       follows_columns: the same of the column gate.
       wants_columns: the kept columns of the input are the wanted ones of the output, which must
         be of the same height and width.
+      salience_scales: whether the wanted outputs are multiplied by their salience; if not, it only
+        ranks them, and learns as if it did (the straight-through gradient).
       statistic: of a channel or a column that is its attention, see `attention.STATISTICS`.
       criterion: turns attention into the scores to rank, see `attention.CRITERIA`.
       drop_probability: in training, the chance of a target to be dropped, in [0, 1]; 0 trains
@@ -148,6 +151,7 @@ class DynamicConv(nnx.Conv):
         follows_features: bool = False,
         follows_columns: bool = False,
         wants_columns: bool = False,
+        salience_scales: bool = True,
         statistic: Statistic = mean,
         criterion: Criterion = attention,
         drop_probability: float = 1.0,
@@ -182,6 +186,7 @@ class DynamicConv(nnx.Conv):
         self.follows_features = follows_features
         self.follows_columns = follows_columns
         self.wants_columns = wants_columns
+        self.salience_scales = salience_scales
         self.statistic = statistic
         self.criterion = criterion
         self.drop_probability = drop_probability
@@ -206,6 +211,8 @@ class DynamicConv(nnx.Conv):
             return masks
         salience = self.salience(x)
         wanted = self._keep(self.criterion(salience, self.rngs), self.feature_ratio)
+        if not self.salience_scales:
+            salience = 1.0 + salience - jax.lax.stop_gradient(salience)
         return dataclasses.replace(masks, features=wanted, salience=salience)
 
     def salience(

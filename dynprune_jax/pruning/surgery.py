@@ -152,6 +152,7 @@ def predict_channels(
     *,
     layers: Layers = "*",
     column_blocks: Blocks = (),
+    salience_scales: bool = True,
     statistic: Statistic = mean,
     criterion: Criterion = attention,
     drop_probability: float = 1.0,
@@ -172,6 +173,7 @@ def predict_channels(
       column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
       layers: patterns of names: which of the linked convolutions, and which for columns.
       column_blocks: as in `make_dynamic`.
+      salience_scales: whether saliences multiply the outputs, or only rank them.
       statistic: as in `make_dynamic`, for columns.
       criterion: ranks saliences and column attention.
       drop_probability: as in `make_dynamic`.
@@ -200,6 +202,7 @@ def predict_channels(
         norms={name: links[name][0] for name in feature},
         blocks=column_blocks,
         follows_features=True,
+        salience_scales=salience_scales,
         statistic=statistic,
         criterion=criterion,
         drop_probability=drop_probability,
