@@ -154,6 +154,8 @@ def test_methods_join(config):
     assert joined.run is METHODS["l1"].run
     assert joined.fields == {"static.criterion": "l1", "gate.column_ratio": 0.5}
     assert find_method("predicted+distillation").run is METHODS["predicted"].run
+    with pytest.raises(UserError, match=r"l1\+taylor contradict each other in config.static"):
+        find_method("l1+taylor")
 
 
 def test_an_unknown_method_is_said(small, tmp_path):

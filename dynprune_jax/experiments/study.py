@@ -82,10 +82,14 @@ def find_method(name: str) -> Method:
 
     Raises:
       KeyError: for a name that is none of them.
+      UserError: for methods that contradict each other.
     """
     parts = [METHODS[part] for part in name.split("+")]
     fields: dict[str, Any] = {}
     for part in parts:
+        for field in fields.keys() & part.fields.keys():
+            if fields[field] != part.fields[field]:
+                raise UserError(f"the methods {name} contradict each other in config.{field}")
         fields.update(part.fields)
     run = next((part.run for part in parts if part.run is static), train_and_evaluate)
     return Method(", ".join(part.label for part in parts), fields, run)
@@ -117,6 +121,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                     f"config.study.{field} has {name!r}; choose of {', '.join(METHODS)},"
                     " or join several by a plus"
                 )
+            find_method(name)
     if jax.process_count() > 1:
         raise UserError(f"--mode=study is for one process, not {jax.process_count()}")
     folder = Path(workdir).expanduser()
@@ -142,9 +147,13 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What each method of some rows is called in tables and figures, in the order of `METHODS`."""
+    """What each method of some rows is called in tables and figures, in the order of `METHODS`.
+
+    Rows of a method that is not there any more have no label, and are shown nowhere.
+    """
     order = {name: i for i, name in enumerate(METHODS)}
     names = {row["method"] for row in rows} - {"dense"}
+    names -= {name for name in names if not order.keys() >= {*name.split("+")}}
     names = sorted(names, key=lambda name: [order[part] for part in name.split("+")])
     return {"dense": "dense", **{name: find_method(name).label for name in names}}
 
@@ -218,7 +227,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["method"] == name and name not in curves and name != "dense"
     ]
     if single:
-        cut = statistics.mode(cut for _, cut in single)
+        cut = statistics.mode(cut for _, cut in dict.fromkeys(single))
         shown = [*curves, *dict.fromkeys(name for name, _ in single)]
         shown = [name for name in shown if _accuracies(rows, name, cut)]
         lines = [

@@ -50,7 +50,8 @@ class CompactConv(DynamicConv):
         super().__init__(conv, **gates, rngs=nnx.Rngs(0))
         if isinstance(conv, DynamicConv):
             self.rngs = conv.rngs
-            self.handover = conv.handover
+            if conv.chooses_outputs:
+                self.handover = conv.handover
             self.channel_ratio = nnx.static(_number(conv.channel_ratio))
             self.column_ratio = nnx.static(_number(conv.column_ratio))
             self.feature_ratio = nnx.static(
@@ -109,7 +110,8 @@ class CompactConv(DynamicConv):
         if self.follows_features and self.form.product == "native":
             # Whatever is not zero: no more than the count that is kept, and perhaps less.
             masks = super().choose(shape, None, column_scores)
-            return dataclasses.replace(masks, channels=channel_scores > 0.0)
+            present = jnp.repeat(channel_scores > 0.0, self.group_size(shape[-1]), axis=-1)
+            return dataclasses.replace(masks, channels=present)
         masks = super().choose(shape, channel_scores, column_scores)
         if self.form.product == "native" or channel_scores.size > _FEW:
             return masks
@@ -120,7 +122,8 @@ class CompactConv(DynamicConv):
         kept = (groups[..., None] * size + members).reshape(*shape[:-3], -1)
         return dataclasses.replace(masks, kept_channels=kept)
 
-    def _keep(self, scores: Any, ratio: Any) -> Any:
+    def _keep(self, scores: Any, ratio: Any, follows: bool = False) -> Any:
+        del follows  # it matters to stochastic dropout only
         if native.why_not() is None:
             return native.keep_highest(scores, self.kept_count(ratio, scores.shape[-1]))
         if scores.size > _FEW:

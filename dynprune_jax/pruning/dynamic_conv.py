@@ -50,6 +50,10 @@ class Handover:
         masks, self._held = self._held[1], None
         return masks
 
+    def clear(self) -> None:
+        """Forgets what was left, if it was not taken."""
+        self._held = None
+
     @property
     def waits(self) -> bool:
         """Whether what was left last has not been taken: no normalization has read that map."""
@@ -180,7 +184,8 @@ class DynamicConv(nnx.Conv):
             kernel = _SALIENCE_INIT(rngs(), shape, jnp.float32)
             self.salience_kernel = nnx.Param(kernel)
             self.salience_bias = nnx.Param(jnp.ones(self.out_features, jnp.float32))
-        self.handover = nnx.static(Handover())
+        if feature_ratio is not None or wants_columns:
+            self.handover = nnx.static(Handover())
         self.channel_group = channel_group
         self.column_patch = column_patch
         self.follows_features = follows_features
@@ -206,14 +211,31 @@ class DynamicConv(nnx.Conv):
         """
         masks = self.choose(x.shape, *self.scores(x))
         if self.wants_columns:
-            masks = dataclasses.replace(masks, out_columns=masks.columns)
+            masks = dataclasses.replace(masks, out_columns=self._out_columns(x, masks))
         if self.feature_ratio is None:
             return masks
         salience = self.salience(x)
         wanted = self._keep(self.criterion(salience, self.rngs), self.feature_ratio)
         if not self.salience_scales:
-            salience = 1.0 + salience - jax.lax.stop_gradient(salience)
+            salience = 1.0 + (salience - jax.lax.stop_gradient(salience))  # exactly 1
         return dataclasses.replace(masks, features=wanted, salience=salience)
+
+    def _out_columns(self, x: Any, masks: Masks) -> Any:
+        """The wanted columns of the output: those of the input that are kept.
+
+        To make up its count a follower may keep columns that are all zero, which a gate before
+        it has left out, or not; wanted they are not.
+        """
+        if masks.columns is None:
+            return None
+        *_, height, width, _ = jax.eval_shape(super().__call__, x).shape
+        if masks.columns.shape[-2:] != (height, width):
+            raise ValueError(
+                f"a convolution wants the columns of its output that it keeps of its input, but"
+                f" makes a map of {height}x{width} of one of"
+                f" {masks.columns.shape[-2]}x{masks.columns.shape[-1]}"
+            )
+        return masks.columns & jnp.any(x != 0, axis=-1) if self.follows_columns else masks.columns
 
     def salience(
         self, x: Float[Array, "*batch height width channels"]
@@ -233,12 +255,13 @@ class DynamicConv(nnx.Conv):
         """The masks of maps of a shape, from the scores of what the gate ranks."""
         channels = columns = None
         if channel_scores is not None:
-            channels = self._keep(channel_scores, self.channel_ratio)
+            channels = self._keep(channel_scores, self.channel_ratio, self.follows_features)
             channels = jnp.repeat(channels, self.group_size(shape[-1]), axis=-1)
         if column_scores is not None:
             side = self.patch_side(*shape[-3:-1])
             flat = column_scores.reshape(*column_scores.shape[:-2], -1)
-            columns = self._keep(flat, self.column_ratio).reshape(column_scores.shape)
+            columns = self._keep(flat, self.column_ratio, self.follows_columns)
+            columns = columns.reshape(column_scores.shape)
             columns = jnp.repeat(jnp.repeat(columns, side, axis=-2), side, axis=-1)
         return Masks(channels, columns)
 
@@ -285,19 +308,12 @@ class DynamicConv(nnx.Conv):
     ) -> Float[Array, "*batch out_height out_width features"]:
         """Convolves the kept part of `x`: every way of executing it must equal this one.
 
-        Of outputs that are not wanted anything may come.
+        Of outputs that are not wanted anything finite may come.
         """
         return self.hand_over(super().__call__(masks.apply(x), out_sharding), masks)
 
     def hand_over(self, y: Any, masks: Masks) -> Any:
         """Leaves for the normalization what is wanted of the outputs; returns the outputs."""
-        columns = masks.out_columns
-        if columns is not None and columns.shape[-2:] != y.shape[-3:-1]:
-            raise ValueError(
-                f"a convolution wants the columns of its output that it keeps of its input, but"
-                f" makes a map of {y.shape[-3]}x{y.shape[-2]} of one of"
-                f" {columns.shape[-2]}x{columns.shape[-1]}"
-            )
         if self.chooses_outputs:
             self.handover.put(y, masks)
         return y
@@ -313,11 +329,13 @@ class DynamicConv(nnx.Conv):
         """How many of `n` a ratio of this gate keeps."""
         return masks_lib.kept_count(ratio[...], n)
 
-    def _keep(self, scores: Any, ratio: Any) -> Any:
+    def _keep(self, scores: Any, ratio: Any, follows: bool = False) -> Any:
         count = self.kept_count(ratio, scores.shape[-1])
         mask = masks_lib.keep_highest(scores, count)
         if self.deterministic or self.drop_probability == 1.0:
             return mask
+        if follows:  # by chance more than the count has stayed
+            return mask | (scores > 0.0)
         return masks_lib.drop_targets(self.rngs(), mask, self.drop_probability)
 
 

@@ -4,8 +4,10 @@ Three figures, all per image:
 
 * *dense*: `H_out * W_out * K_h * K_w * C_in / groups * C_out`, the literature's convention.
   Taps on the padding count.
-* *conventional* effective: dense x kept channel share x kept column share x wanted shares of the
-  output channels and columns, comparable with papers.
+* *conventional* effective: dense x kept channel share x kept column share x wanted share of the
+  output channels, comparable with papers. Where columns of the output are left out too, they are
+  mostly those of the input, so the shares of the two do not multiply: the share of the taps that
+  are left takes their place.
 * *executed*: the exact number of taps that fall inside the map on a kept column, for a wanted
   column of the output, times the kept channels, times the outputs each feeds. With nothing pruned
   it is the dense figure without the taps on the padding.
@@ -44,7 +46,6 @@ class LayerUsage:
       kept_features: output channels computed, `(*batch)`.
       kept_taps: (output position, kernel position) pairs that fall inside the map on a kept
         column, for a wanted one, `(*batch)`.
-      wanted_columns: output columns computed, `(*batch)`.
       masks: the masks themselves.
       name: the layer's path in the model.
       order: place in the order of execution.
@@ -54,7 +55,7 @@ class LayerUsage:
       channels: input channels.
       columns: input columns, `height * width`.
       features: output channels.
-      out_columns: output columns.
+      both_columns: whether columns of the output are left out too.
       ranked: how many the gate ranks, for each axis that it has: channels or groups of them,
         then columns or patches of them, then output channels.
       salience_macs: of the gate's own linear layer, which predicts the salience of the outputs.
@@ -64,7 +65,6 @@ class LayerUsage:
     kept_columns: Int[Leaf, "*batch"]
     kept_features: Int[Leaf, "*batch"]
     kept_taps: Int[Leaf, "*batch"]
-    wanted_columns: Int[Leaf, "*batch"]
     masks: Masks
     name: str = _static()
     order: int = _static()
@@ -74,7 +74,7 @@ class LayerUsage:
     channels: int = _static()
     columns: int = _static()
     features: int = _static()
-    out_columns: int = _static()
+    both_columns: bool = _static()
     ranked: tuple[int, ...] = _static()
     salience_macs: int = _static()
 
@@ -89,8 +89,9 @@ class LayerUsage:
         channel_share = np.asarray(self.kept_channels, np.float64) / self.channels
         feature_share = np.asarray(self.kept_features, np.float64) / self.features
         column_share = np.asarray(self.kept_columns) / self.columns
-        wanted_share = feature_share * np.asarray(self.wanted_columns) / self.out_columns
-        return self.dense_macs * channel_share * column_share * wanted_share
+        if self.both_columns:
+            column_share = np.asarray(self.kept_taps, np.float64) / self.dense_taps
+        return self.dense_macs * channel_share * column_share * feature_share
 
     @property
     def executed_macs(self) -> Int[np.ndarray, "*batch"]:
@@ -217,7 +218,6 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         kept_taps=jnp.full(batch, dense_taps, jnp.int32)
         if masks.columns is None and masks.out_columns is None
         else taps(columns, masks.out_columns),
-        wanted_columns=_kept(masks.out_columns, batch, positions, axes=(-2, -1)),
         masks=masks,
         dense_macs=positions * math.prod(conv.kernel_size) * channels * fan_out,
         dense_taps=dense_taps,
@@ -225,7 +225,7 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         channels=channels,
         columns=height * width,
         features=conv.out_features,
-        out_columns=positions,
+        both_columns=masks.out_columns is not None,
         ranked=tuple(ranked),
         salience_macs=0 if masks.features is None else channels * conv.out_features,
         **place,
@@ -249,7 +249,6 @@ def linear_usage(
         kept_columns=jnp.full(batch, positions, jnp.int32),
         kept_features=jnp.full(batch, linear.out_features, jnp.int32),
         kept_taps=jnp.full(batch, positions, jnp.int32),
-        wanted_columns=jnp.full(batch, positions, jnp.int32),
         masks=masks,
         ranked=(),
         salience_macs=0,
@@ -259,7 +258,7 @@ def linear_usage(
         channels=linear.in_features,
         columns=positions,
         features=linear.out_features,
-        out_columns=positions,
+        both_columns=False,
         **place,
     )
 

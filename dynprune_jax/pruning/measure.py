@@ -51,6 +51,9 @@ def measure(
         layer.sow(nnx.Intermediate, "usage", usage(layer, inputs.shape, Masks(), **place))
         return call(inputs, *args, **kwargs)
 
+    for layer in dynamic_layers(model).values():
+        if layer.chooses_outputs:
+            layer.handover.clear()
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
     run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
     logits, sown = run(metered, images, *others)

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -233,8 +234,20 @@ def _with_gates(
     """
     norms = dict(norms)
     chooses: dict[str, str] = {}  # of each convolution in a block, the first in that block
+    modules: dict[str, Any] = {path_name(path): node for path, node in nnx.iter_modules(model)}
     for block in blocks:
-        members = [(name, norm) for name, norm in block if column.get(name) is not None]
+        for name, norm in block:
+            kinds = {name: nnx.Conv, norm: nnx.BatchNorm}
+            for layer, kind in kinds.items():
+                if not isinstance(modules.get(layer), kind):
+                    raise ValueError(f"column_blocks names {layer!r}, which is no {kind.__name__}")
+        gated = [column.get(name) is not None for name, _ in block]
+        members = list(itertools.compress(block, gated))
+        if True in gated and False in gated[gated.index(True) :][: len(members)]:
+            raise ValueError(
+                f"{block[gated.index(False, gated.index(True))][0]} has no gate on columns, but"
+                " stands between convolutions that share a choice of them"
+            )
         if len({column[name] for name, _ in members}) > 1:
             raise ValueError(
                 f"column_ratio differs between {', '.join(name for name, _ in members)}, which"
@@ -242,7 +255,6 @@ def _with_gates(
             )
         chooses |= {name: members[0][0] for name, _ in members}
         norms |= dict(members)
-    modules: dict[str, Any] = {path_name(path): node for path, node in nnx.iter_modules(model)}
     new: dict[str, Any] = {}
     for name, conv in conv_layers(model).items():
         ratios = [of.get(name) for of in (channel, column, feature)]
@@ -284,6 +296,12 @@ def set_ratios(
             variable: Any = getattr(gates[name], axis)
             if ratio and variable is None:
                 raise ValueError(f"{axis} of {name} cannot be set: it has no gate on that axis")
+            follows = {"channel_ratio": gates[name].follows_features}.get(axis, False)
+            if ratio and follows:
+                raise ValueError(
+                    f"{axis} of {name} cannot be set: it follows the outputs that are chosen"
+                    " before it"
+                )
             if ratio is not None and variable is not None:
                 changes.append((variable, ratio))
     for variable, ratio in changes:  # all of them, or none
