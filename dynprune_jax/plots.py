@@ -407,6 +407,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
             yerr=[statistics.stdev(y) if len(y) > 1 else 0.0 for _, y in points],
             color=colour,
             marker=marker,
+            linestyle=("-", ":", "-.")[i // len(styles) % 3],
             linewidth=2.5 if i == 0 else 1.5,
             capsize=3,
             label=labels[name],
@@ -494,9 +495,11 @@ def ablations_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
 
 
 def _ablations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of methods that were run at one cut only."""
+    """The rows of methods that were run at one cut only, at the cut of most of these."""
     curves = _curves(rows)
-    return [row for row in rows if row["method"] not in ("dense", *curves)]
+    single = {r["method"]: r["cut"] for r in rows if r["method"] not in ("dense", *curves)}
+    cut = statistics.mode(single.values()) if single else None
+    return [row for row in rows if row["method"] in single and row["cut"] == cut]
 
 
 def plot_ablations(
@@ -510,10 +513,9 @@ def plot_ablations(
       labels: what each method is called.
 
     Returns:
-      Whether the file was written; False unless all ablations were run at the same cut.
+      Whether the file was written; False if no method was run at one cut only.
     """
-    cuts = {row["cut"] for row in _ablations(rows)}
-    return len(cuts) == 1 and _save(ablations_figure(rows, labels), path)
+    return bool(_ablations(rows)) and _save(ablations_figure(rows, labels), path)
 
 
 def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:

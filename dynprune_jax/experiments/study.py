@@ -201,15 +201,19 @@ def _reduction(run: Run, targets: Mapping[str, float], unit: float, step: int) -
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A study as Markdown: accuracy by method and cut; all methods at one cut; controls.
 
-    The one cut is that of most methods that were run at a single one. The controls are the weights
-    trained for attention, with others chosen than it would choose.
+    The one cut is that of most methods that were run at a single one; all that were run elsewhere
+    are in the first table. The controls are the weights trained for attention, with others chosen
+    than it would choose.
 
     A cell is the mean over seeds, with the standard deviation where there are several.
     """
     names = labels(rows)
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
     cuts = sorted({row["cut"] for row in rows if row["method"] != "dense"})
-    curves = [name for name in names if len({r["cut"] for r in rows if r["method"] == name}) > 1]
+    cuts_of = {name: {r["cut"] for r in rows if r["method"] == name} for name in names}
+    ones = [min(cuts_of[name]) for name in names if len(cuts_of[name]) == 1 and name != "dense"]
+    one = statistics.mode(ones) if ones else None
+    curves = [name for name in names if name != "dense" and cuts_of[name] - {one}]
     found = []
     if curves:
         lines = [
@@ -220,16 +224,10 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             cells = [_cell(_accuracies(rows, name, cut)) for cut in cuts]
             lines.append(f"| {names[name]} | {_cell(dense)} | " + " | ".join(cells) + " |")
         found.append("\n".join(lines))
-    single = [
-        (name, row["cut"])
-        for name in names
-        for row in rows
-        if row["method"] == name and name not in curves and name != "dense"
-    ]
-    if single:
-        cut = statistics.mode(cut for _, cut in dict.fromkeys(single))
-        shown = [*curves, *dict.fromkeys(name for name, _ in single)]
-        shown = [name for name in shown if _accuracies(rows, name, cut)]
+    if one is not None:
+        cut = one
+        shown = [name for name in curves if _accuracies(rows, name, cut)]
+        shown += [name for name in names if name not in (*curves, "dense")]
         lines = [
             f"| at a cut of {cut:.0%} | accuracy | without training for it | executed cut |",
             "|---|---|---|---|",

@@ -9,7 +9,7 @@
 // before the next, so that those rows of the kernel stay in the first or second level cache. Where
 // all features are wanted the kernel is read in place: none is gathered for an image. Where an
 // image wants some, its panels are of 32 of those; for each tap of a panel the rows of the kept
-// channels are packed side by side just before they are multiplied, and never written to memory.
+// channels are packed side by side just before they are multiplied, in memory that stays cached.
 
 #include <algorithm>
 #include <atomic>
@@ -433,7 +433,7 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
   }
 }
 
-// How many are kept, where every image keeps as many.
+// How many are kept.
 int64_t Count(const bool* mask, int64_t n) { return mask ? std::count(mask, mask + n, true) : n; }
 
 // Tasks of equal size and small enough for the cache: of several images, or of a part of one.
