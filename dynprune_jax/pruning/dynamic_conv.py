@@ -228,13 +228,6 @@ class DynamicConv(nnx.Conv):
         """
         if masks.columns is None:
             return None
-        *_, height, width, _ = jax.eval_shape(super().__call__, x).shape
-        if masks.columns.shape[-2:] != (height, width):
-            raise ValueError(
-                f"a convolution wants the columns of its output that it keeps of its input, but"
-                f" makes a map of {height}x{width} of one of"
-                f" {masks.columns.shape[-2]}x{masks.columns.shape[-1]}"
-            )
         return masks.columns & jnp.any(x != 0, axis=-1) if self.follows_columns else masks.columns
 
     def salience(
@@ -314,6 +307,13 @@ class DynamicConv(nnx.Conv):
 
     def hand_over(self, y: Any, masks: Masks) -> Any:
         """Leaves for the normalization what is wanted of the outputs; returns the outputs."""
+        columns = masks.out_columns
+        if columns is not None and columns.shape[-2:] != y.shape[-3:-1]:
+            raise ValueError(
+                f"a convolution wants the columns of its output that it keeps of its input, but"
+                f" makes a map of {y.shape[-3]}x{y.shape[-2]} of one of"
+                f" {columns.shape[-2]}x{columns.shape[-1]}"
+            )
         if self.chooses_outputs:
             self.handover.put(y, masks)
         return y
