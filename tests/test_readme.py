@@ -120,6 +120,12 @@ def test_the_table_of_times_is_what_was_measured():
             assert line in README.splitlines(), line
 
 
+def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
+    rows = [*speed("cifar10_vgg16_predicted")[0], *speed("cifar10_vgg16_predicted_earlier")[0]]
+    found = sorted(f"{row['speedup']:.2f}×" for row in rows if row["batch_size"] == 1)
+    assert "it was {}, and {} and {} in".format(*found) in README
+
+
 def test_the_study_s_tables_are_what_its_runs_say():
     folder = ROOT / "docs" / "results" / "cifar10_vgg_small"
     rows = read_rows(folder)

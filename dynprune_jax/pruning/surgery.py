@@ -121,8 +121,8 @@ def make_dynamic(
 
     Raises:
       ValueError: for a pattern that matches no chosen layer, a sequence that does not fit the
-        blocks, a ratio out of [0, 1), no ratio at all, or several column ratios in one of the
-        `column_blocks`.
+        blocks, a ratio out of [0, 1), no ratio at all, or `column_blocks` that name no such
+        layers, have several column ratios, or a convolution without one between others.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if channel_ratio is None and column_ratio is None:
@@ -287,7 +287,8 @@ def set_ratios(
       column_ratio: as in `make_dynamic`.
 
     Raises:
-      ValueError: as in `make_dynamic`, and where a layer has no gate on that axis.
+      ValueError: as in `make_dynamic`, where a layer has no gate on that axis, and where its
+        channels follow the outputs that are chosen before it.
     """
     gates = dynamic_layers(model)
     changes = []
@@ -296,8 +297,7 @@ def set_ratios(
             variable: Any = getattr(gates[name], axis)
             if ratio and variable is None:
                 raise ValueError(f"{axis} of {name} cannot be set: it has no gate on that axis")
-            follows = {"channel_ratio": gates[name].follows_features}.get(axis, False)
-            if ratio and follows:
+            if ratio and axis == "channel_ratio" and gates[name].follows_features:
                 raise ValueError(
                     f"{axis} of {name} cannot be set: it follows the outputs that are chosen"
                     " before it"
