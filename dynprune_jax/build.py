@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -355,17 +356,34 @@ class Run:
         return evaluation_images(self.config, image)
 
     def mac_reduction(self, ratios: Mapping[str, Any] | None = None) -> float:
-        """The conventional MAC reduction: the same for every input.
+        """The conventional MAC reduction, before any training of the gates.
+
+        It is the same for every input, but where a convolution's outputs lose columns too: then it
+        is the mean over a few training images, with the dense weights that training starts from
+        where `config.prune.checkpoint` has them.
 
         Args:
           ratios: of the gates, by name; None: the config's.
+
+        Raises:
+          UserError: as `start_state`.
         """
         if self.dynamic is None:
             return 0.0
+        values, images = self._counted
         given = {name: jnp.float32(ratio) for name, ratio in (ratios or {}).items()}
-        model = self.dynamic.bind(given)
+        model = self.dynamic.bind(values, given)
         model.eval()
-        return measure(model, self.one_image)[1].mac_reduction
+        return measure(model, images)[1].mac_reduction
+
+    @functools.cached_property
+    def _counted(self) -> tuple[Values, Float[Array, "batch side side channels"]]:
+        if not self.config.gate.block_columns:
+            return {}, self.one_image
+        values = self.start_state().values if self.config.prune.start == "checkpoint" else {}
+        split = self.dataset.train
+        few = np.linspace(0, len(split) - 1, min(len(split), 16)).astype(int)
+        return values, evaluation_images(self.config, jnp.asarray(split.read(few)[0]))
 
     def network_with(self, criterion: str) -> Network:
         """The dynamic network with another criterion in its gates."""

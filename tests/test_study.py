@@ -77,6 +77,17 @@ def test_ratios_are_scaled_to_a_cut(config, tmp_path, cut):
     assert run.mac_reduction({name: 0.99 * ratio for name, ratio in targets.items()}) < cut
 
 
+def test_shared_columns_are_counted_on_images(config, tmp_path):
+    """Where both sides lose columns, how many taps are left depends on where the columns are."""
+    config.data.image_size = 16
+    config.gate.channel_ratio = ()
+    config.gate.column_ratio = (0.3, 0.3, 0.3)
+    config.gate.block_columns = True
+    config.ascent.increment = 0.5
+    run = Run.open(at_cut(config, 0.5), tmp_path)
+    assert run.evaluate(run.dynamic).usage.mac_reduction == pytest.approx(0.5, abs=0.02)
+
+
 def test_gates_go_on_every_convolution_where_a_cut_needs_it(config):
     config.gate.layers = ("blocks/*/layers/1/conv",)
     assert at_cut(config, 0.1).gate.layers == ("blocks/*/layers/1/conv",)
