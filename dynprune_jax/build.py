@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from dynprune_jax.models.links import column_blocks, links
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.schedules import ascent_steps
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 from dynprune_jax.train_step import Network, TrainState, Values
@@ -56,6 +55,7 @@ FREE_FIELDS = (
 )
 # Files may be moved: a run whose config.json is changed to say so is still the same.
 _PLACES = ("data.path", "prune.checkpoint")
+_COUNTED_IMAGES = 16
 
 
 def build_dataset(config: Config) -> Dataset:
@@ -328,13 +328,18 @@ class Run:
           network: to evaluate.
           *values: parameters, batch statistics and, if not the model's own, ratios by name.
         """
+        return self._evaluate_on(self._test_batches(), network, *values)
+
+    def _evaluate_on(
+        self, batches: Iterable[tuple[Any, Any, Any]], network: Network, *values: Mapping[str, Any]
+    ) -> Evaluation:
         evaluator = self._evaluators.get(network)
         if evaluator is None:
             prepare = functools.partial(evaluation_images, self.config)
             evaluator = make_evaluator(network, prepare, sharding.whole(self.mesh))
             self._evaluators[network] = evaluator
         merged = {name: value for given in values for name, value in given.items()}
-        return evaluate(evaluator, sharding.replicate(merged, self.mesh), self._test_batches())
+        return evaluate(evaluator, sharding.replicate(merged, self.mesh), batches)
 
     @functools.cached_property
     def _evaluators(self) -> dict[Network, Evaluator]:
@@ -370,20 +375,17 @@ class Run:
         """
         if self.dynamic is None:
             return 0.0
-        values, images = self._counted
-        given = {name: jnp.float32(ratio) for name, ratio in (ratios or {}).items()}
-        model = self.dynamic.bind(values, given)
-        model.eval()
-        return measure(model, images)[1].mac_reduction
+        values, batch = self._counted
+        given = {name: np.float32(ratio) for name, ratio in (ratios or {}).items()}
+        return self._evaluate_on([batch], self.dynamic, values, given).usage.mac_reduction
 
     @functools.cached_property
-    def _counted(self) -> tuple[Values, Float[Array, "batch side side channels"]]:
-        if not self.config.gate.block_columns:
-            return {}, self.one_image
+    def _counted(self) -> tuple[Values, tuple[Any, Any, Any]]:
         values = self.start_state().values if self.config.prune.start == "checkpoint" else {}
         split = self.dataset.train
-        few = np.linspace(0, len(split) - 1, min(len(split), 16)).astype(int)
-        return values, evaluation_images(self.config, jnp.asarray(split.read(few)[0]))
+        few = np.linspace(0, len(split) - 1, _COUNTED_IMAGES).astype(int)
+        batch = sharding.replicate(split.read(few), self.mesh)
+        return values, (*batch, np.ones(_COUNTED_IMAGES, bool))
 
     def network_with(self, criterion: str) -> Network:
         """The dynamic network with another criterion in its gates."""
