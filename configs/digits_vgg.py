@@ -34,5 +34,20 @@ def get_config():
     config.prune.epochs = 40
     config.prune.learning_rate = 0.1
 
+    config.study.cuts = (0.55, 0.65, 0.75)
+    config.study.methods = (
+        "channels",
+        "both",
+        "block_columns",
+        "predicted+channels",
+        "predicted+block_columns",
+        "channels+distillation",
+        "both+distillation",
+        "block_columns+distillation",
+        "predicted+channels+distillation",
+        "predicted+block_columns+distillation",
+    )
+    config.study.ablations = ()
+
     config.sweep.fractions = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
     return config

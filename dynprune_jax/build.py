@@ -381,11 +381,17 @@ class Run:
 
     @functools.cached_property
     def _counted(self) -> tuple[Values, tuple[Any, Any, Any]]:
-        values = self.start_state().values if self.config.prune.start == "checkpoint" else {}
+        values = {}
+        if self.config.prune.start == "checkpoint":
+            values = self.gated(self.start_state().values)
         split = self.dataset.train
         few = np.linspace(0, len(split) - 1, _COUNTED_IMAGES).astype(int)
         batch = sharding.replicate(split.read(few), self.mesh)
         return values, (*batch, np.ones(_COUNTED_IMAGES, bool))
+
+    def gated(self, dense: Values) -> Values:
+        """What the dynamic network starts with: the values of a dense one, and of its new gates."""
+        return Network(build_dynamic(self.config, self.dense.bind(dense))).weights
 
     def network_with(self, criterion: str) -> Network:
         """The dynamic network with another criterion in its gates."""

@@ -62,7 +62,8 @@ def write_report(
     if run.dynamic is not None and pruned is not None:
         results["pruned"] = run.evaluate(run.dynamic, pruned)
         if dense is not None:
-            results["pruned_without_targeted_dropout"] = run.evaluate(run.dynamic, dense)
+            started = run.gated(dense)
+            results["pruned_without_targeted_dropout"] = run.evaluate(run.dynamic, started)
         for criterion in CRITERIA.keys() - {run.config.gate.criterion}:
             controls[criterion] = run.evaluate(run.network_with(criterion), pruned)
     shown = results["pruned"] or results["dense"]

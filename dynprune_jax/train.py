@@ -55,7 +55,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
         start = run.dense.weights if config.prune.start == "scratch" else dense
         assert start is not None  # config.check has seen to it
         teacher = dense if config.prune.distillation else None
-        pruned, timings["prune"] = run_phase(run, "prune", run.dynamic, start, teacher)
+        pruned, timings["prune"] = run_phase(run, "prune", run.dynamic, run.gated(start), teacher)
     return write_report(run, dense, pruned, timings, started)
 
 

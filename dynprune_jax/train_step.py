@@ -87,12 +87,7 @@ class TrainState:
     def create(
         cls, values: Values, network: Network, optimizer: optax.GradientTransformation
     ) -> "TrainState":
-        """The state before the first step.
-
-        `values` holds parameters and batch statistics; what it lacks, such as the parameters of
-        a new gate, has the network's initial values.
-        """
-        values = {**network.weights, **values}
+        """The state before the first step, from the network's parameters and batch statistics."""
         params = {name: values[name] for name in network.values(nnx.Param)}
         stats = {name: values[name] for name in network.values(nnx.BatchStat)}
         return cls(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))

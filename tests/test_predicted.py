@@ -32,7 +32,7 @@ def reads(model):
     return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
 
 
-def predicted(name, ratio=0.4, column_ratio=None, block_columns=False):
+def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, salience_scales=True):
     """A model with norms as after some training, the same with predicted gates, and images."""
     factory, side, channels = FACTORIES[name]
     model = factory(10, image_size=side, in_channels=channels, width=0.25, rngs=nnx.Rngs(0))
@@ -43,7 +43,14 @@ def predicted(name, ratio=0.4, column_ratio=None, block_columns=False):
                 draw = jax.random.fold_in(key, 4 * i + j)
                 part[...] = jax.random.uniform(draw, part.shape, minval=0.1, maxval=1.0)
     blocks = column_blocks(model) if block_columns else ()
-    dynamic = predict_channels(model, ratio, reads(model), column_ratio, column_blocks=blocks)
+    dynamic = predict_channels(
+        model,
+        ratio,
+        reads(model),
+        column_ratio,
+        column_blocks=blocks,
+        salience_scales=salience_scales,
+    )
     for i, layer in enumerate(dynamic_layers(dynamic).values()):
         if layer.feature_ratio is not None:  # saliences that differ from input to input
             draw = jax.random.fold_in(key, i)
@@ -65,7 +72,7 @@ def test_a_unit_is_the_slow_reference():
     norm = unit.norm
     for image in range(3):
         means = np.abs(np.asarray(x[image])).mean(axis=(0, 1))
-        salience = np.maximum(means @ kernel + bias, 0)
+        salience = np.maximum(means / np.sqrt(8) @ kernel + bias, 0)
         wanted = np.argsort(-salience, kind="stable")[: 8 - int(0.4 * 8)]
         expected = np.zeros_like(dense[image])
         for f in wanted:
@@ -108,12 +115,30 @@ def test_the_cut_counts_both_sides():
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_with_every_salience_1_and_no_ratio_it_is_the_dense_model(name):
-    model, dynamic, images = predicted(name, ratio=0.0)
+@pytest.mark.parametrize("salience_scales", [True, False])
+def test_it_starts_as_the_dense_model_and_ranks_as_static_pruning(name, salience_scales):
+    model, dynamic, images = predicted(name, ratio=0.0, salience_scales=salience_scales)
     for layer in dynamic_layers(dynamic).values():
         if layer.feature_ratio is not None:
             layer.salience_kernel[...] = jnp.zeros_like(layer.salience_kernel[...])
-    np.testing.assert_array_equal(dynamic(images), model(images))
+            norms = np.abs(layer.kernel[...]).sum((0, 1, 2))
+            expected = np.broadcast_to(norms / norms.mean(), (len(images), len(norms)))
+            inputs = jnp.ones((len(images), 4, 4, layer.in_features))
+            np.testing.assert_allclose(layer.salience(inputs), expected, rtol=1e-5)
+    np.testing.assert_allclose(dynamic(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_it_starts_as_a_model_with_plain_norms_and_dead_filters():
+    conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    conv.kernel[...] = conv.kernel[...].at[..., 1].set(0.0)
+    norm = nnx.BatchNorm(4, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(conv, norm, nnx.Conv(4, 2, (3, 3), rngs=nnx.Rngs(1)))
+    names = {"layers/0": ("layers/1", "layers/2")}
+    dynamic = predict_channels(model, links=names, channel_ratio=0.0, rngs=nnx.Rngs(0))
+    dynamic.layers[0].salience_kernel[...] *= 0.0
+    assert dynamic.layers[0].salience_bias[1] == np.float32(0.1)
+    images = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
+    np.testing.assert_allclose(dynamic(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

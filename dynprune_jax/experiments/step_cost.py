@@ -39,7 +39,7 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     steps = {}
     for name, phase, network in (("dense", "dense", run.dense), ("dynamic", "prune", run.dynamic)):
         feed = Feed(run, phase, network, ratio_schedule(run, network), run.mesh)
-        state = TrainState.create(run.dense.weights, network, run.optimizer(phase))
+        state = TrainState.create(network.weights, network, run.optimizer(phase))
         steps[name] = _Stepper(feed, feed.place(state))
     seconds = interleaved(steps, config.benchmark.repeats)
     rows = []

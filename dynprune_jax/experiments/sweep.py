@@ -32,11 +32,12 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     if run.dynamic is None:
         raise UserError("config.prune.epochs is 0: this run has no ratios to sweep")
     dense, pruned = run.trained_values()
+    started = None if dense is None else run.gated(dense)
     targets = run.dynamic.values(PruneRatio)
     rows = []
     for criterion in CRITERIA:
         network = run.network_with(criterion)
-        for weights, values in (("dense", dense), ("dropout", pruned)):
+        for weights, values in (("dense", started), ("dropout", pruned)):
             if values is None:
                 continue
             for fraction in config.sweep.fractions:

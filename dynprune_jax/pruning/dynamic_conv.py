@@ -21,8 +21,8 @@ from dynprune_jax.pruning.attention import (
 )
 from dynprune_jax.pruning.masks import Masks
 
-# Small beside the bias of 1, so that a trained network starts as it was.
-_SALIENCE_INIT = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
+# Small beside the biases, 1 on average, so that a trained network starts nearly as it was.
+_SALIENCE_INIT = nnx.initializers.normal(0.1)
 
 
 class PruneRatio(nnx.Variable):
@@ -64,7 +64,8 @@ class GatedNorm(nnx.BatchNorm):
     """A batch normalization whose outputs are scaled by their salience, and 0 where not wanted.
 
     Its statistics are those of all outputs, wanted or not (Gao et al. 2018, arXiv 1810.05331,
-    equation 6; the scale of its own stays, so that it can start as a trained network's).
+    equation 6). A scale of its own stays, for a trained network to start as it was: scale and bias
+    are divided by what the convolution's saliences start with.
 
     Args:
       norm: the normalization to take over, with its parameters.
@@ -76,6 +77,12 @@ class GatedNorm(nnx.BatchNorm):
             if not name.startswith("_"):
                 setattr(self, name, value)
         self.handover = conv.handover
+        if conv.feature_ratio is not None and conv.salience_scales:
+            start = conv.salience_bias[...]
+            scale = 1.0 if self.scale is None else self.scale[...]
+            self.scale = nnx.data(nnx.Param(scale / start))
+            if self.bias is not None:
+                self.bias = nnx.Param(self.bias[...] / start)
 
     def __call__(
         self,
@@ -106,6 +113,8 @@ class DynamicConv(nnx.Conv):
     the mean magnitude of each channel of the input to a salience of each output channel; those
     with the highest are wanted, and a `GatedNorm` behind scales them by it and sets the others
     to zero. Its parameters, `salience_kernel` and `salience_bias`, are trained with the network.
+    They start with what a static pruning would go by: the salience of a channel is near the L1
+    norm of its filter, over the layer's mean (Li et al. 2016, arXiv 1608.08710).
     With `wants_columns` it wants its output at the columns that it keeps of its input, and no
     other; a `GatedNorm` sets those to zero too.
 
@@ -183,7 +192,7 @@ class DynamicConv(nnx.Conv):
             shape = (self.in_features, self.out_features)
             kernel = _SALIENCE_INIT(rngs(), shape, jnp.float32)
             self.salience_kernel = nnx.Param(kernel)
-            self.salience_bias = nnx.Param(jnp.ones(self.out_features, jnp.float32))
+            self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(conv.kernel[...])))
         if feature_ratio is not None or wants_columns:
             self.handover = nnx.static(Handover())
         self.channel_group = channel_group
@@ -233,8 +242,12 @@ class DynamicConv(nnx.Conv):
     def salience(
         self, x: Float[Array, "*batch height width channels"]
     ) -> Float[Array, "*batch features"]:
-        """What the output channels are expected to matter, at least 0 (arXiv 1810.05331, eq. 8)."""
-        means = jnp.mean(jnp.abs(x), axis=(-3, -2), dtype=jnp.float32)
+        """What the output channels are expected to matter, at least 0 (arXiv 1810.05331, eq. 8).
+
+        Divided by the square root of their number, the means change the saliences about as much in
+        a step of training as a bias does; undivided, gates that learn too fast cost accuracy.
+        """
+        means = jnp.mean(jnp.abs(x), axis=(-3, -2), dtype=jnp.float32) * x.shape[-1] ** -0.5
         bias = self.salience_bias[...].reshape((1,) * (means.ndim - 1) + (-1,))
         return nnx.relu(self.weigh(means) + bias)
 
@@ -337,6 +350,15 @@ class DynamicConv(nnx.Conv):
         if follows:  # by chance more than the count has stayed
             return mask | (scores > 0.0)
         return masks_lib.drop_targets(self.rngs(), mask, self.drop_probability)
+
+
+def _relative_norms(
+    kernel: Float[Array, "height width channels features"],
+) -> Float[Array, " features"]:
+    """The L1 norm of each filter over their mean; not below a tenth, so that all can learn."""
+    norms = jnp.sum(jnp.abs(kernel), axis=(0, 1, 2), dtype=jnp.float32)
+    mean = jnp.mean(norms)
+    return jnp.where(mean > 0.0, jnp.maximum(norms / mean, 0.1), 1.0)
 
 
 def _divisor(size: int, n: int) -> int:
