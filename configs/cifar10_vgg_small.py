@@ -42,6 +42,8 @@ def get_config():
         "geometric_median",
         "random_filters",
         "random",
+        "shared",
+        "predicted+shared",
         "columns",
         "both",
         "no_dropout",

@@ -77,7 +77,7 @@ def base_config() -> Config:
                 "channel_group": 1,  # neighbouring channels that are kept or skipped together
                 "column_patch": 1,  # side of the square of columns kept or skipped together
                 "statistic": "mean",  # what attention is of a channel or column; or max, l2
-                "criterion": "attention",  # or a control: random, inverse
+                "criterion": "attention",  # or a control: random, inverse, shared
                 # Of a target in training; 1: as at test time; 0: never, for comparison.
                 "drop_probability": 1.0,
             },
@@ -118,6 +118,8 @@ def base_config() -> Config:
                 "ablations": (
                     "random",
                     "inverse",
+                    "shared",
+                    "predicted+shared",
                     "max",
                     "l2",
                     "columns",

@@ -55,6 +55,12 @@ def test_bfloat16_maps_are_ranked_in_float32():
     assert attention.column_attention(x).dtype == jnp.float32
 
 
+def test_one_choice_is_shared_by_a_batch():
+    scores = jnp.asarray([[[1.0, 2.0], [5.0, 6.0]], [[3.0, 4.0], [7.0, 8.0]]])
+    found = attention.shared(scores, nnx.RngStream(0, tag="gate"))
+    np.testing.assert_array_equal(found, [[[2.0, 3.0], [6.0, 7.0]]] * 2)
+
+
 def test_controls_invert_and_draw_afresh():
     rngs = nnx.RngStream(0, tag="gate")
     scores = jnp.asarray([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
@@ -64,5 +70,5 @@ def test_controls_invert_and_draw_afresh():
     assert first.shape == scores.shape
     assert not np.array_equal(first[0], first[1])  # per input
     assert not np.array_equal(first, second)  # per call
-    assert set(attention.CRITERIA) == {"attention", "random", "inverse"}
+    assert set(attention.CRITERIA) == {"attention", "random", "inverse", "shared"}
     assert jax.tree.all(jax.tree.map(callable, attention.CRITERIA))

@@ -326,7 +326,7 @@ def test_a_run_with_predicted_gates(config, tmp_path):
     # 7 convolutions at ratios .3, .4, .5 of both sides; columns of one block.
     assert 0.5 < report["pruned"]["mac_reduction"] < 0.7
     assert report["pruned"]["gate_operations_per_image"] > 0
-    assert set(report["pruned_by_other_criteria"]) == {"random", "inverse"}
+    assert set(report["pruned_by_other_criteria"]) == {"random", "inverse", "shared"}
     again = train_and_evaluate(config, tmp_path / "run")
     assert again["parameters_digest"] == report["parameters_digest"]
     assert again["pruned"] == report["pruned"]

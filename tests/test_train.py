@@ -56,7 +56,7 @@ def test_what_a_run_leaves(config, workdir):
     for row in (report["dense"], pruned, report["pruned_without_targeted_dropout"]):
         assert 0.0 <= row["accuracy"] <= 1.0
         assert row["examples"] == 100
-    assert set(report["pruned_by_other_criteria"]) == {"random", "inverse"}
+    assert set(report["pruned_by_other_criteria"]) == {"random", "inverse", "shared"}
     assert layers["blocks/0/layers/0/conv"]["channel_ratio"] is None  # it sees the image
     assert layers["blocks/1/layers/0/conv"]["channel_ratio"] == 0.4
     assert layers["blocks/1/layers/0/conv"]["column_ratio"] is None  # its ratio is 0
@@ -346,8 +346,8 @@ def test_sweep_scales_the_ratios(config, workdir):
     rows = sweep(config, workdir)
     report = json.loads((workdir / "report.json").read_text())
     points = {(row["weights"], row["criterion"], row["fraction"]): row for row in rows}
-    assert len(points) == 2 * 3 * 2
-    for criterion in ("attention", "random", "inverse"):
+    assert len(points) == 2 * 4 * 2
+    for criterion in ("attention", "random", "inverse", "shared"):
         dense = points["dense", criterion, 0.0]
         assert dense["accuracy"] == report["dense"]["accuracy"]
         assert dense["mac_reduction"] == 0.0

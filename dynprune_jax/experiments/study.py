@@ -60,6 +60,7 @@ METHODS = {
     "random_filters": Method("static, random", {"static.criterion": "random"}, static),
     "random": Method("random selection", {"gate.criterion": "random"}),
     "inverse": Method("inverse selection", {"gate.criterion": "inverse"}),
+    "shared": Method("one choice for all inputs of a batch", {"gate.criterion": "shared"}),
     "max": Method("attention by maximum", {"gate.statistic": "max"}),
     "l2": Method("attention by L2 norm", {"gate.statistic": "l2"}),
     "channels": Method("channels only", {"gate.column_ratio": ()}),

@@ -4,7 +4,7 @@ Attention is parameter-free (AntiDote, arXiv 2008.06543, section III): a channel
 on average over the map, and a column that is strong on average over the channels, matter for
 this very input. A *statistic* says what strong means: the mean, which is the method's, or the
 maximum or the root mean square. A *criterion* turns attention into the scores that are ranked:
-`attention` itself, or one of the two controls that a result is to be compared with.
+`attention` itself, or one of the controls that a result is to be compared with.
 """
 
 from collections.abc import Callable
@@ -75,4 +75,13 @@ def random(scores: Float[Array, "*batch n"], rngs: nnx.RngStream) -> Float[Array
     return jax.random.uniform(rngs(), scores.shape, scores.dtype)
 
 
-CRITERIA: dict[str, Criterion] = {f.__name__: f for f in (attention, random, inverse)}
+def shared(scores: Float[Array, "batch *n"], rngs: nnx.RngStream) -> Float[Array, "batch *n"]:
+    """Control: ranks by the batch's mean attention, so all its inputs keep the same.
+
+    What is lost by it is the share that deciding per input has in a result.
+    """
+    del rngs
+    return jnp.broadcast_to(jnp.mean(scores, axis=0, keepdims=True), scores.shape)
+
+
+CRITERIA: dict[str, Criterion] = {f.__name__: f for f in (attention, random, inverse, shared)}
