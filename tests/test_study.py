@@ -1,5 +1,6 @@
 import json
 import shlex
+import sys
 
 import pytest
 from PIL import Image
@@ -144,12 +145,15 @@ def test_the_tables_by_hand():
 def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
     config.seed = 3
     monkeypatch.setattr("sys.argv", ["main.py", "--mode=study", "--config=configs/x.py"])
+    more = ["--config.study.seeds=(1, 2)", "--config.prune.epochs=10", "--config.data.path=/here"]
+    monkeypatch.setattr("sys.argv", [*sys.argv, *more])
     line = study_lib.command("l1", 0.55, config)
     flags = [part for part in shlex.split(line)[3:] if "DIR" not in part]
     assert flags == [
         "--mode=study",
         "--config=configs/x.py",
         "--config.data.name=digits",
+        "--config.prune.epochs=10",
         "--config.study.seeds=(3,)",
         "--config.study.methods=('l1',)",
         "--config.study.cuts=(0.55,)",

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -330,12 +331,15 @@ def command(name: str, cut: float, config: Config) -> str | None:
     file = next((arg for arg in sys.argv if arg.startswith("--config=")), None)
     if file is None:
         return None
-    data = f"--config.data.name={config.data.name}"
+    data = [f"--config.data.name={config.data.name}"]
     if config.data.path:
-        data += " --config.data.path=FOLDER"
+        data.append("--config.data.path=FOLDER")
+    told = ("--config.data.name=", "--config.data.path=", "--config.study.")
+    others = [a for a in sys.argv if a.startswith("--config.") and not a.startswith(told)]
     methods, cuts = ("()", "()") if name == "dense" else (f"('{name}',)", f"({cut},)")
     return (
-        f"python -m dynprune_jax.main --mode=study {file} --workdir=DIR {data}"
+        f"python -m dynprune_jax.main --mode=study {file} --workdir=DIR"
+        f" {shlex.join([*data, *others])}"
         f' "--config.study.seeds=({config.seed},)" "--config.study.methods={methods}"'
         f' "--config.study.cuts={cuts}" "--config.study.ablations=()"'
     )
