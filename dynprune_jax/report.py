@@ -62,8 +62,8 @@ def write_report(
     if run.dynamic is not None and pruned is not None:
         results["pruned"] = run.evaluate(run.dynamic, pruned)
         if dense is not None:
-            started = run.gated(dense)
-            results["pruned_without_targeted_dropout"] = run.evaluate(run.dynamic, started)
+            untrained = run.evaluate(run.dynamic, run.gated(dense))
+            results["pruned_without_targeted_dropout"] = untrained
         for criterion in CRITERIA.keys() - {run.config.gate.criterion}:
             controls[criterion] = run.evaluate(run.network_with(criterion), pruned)
     shown = results["pruned"] or results["dense"]

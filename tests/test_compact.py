@@ -56,7 +56,7 @@ def mixed_plan(model):
     return Plan(forms)
 
 
-AXES = ("channels", "columns")
+AXES = ("channels", "columns", "features")
 
 
 @pytest.mark.parametrize(
