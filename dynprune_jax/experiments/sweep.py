@@ -1,4 +1,4 @@
-"""Accuracy over a curve of ratios, with attention and with its two controls."""
+"""Accuracy over a curve of ratios, by attention and by its controls."""
 
 import os
 from typing import Any

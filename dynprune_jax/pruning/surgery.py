@@ -164,6 +164,10 @@ def predict_channels(
     Feature Boosting and Suppression (Gao et al. 2018, arXiv 1810.05331): see `DynamicConv`. The
     convolution that reads the outputs skips the same channels, so a kept share counts squared.
 
+    The gates start from the model's weights: a trained model answers as before, nearly and at
+    ratio 0, and skips what static pruning by L1 norms would remove. For that the batch norms behind
+    get scales and biases of their own; all other parameters are shared with the given model.
+
     Args:
       model: any NNX model.
       channel_ratio: prune ratio over the outputs, as in `make_dynamic`; patterns and blocks are
