@@ -388,7 +388,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
     Returns:
       The figure; the dense network is a line across.
     """
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.0, 4.5 + 0.1 * len(labels)), layout="constrained")
     axes = figure.add_subplot()
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
     if dense:
@@ -418,7 +418,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(color="0.9")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
 
 
