@@ -37,7 +37,20 @@ def get_config():
     config.optim.weight_decay = 5e-4
 
     config.study.seeds = (0, 1)
-    config.study.methods = ("attention", "predicted", "predicted+distillation", "l1", "taylor")
+    config.study.methods = (
+        "attention",
+        "distillation",
+        "both",
+        "both+distillation",
+        "block_columns",
+        "block_columns+distillation",
+        "predicted",
+        "predicted+distillation",
+        "predicted+block_columns",
+        "l1",
+        "l1+distillation",
+        "taylor",
+    )
     config.study.ablations = (
         "geometric_median",
         "random_filters",
@@ -45,11 +58,6 @@ def get_config():
         "shared",
         "predicted+shared",
         "columns",
-        "both",
         "no_dropout",
-        "distillation",
-        "block_columns",
-        "predicted+block_columns",
-        "l1+distillation",
     )
     return config

@@ -126,7 +126,10 @@ def test_it_starts_as_the_dense_model_and_ranks_as_static_pruning(name, salience
             expected = np.broadcast_to(norms / norms.mean(), (len(images), len(norms)))
             inputs = jnp.ones((len(images), 4, 4, layer.in_features))
             np.testing.assert_allclose(layer.salience(inputs), expected, rtol=1e-5)
-    np.testing.assert_allclose(dynamic(images), model(images), rtol=1e-4, atol=1e-5)
+    if salience_scales:  # the norms' scales are divided by it, and it multiplies
+        np.testing.assert_allclose(dynamic(images), model(images), rtol=1e-4, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(dynamic(images), model(images))
 
 
 def test_it_starts_as_a_model_with_plain_norms_and_dead_filters():
@@ -179,7 +182,7 @@ def test_a_salience_that_only_ranks_learns_too():
     np.testing.assert_array_equal(unit.conv.masks(images).salience, 1.0)
     salience = np.asarray(unit.conv.salience(images))[:, None, None, :]
     np.testing.assert_allclose(np.asarray(unit(images)) * salience, y, rtol=1e-4, atol=1e-6)
-    fast = compact(dynamic, images, plan=mixed_plan(dynamic))
+    fast = compact(dynamic, images)
     np.testing.assert_allclose(fast(images), dynamic(images), rtol=1e-4, atol=1e-4)
     gradient = nnx.grad(lambda unit: jnp.sum(unit(images)))(unit)
     assert np.abs(gradient.conv.salience_kernel[...]).max() > 0

@@ -78,7 +78,8 @@ def random(scores: Float[Array, "*batch n"], rngs: nnx.RngStream) -> Float[Array
 def shared(scores: Float[Array, "batch *n"], rngs: nnx.RngStream) -> Float[Array, "batch *n"]:
     """Control: ranks by the batch's mean attention, so all its inputs keep the same.
 
-    What is lost by it is the share that deciding per input has in a result.
+    What is lost by it is the share that deciding per input has in a result. The first axis is the
+    batch; what it was filled up with counts too.
     """
     del rngs
     return jnp.broadcast_to(jnp.mean(scores, axis=0, keepdims=True), scores.shape)

@@ -244,8 +244,8 @@ class DynamicConv(nnx.Conv):
     ) -> Float[Array, "*batch features"]:
         """What the output channels are expected to matter, at least 0 (arXiv 1810.05331, eq. 8).
 
-        Divided by the square root of their number, the means change the saliences about as much in
-        a step of training as a bias does; undivided, gates that learn too fast cost accuracy.
+        The means are divided by the square root of their number, so that a step of training changes
+        the saliences by their kernel about as much as by their bias, whatever their number.
         """
         means = jnp.mean(jnp.abs(x), axis=(-3, -2), dtype=jnp.float32) * x.shape[-1] ** -0.5
         bias = self.salience_bias[...].reshape((1,) * (means.ndim - 1) + (-1,))
