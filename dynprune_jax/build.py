@@ -338,7 +338,8 @@ class Run:
             prepare = functools.partial(evaluation_images, self.config)
             evaluator = make_evaluator(network, prepare, sharding.whole(self.mesh))
             self._evaluators[network] = evaluator
-        merged = {name: value for given in values for name, value in given.items()}
+        given = (network.settings, *values)
+        merged = {name: value for part in given for name, value in part.items()}
         return evaluate(evaluator, sharding.replicate(merged, self.mesh), batches)
 
     @functools.cached_property

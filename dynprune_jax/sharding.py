@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -50,6 +51,9 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
         # Equal, not equivalent: a step traces again for an array of one device placed otherwise.
         if isinstance(leaf, jax.Array) and leaf.sharding == whole(mesh):
             return leaf
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         return jax.make_array_from_process_local_data(whole(mesh), np.asarray(leaf))
 
     return jax.tree.map(place, tree)

@@ -145,14 +145,14 @@ def run_phase(
     """
     config, total = run.config, run.phase_steps(name)
     offset = run.phase_steps("dense") if name == "prune" else 0
-    schedule = ratio_schedule(run, network)
+    schedule = ratio_schedule(run, network.values(PruneRatio))
     state = TrainState.create(start, network, run.optimizer(name))
     timing = Timing()
     recent: list[dict[str, float]] = []
     folder, of = run.workdir / "checkpoints" / name, run.identity(name)
     with (
         Checkpoints(folder, of=of, mend=True) as checkpoints,
-        Feed(run, name, network, schedule, run.mesh, teacher) as feed,
+        Feed(run, name, network, run.mesh, teacher) as feed,
     ):
         state = feed.place(state)
         if checkpoints.steps():
@@ -245,12 +245,9 @@ def run_phase(
     return jax.device_get(state.values), timing.summary()
 
 
-def ratio_schedule(run: Run, network: Network) -> Callable[[Any], Values]:
-    """The step of a phase to the ratio of every gate, by name; nothing for a dense network."""
-    schedules = {
-        name: ratio_ascent(float(target), **run.ascent)
-        for name, target in network.values(PruneRatio).items()
-    }
+def ratio_schedule(run: Run, targets: Values) -> Callable[[Any], Values]:
+    """The step of a phase to the ratio of every gate; both by name, and the targets may be traced."""
+    schedules = {name: ratio_ascent(target, **run.ascent) for name, target in targets.items()}
     return lambda step: {name: schedule(step) for name, schedule in schedules.items()}
 
 
@@ -264,7 +261,6 @@ class Feed:
       run: the run.
       name: of the phase.
       network: what is trained.
-      schedule: of its ratios.
       mesh: the devices.
       teacher: parameters and batch statistics of the dense network to learn from, or None.
     """
@@ -274,43 +270,53 @@ class Feed:
         run: Run,
         name: str,
         network: Network,
-        schedule: Any,
         mesh: Any,
         teacher: Values | None = None,
     ):
         self._run = run
         self._mesh = mesh
-        self._teacher = None if teacher is None else sharding.replicate(dict(teacher), mesh)
         self._compiled: set[int] = set()
         phase_key = jax.random.fold_in(jax.random.key(run.config.seed), name == "prune")
         order_key, augment_key = jax.random.split(phase_key)
+        # Given to the step and not built into it, so that runs of other seeds and ratios have the
+        # very same program: JAX's compilation cache then serves a whole study.
+        self._given = sharding.replicate(
+            {
+                "order": order_key,
+                "augment": augment_key,
+                "settings": network.settings,
+                "targets": network.values(PruneRatio),
+                "teacher": None if teacher is None else dict(teacher),
+            },
+            mesh,
+        )
         one = functools.partial(
             train_step,
             network=network,
             optimizer=run.optimizer(name),
-            ratios=schedule,
             label_smoothing=run.config.optim.label_smoothing,
             distillation=run.config.prune.distillation,
             temperature=run.config.prune.temperature,
         )
 
         def learn(
-            state: TrainState, images: Any, labels: Any, teacher: Values | None
+            state: TrainState, images: Any, labels: Any, given: Mapping[str, Any]
         ) -> tuple[TrainState, Any]:
-            key = jax.random.fold_in(augment_key, state.step)
+            key = jax.random.fold_in(given["augment"], state.step)
             model: Any = None
-            if teacher is not None:
-                model = run.dense.bind(teacher)
+            if given["teacher"] is not None:
+                model = run.dense.bind(given["teacher"])
                 model.eval()
             batch = training_images(run.config, key, images), labels
-            return one(state, batch, teacher=model)
+            ratios = ratio_schedule(run, given["targets"])
+            return one(state, batch, settings=given["settings"], ratios=ratios, teacher=model)
 
         def learn_from_memory(
-            state: TrainState, data: Any, teacher: Values | None, count: int
+            state: TrainState, data: Any, given: Mapping[str, Any], count: int
         ) -> tuple[TrainState, Any]:
             def body(state: TrainState, _: None) -> tuple[TrainState, Any]:
-                batch = device_batch(order_key, state.step, data[0], data[1], run.config.batch_size)
-                return learn(state, *sharding.split_batch(batch, mesh), teacher)
+                batch = device_batch(given["order"], state.step, *data, run.config.batch_size)
+                return learn(state, *sharding.split_batch(batch, mesh), given)
 
             if count == 1:
                 return body(state, None)
@@ -385,8 +391,8 @@ class Feed:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Does `count` steps; gives the state after them and the mean of their metrics."""
         if self._stream is None:
-            return self._step(state, self._data, self._teacher, count=count)
-        return self._step(state, batch["image"], batch["label"], self._teacher)
+            return self._step(state, self._data, self._given, count=count)
+        return self._step(state, batch["image"], batch["label"], self._given)
 
 
 def _next(step: int, every: int) -> int:

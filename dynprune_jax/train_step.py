@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from flax.nnx import traversals
 from jaxtyping import Array, Float, Int, PyTree
 
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.surgery import path_name
 
 Values = Mapping[str, Any]
@@ -48,6 +50,14 @@ class Network:
         """The model's initial parameters and batch statistics, by name."""
         return self.values(nnx.Param, nnx.BatchStat)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Prune ratios and keys of random numbers, by name.
+
+        A compiled program that is given them is the same one for every ratio and every seed.
+        """
+        return self.values(PruneRatio, nnx.RngKey)
+
     def bind(self, *values: Values, draw: Int[Array, ""] | int = 0) -> nnx.Module:
         """A model with these values; what is not given has its initial value.
 
@@ -55,13 +65,12 @@ class Network:
           *values: dictionaries by name.
           draw: the place of all streams of random numbers; the same draw gives the same numbers.
         """
-        # Folded into the keys, not the counts: a stream may be drawn from several times a call.
-        keys = {
-            name: jax.random.fold_in(key, draw) for name, key in self.values(nnx.RngKey).items()
-        }
-        merged = {**self._values, **keys}
+        merged = dict(self._values)
         for given in values:
             merged |= given
+        # Folded into the keys, not the counts: a stream may be drawn from several times a call.
+        for name in self.values(nnx.RngKey):
+            merged[name] = jax.random.fold_in(merged[name], draw)
         nested = traversals.unflatten_mapping({self._paths[k]: v for k, v in merged.items()})
         return nnx.merge(self._graph, nested)
 
@@ -106,6 +115,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     ratios: Callable[[Int[Array, ""]], Values],
     label_smoothing: float,
+    settings: Values = MappingProxyType({}),
     teacher: Callable[[Float[Array, "..."]], Float[Array, "batch classes"]] | None = None,
     distillation: float = 0.0,
     temperature: float = 1.0,
@@ -126,6 +136,7 @@ def train_step(
       ratios: a schedule: the step to the prune ratio of every gate, by name. It is traced, so
         no change of a ratio compiles anything again.
       label_smoothing: share of the target spread evenly over all classes.
+      settings: the network's `settings`, if they are to be traced; the ratios come from `ratios`.
       teacher: images to the logits to learn from; None: the labels alone.
       distillation: the weight w of the teacher, in [0, 1].
       temperature: T, above 0.
@@ -138,7 +149,7 @@ def train_step(
     taught = None if teacher is None else jax.lax.stop_gradient(teacher(images))
 
     def loss_fn(params):
-        model = network.bind(params, state.stats, current, draw=state.step)
+        model = network.bind(settings, params, state.stats, current, draw=state.step)
         logits = model(images)
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32), label_smoothing

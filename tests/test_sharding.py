@@ -13,7 +13,7 @@ from flax import nnx
 from dynprune_jax import models
 from dynprune_jax.build import Run
 from dynprune_jax.sharding import data_mesh, local_rows, place_batch, replicate
-from dynprune_jax.train import Feed, ratio_schedule
+from dynprune_jax.train import Feed
 from dynprune_jax.train_step import TrainState
 
 SCALING = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -44,14 +44,14 @@ def test_a_step_sends_gradients_statistics_and_metrics_and_nothing_else(config, 
         config.data.resized_crop = True
         config.gate.criterion = "random"
     run = Run.open(config, tmp_path)
-    with Feed(run, "prune", run.dynamic, ratio_schedule(run, run.dynamic), run.mesh) as feed:
+    with Feed(run, "prune", run.dynamic, run.mesh) as feed:
         state = TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
         state = feed.place(state)
         if way == "memory":
-            lowered = feed._step.lower(state, feed._data, None, count=1)
+            lowered = feed._step.lower(state, feed._data, feed._given, count=1)
         else:
             batch = feed.next_batch()
-            lowered = feed._step.lower(state, batch["image"], batch["label"], None)
+            lowered = feed._step.lower(state, batch["image"], batch["label"], feed._given)
     program = lowered.compile().as_text()
     found = collectives(program)
     assert {kind for kind, _ in found} == {"all-reduce"}

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dynprune_jax.build import Run
 from dynprune_jax.processes import joined, leads
-from dynprune_jax.train import Feed, ratio_schedule
+from dynprune_jax.train import Feed
 from dynprune_jax.train_step import TrainState
 
 STEPS = 3
@@ -24,7 +24,7 @@ def results(config, workdir):
     """Parameters and batch statistics after a few steps; what the fresh network did on the test."""
     run = Run.open(config, workdir)
     network = run.dynamic
-    with Feed(run, "prune", network, ratio_schedule(run, network), run.mesh) as feed:
+    with Feed(run, "prune", network, run.mesh) as feed:
         state = TrainState.create(run.dense.weights, network, run.optimizer("prune"))
         state = feed.place(state)
         for _ in range(STEPS):

@@ -13,7 +13,7 @@ from dynprune_jax.build import Run
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.plan import interleaved
-from dynprune_jax.train import Feed, ratio_schedule
+from dynprune_jax.train import Feed
 from dynprune_jax.train_step import TrainState
 from dynprune_jax.writers import screen, write_json
 
@@ -38,7 +38,7 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     run.make_workdir()
     steps = {}
     for name, phase, network in (("dense", "dense", run.dense), ("dynamic", "prune", run.dynamic)):
-        feed = Feed(run, phase, network, ratio_schedule(run, network), run.mesh)
+        feed = Feed(run, phase, network, run.mesh)
         state = TrainState.create(network.weights, network, run.optimizer(phase))
         steps[name] = _Stepper(feed, feed.place(state))
     seconds = interleaved(steps, config.benchmark.repeats)

@@ -1,6 +1,7 @@
 """From scores and a prune ratio to masks and indices: exact counts, ties to the lower index."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 # so that a ratio of p / n, or a decimal such as 0.29 with n = 100, prunes p and not p - 1.
 _ROUNDING = 2.0**-22
 _BLOCK = 64  # of a running count
+_RANKED = 2048  # up to so many are compared each with each, but on a CPU
 
 
 if TYPE_CHECKING:
@@ -95,11 +97,33 @@ def keep_highest(
     too.
     """
     keys = _ordered(jax.lax.stop_gradient(scores))
+    if keys.shape[-1] > _RANKED:
+        return _keep_by_threshold(keys, count)
+    return jax.lax.platform_dependent(
+        keys, jnp.asarray(count, jnp.int32), cpu=_keep_by_threshold, default=_keep_by_rank
+    )
+
+
+def _keep_by_threshold(
+    keys: UInt32[Array, "*batch n"], count: int | Int[Array, ""]
+) -> Bool[Array, "*batch n"]:
     threshold = _threshold(keys, count)[..., None]
     above = keys > threshold
     equal = keys == threshold  # as many of these as there is still room for, from the left
     room = count - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
     return above | (equal & (_running_count(equal) <= room))
+
+
+def _keep_by_rank(
+    keys: UInt32[Array, "*batch n"], count: int | Int[Array, ""]
+) -> Bool[Array, "*batch n"]:
+    """Compares each with each. On a GPU that is one kernel; a search or a sort is dozens."""
+    shape = (*keys.shape, keys.shape[-1])
+    mine, other = jnp.broadcast_to(keys[..., :, None], shape), keys[..., None, :]
+    place = functools.partial(jax.lax.broadcasted_iota, jnp.int32, shape)
+    earlier = place(len(shape) - 1) < place(len(shape) - 2)
+    ahead = (other > mine) | ((other == mine) & earlier)
+    return jnp.sum(ahead, axis=-1, dtype=jnp.int32) < count
 
 
 def highest(scores: Float[Array, "*batch n"], count: int) -> Int[Array, "*batch {count}"]:
