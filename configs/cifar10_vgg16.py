@@ -17,4 +17,28 @@ def get_config():
     config.model = "vgg16"
     config.data.name = "cifar10"
     config.gate.channel_ratio = (0.2, 0.2, 0.6, 0.9, 0.9)
+
+    # A batch that fills a GPU, at the learning rate that goes with it.
+    config.batch_size = 512
+    config.eval_batch_size = 500
+    config.log_every_steps = 97  # an epoch
+    config.evaluate_every_epochs = 10
+    config.checkpoint_every_epochs = 50
+    config.dense.epochs = 140
+    config.dense.learning_rate = 0.2
+    config.prune.epochs = 30
+    config.prune.learning_rate = 0.1
+    config.ascent.interval_epochs = 0.8
+
+    config.study.methods = (
+        "attention",
+        "predicted",
+        "predicted+distillation",
+        "l1",
+        "l1+as_gates",
+        "l1+as_gates+distillation",
+        "taylor+as_gates",
+        "geometric_median+as_gates",
+        "random_filters+as_gates",
+    )
     return config

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
@@ -318,17 +319,33 @@ class Run:
             return self.dataset.train.read_all(progress)
 
     @functools.cached_property
+    def _test_order(self) -> Int[np.ndarray, " examples"]:
+        """A fixed random order for the test split.
+
+        Neighbours in class folders are of one class, and a choice made for a whole batch would
+        then be one made by the label.
+        """
+        return np.random.default_rng(0).permutation(len(self.dataset.test))
+
+    @functools.cached_property
     def _test_examples(self) -> Any:
-        return self.dataset.test.read_all() if self.in_memory else self.dataset.test
+        split = self.dataset.test.reordered(self._test_order)
+        return split.read_all() if self.in_memory else split
 
     def evaluate(self, network: Network, *values: Mapping[str, Any]) -> Evaluation:
-        """Evaluates a network on the test split.
+        """Evaluates a network on the test split, whose batches are of mixed classes.
 
         Args:
           network: to evaluate.
           *values: parameters, batch statistics and, if not the model's own, ratios by name.
+
+        Returns:
+          What it did on each example, in the split's own order.
         """
-        return self._evaluate_on(self._test_batches(), network, *values)
+        found = self._evaluate_on(self._test_batches(), network, *values)
+        back = np.argsort(self._test_order)
+        usage = jax.tree.map(lambda leaf: leaf[back], found.usage)
+        return Evaluation(found.correct[back], usage)
 
     def _evaluate_on(
         self, batches: Iterable[tuple[Any, Any, Any]], network: Network, *values: Mapping[str, Any]

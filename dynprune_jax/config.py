@@ -32,7 +32,7 @@ def base_config() -> Config:
             "batch_size": 128,
             "eval_batch_size": 250,
             # Training steps run by one call of the compiled step; 0: 1 on CPU, where a
-            # convolution inside a loop is slow, and 50 elsewhere.
+            # convolution inside a loop is slow, and `log_every_steps` elsewhere.
             "steps_per_dispatch": 0,
             "log_every_steps": 50,
             "evaluate_every_epochs": 1,

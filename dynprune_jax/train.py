@@ -325,13 +325,10 @@ class Feed:
 
         self._stream = None
         if run.in_memory:
-            several = 1 if jax.default_backend() == "cpu" else 50
             # Not past a row of the log, where a dispatch has to end.
-            self.steps_per_dispatch = min(
-                run.config.steps_per_dispatch or several,
-                run.config.log_every_steps,
-                run.steps_per_epoch,
-            )
+            longest = min(run.config.log_every_steps, run.steps_per_epoch)
+            several = 1 if jax.default_backend() == "cpu" else longest
+            self.steps_per_dispatch = min(run.config.steps_per_dispatch or several, longest)
             self._data = sharding.replicate(run.train_arrays, mesh)
             self._step = jax.jit(
                 learn_from_memory,

@@ -3,6 +3,7 @@ import numpy as np
 from flax import nnx
 
 from dynprune_jax import make_dynamic, measure
+from dynprune_jax.build import Run, evaluation_images
 from dynprune_jax.data.batches import eval_batches
 from dynprune_jax.evaluate import evaluate, make_evaluator
 from dynprune_jax.models import vgg_digits
@@ -39,3 +40,18 @@ def test_every_example_counts_once_however_the_batches_fall():
     dense = evaluate(evaluator, {**network.weights, **none}, eval_batches((images, labels), 4))
     assert dense.usage.mac_reduction == 0.0
     assert (dense.usage.executed_macs == usage.dense_executed_macs).all()
+
+
+def test_batches_mix_what_a_set_holds_in_order_and_results_are_in_that_order(config, tmp_path):
+    run = Run.open(config, tmp_path)
+    images, labels = run.dataset.test.read_all()
+    model = run.dense.bind(run.dense.weights)
+    model.eval()
+    logits = model(evaluation_images(config, jnp.asarray(images)))
+    right = np.argmax(logits, -1) == labels
+    assert right.any()
+    assert not right.all()
+    np.testing.assert_array_equal(run.evaluate(run.dense, run.dense.weights).correct, right)
+    # In class folders a batch of neighbours would be of one class.
+    _, first, valid = next(run._test_batches())
+    assert not np.array_equal(first[valid], labels[: valid.sum()])

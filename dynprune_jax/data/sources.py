@@ -1,6 +1,7 @@
 """Data sets by name: random access to square uint8 images and their labels."""
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,12 @@ class Split:
                 )
             labels[row] = label if self._relabel is None else self._relabel[label]
         return images, labels
+
+    def reordered(self, order: Int[np.ndarray, " examples"]) -> "Split":
+        """The same examples in another order: first the one at `order[0]`."""
+        split = copy.copy(self)
+        split._indices = self._indices[order]
+        return split
 
     def read_all(
         self, progress: Callable[[int, int], None] | None = None

@@ -58,6 +58,8 @@ METHODS = {
         "static, geometric median", {"static.criterion": "geometric_median"}, static
     ),
     "taylor": Method("static, Taylor", {"static.criterion": "taylor"}, static),
+    # With a criterion: "l1+as_gates".
+    "as_gates": Method("in proportion to the gates' ratios", {"static.allotment": "gate"}),
     "random_filters": Method("static, random", {"static.criterion": "random"}, static),
     "random": Method("random selection", {"gate.criterion": "random"}),
     "inverse": Method("inverse selection", {"gate.criterion": "inverse"}),
