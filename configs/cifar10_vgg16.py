@@ -16,19 +16,21 @@ def get_config():
     config = cifar_config()
     config.model = "vgg16"
     config.data.name = "cifar10"
-    config.gate.channel_ratio = (0.2, 0.2, 0.6, 0.9, 0.9)
+    # How mild in the first blocks and hard in the last is as static pruning allots VGG16's filters
+    # at such cuts: .3 and .75 at 67 % (CHIP, arXiv 2110.13981).
+    config.gate.channel_ratio = (0.3, 0.3, 0.3, 0.75, 0.75)
 
-    # A batch that fills a GPU, at the learning rate that goes with it.
-    config.batch_size = 512
+    config.batch_size = 256
     config.eval_batch_size = 500
-    config.log_every_steps = 97  # an epoch
+    config.log_every_steps = 195  # an epoch
     config.evaluate_every_epochs = 10
     config.checkpoint_every_epochs = 50
-    config.dense.epochs = 140
+    config.dense.epochs = 150
     config.dense.learning_rate = 0.2
-    config.prune.epochs = 30
-    config.prune.learning_rate = 0.1
-    config.ascent.interval_epochs = 0.8
+    config.prune.epochs = 40
+    config.prune.learning_rate = 0.02
+    config.prune.warmup_epochs = 1.0
+    config.ascent.interval_epochs = 1.0
 
     config.study.methods = (
         "attention",

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import check_image_size, conv, norm, scaled
+from dynprune_jax.models.layers import check_image_size, classifier, conv, norm, scaled
 
 
 def stem_pool(
@@ -126,7 +126,7 @@ class ResNet(nnx.Module):
                 inputs = channels * unit.expansion
             blocks.append(nnx.Sequential(*layers))
         self.blocks = nnx.List(blocks)
-        self.head = nnx.Linear(inputs, num_classes, dtype=dtype, rngs=rngs)
+        self.head = classifier(inputs, num_classes, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
@@ -137,7 +137,7 @@ class ResNet(nnx.Module):
         x = stem_pool(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(jnp.mean(x, axis=(1, 2))).astype(jnp.float32)
+        return self.head(jnp.mean(x, axis=(1, 2)))
 
 
 def resnet18(

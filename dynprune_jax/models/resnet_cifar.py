@@ -5,7 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import check_image_size, conv, norm, scaled
+from dynprune_jax.models.layers import check_image_size, classifier, conv, norm, scaled
 
 
 def option_a_shortcut(
@@ -104,7 +104,7 @@ class CifarResNet(nnx.Module):
                 (second, third, 2),
             )
         )
-        self.head = nnx.Linear(third, num_classes, dtype=dtype, rngs=rngs)
+        self.head = classifier(third, num_classes, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
@@ -114,7 +114,7 @@ class CifarResNet(nnx.Module):
         x = nnx.relu(self.stem_norm(x)).astype(x.dtype)
         for block in self.blocks:
             x = block(x)
-        return self.head(jnp.mean(x, axis=(1, 2))).astype(jnp.float32)
+        return self.head(jnp.mean(x, axis=(1, 2)))
 
 
 def resnet20(

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dynprune_jax.models.layers import check_image_size, conv, norm, scaled
+from dynprune_jax.models.layers import check_image_size, classifier, conv, norm, scaled
 
 # (number of convolutions, their channels) of each block; VGG16 is column D of the paper's table 1.
 _VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -102,7 +102,7 @@ class VGG(nnx.Module):
         x = images
         for block in self.blocks:
             x = block(x)
-        return self.head(self.to_features(x)).astype(jnp.float32)
+        return self.head(self.to_features(x))
 
 
 def vgg16(
@@ -134,7 +134,7 @@ def vgg16(
     """
     check_image_size("vgg16", image_size, at_least=32)
     plan = _plan(_VGG16, width)
-    head = nnx.Linear(plan[-1][1], num_classes, dtype=dtype, rngs=rngs)
+    head = classifier(plan[-1][1], num_classes, rngs=rngs)
     return VGG(plan, global_mean, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
 
 
@@ -178,7 +178,7 @@ def vgg16_imagenet(
         nnx.Linear(hidden, hidden, dtype=dtype, rngs=rngs),
         nnx.relu,
         nnx.Dropout(0.5, rngs=rngs),
-        nnx.Linear(hidden, num_classes, dtype=dtype, rngs=rngs),
+        classifier(hidden, num_classes, rngs=rngs),
     )
     return VGG(plan, flatten, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
 
@@ -210,5 +210,5 @@ def vgg_digits(
     """
     check_image_size("vgg_digits", image_size, at_least=8)
     plan = _plan(_DIGITS, width)
-    head = nnx.Linear(plan[-1][1], num_classes, dtype=dtype, rngs=rngs)
+    head = classifier(plan[-1][1], num_classes, rngs=rngs)
     return VGG(plan, global_mean, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
