@@ -18,9 +18,16 @@ def get_config():
     config.data.name = "cifar100"
     config.data.mean = (0.5071, 0.4865, 0.4409)
     config.data.std = (0.2673, 0.2564, 0.2762)
-    config.gate.channel_ratio = (0.2, 0.2, 0.2, 0.8, 0.9)
+    config.gate.channel_ratio = (0.3, 0.3, 0.3, 0.75, 0.75)
 
     config.study.seeds = (0,)
-    config.study.methods = ("attention", "predicted", "l1", "taylor")
+    config.study.methods = (
+        "attention",
+        "predicted",
+        "predicted+distillation",
+        "l1+as_gates",
+        "l1+as_gates+distillation",
+        "taylor+as_gates",
+    )
     config.study.ablations = ("random", "no_dropout", "distillation")
     return config

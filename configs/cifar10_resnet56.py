@@ -21,6 +21,16 @@ def get_config():
     config.gate.layers = ("blocks/*/conv2",)
     config.optim.weight_decay = 2e-4
 
+    config.study.methods = (
+        "attention",
+        "predicted",
+        "predicted+distillation",
+        "l1",
+        "l1+distillation",
+        "taylor",
+        "geometric_median",
+        "random_filters",
+    )
     config.study.cuts = (0.37, 0.5, 0.6)
     config.study.ablations = (
         "channels",

@@ -34,6 +34,7 @@ def get_config():
     config.dense.warmup_epochs = 1.0
     config.prune.epochs = 6
     config.prune.learning_rate = 0.05
+    config.prune.warmup_epochs = 0.0
     config.optim.weight_decay = 5e-4
 
     config.study.seeds = (0, 1)

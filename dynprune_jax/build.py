@@ -77,6 +77,7 @@ def build_dataset(config: Config) -> Dataset:
         test_split=data.test_split,
         train_examples=data.train_examples,
         test_examples=data.test_examples,
+        held_out=data.held_out,
     )
     check_batch_size(config.batch_size, len(dataset.train))
     if dataset.num_classes < 2:

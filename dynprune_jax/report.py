@@ -98,6 +98,7 @@ def provenance(run: Run) -> dict[str, Any]:
             "classes": run.dataset.num_classes,
             "train_examples": len(run.dataset.train),
             "test_examples": len(run.dataset.test),
+            "held_out": run.config.data.held_out,  # not 0: these are no test examples
         },
         "versions": _versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -246,7 +246,7 @@ def run_phase(
 
 
 def ratio_schedule(run: Run, targets: Values) -> Callable[[Any], Values]:
-    """The step of a phase to the ratio of every gate; both by name, and the targets may be traced."""
+    """The step of a phase to the ratio of every gate, by name as the targets are, traced or not."""
     schedules = {name: ratio_ascent(target, **run.ascent) for name, target in targets.items()}
     return lambda step: {name: schedule(step) for name, schedule in schedules.items()}
 

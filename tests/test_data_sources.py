@@ -122,6 +122,22 @@ def test_subset_is_fixed_and_mixed(digits_dir):
     assert set(train) == set(range(10))
 
 
+def test_held_out_examples_are_of_the_training_split_and_not_trained_on(digits_dir):
+    def images(split):
+        return {image.tobytes() for image in split.read_all()[0]}
+
+    options = {"image_size": 8, "data_dir": digits_dir}
+    everything = load_dataset("digits", **options)
+    data = load_dataset("digits", held_out=300, **options)
+    again = load_dataset("digits", held_out=300, **options)
+    assert (len(data.train), len(data.test)) == (1047, 300)
+    np.testing.assert_array_equal(data.test.read_all()[0], again.test.read_all()[0])
+    assert set(data.test.read_all()[1]) == set(range(10))
+    assert images(data.train) | images(data.test) == images(everything.train)
+    assert not images(data.test) & images(data.train)
+    assert not images(data.test) & images(everything.test)
+
+
 def test_stored_size_is_the_side(digits_dir):
     data = load_dataset("digits", image_size=8, stored_size=10, data_dir=digits_dir)
     assert data.train[0]["image"].shape == (10, 10, 1)
@@ -140,6 +156,7 @@ def test_data_dir_defaults_to_the_environment(digits_dir, monkeypatch):
         ({"stored_size": -1}, "config.data.stored_size=-1"),
         ({"train_examples": 1348}, "config.data.train_examples=1348: the split holds 1347"),
         ({"test_examples": -1}, "config.data.test_examples=-1"),
+        ({"held_out": 1347}, "config.data.held_out=1347: the training split holds 1347 examples"),
         ({"train_split": "trian"}, "config.data.train_split=trian: no such split of digits"),
         ({"test_split": "test[:0]"}, "config.data.test_split=test[:0]"),
         ({"path": "/some"}, "config.data.path=/some is only for config.data.name=class_folders"),

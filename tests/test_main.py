@@ -129,6 +129,10 @@ MISTAKES = {
         "channel_ratio is .*False",
     ),
     "padding larger than the image": (["--config.data.crop_padding=500"], "crop_padding is 500"),
+    "a choice of tests that are left alone": (
+        ["--config.data.held_out=100", "--config.data.test_examples=50"],
+        "config.data.held_out is 100 and config.data.test_examples is 50",
+    ),
     "test on what was trained on": (["--config.data.test_split=train"], "test on other images"),
     "layers without a ratio": (
         ["--config.gate.layers=('blocks/0/*',)"],
@@ -312,6 +316,7 @@ def test_the_entry_point_trains_on_class_folders_in_a_process_of_its_own(tmp_pat
         "classes": 2,
         "train_examples": 40,
         "test_examples": 40,
+        "held_out": 0,
     }
     assert "dynprune_jax.main" in report["command"]
     assert "pruned" in done.stdout

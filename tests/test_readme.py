@@ -128,7 +128,9 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
     assert "it was {}, and {} and {} in".format(*found) in README
 
 
-@pytest.mark.parametrize(("name", "count"), [("cifar10_vgg_small", 3), ("digits_kinds", 1)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("cifar10_vgg_small", 3), ("cifar10_vgg16", 3), ("digits_kinds", 1)]
+)
 def test_a_study_s_tables_are_what_its_runs_say(name, count):
     folder = ROOT / "docs" / "results" / name
     found = tables(read_rows(folder))
@@ -178,6 +180,43 @@ def test_the_study_s_claims_are_what_its_runs_say():
         f"{three.format(*shared)} where each image chooses for itself {three.format(*alone)}",
         f"{once:.1f} % against {anew:.1f} %",
         f"({accuracy('predicted+block_columns', 0.65, (0,)):.1f} % at",
+    ):
+        assert claim in README, claim
+
+
+def test_the_claims_on_vgg16_are_what_its_runs_say():
+    rows = read_rows(ROOT / "docs" / "results" / "cifar10_vgg16")
+    found = {(row["method"], row["cut"]): row for row in rows}
+
+    def accuracy(method, cut=0.55, control=None):
+        row = found[method, cut]
+        return 100 * (row["accuracy_by_other_criteria"][control] if control else row["accuracy"])
+
+    cuts = (0.4, 0.55, 0.65, 0.75)
+    dense = accuracy("dense", 0.0)
+    lost = [dense - accuracy("predicted+distillation", cut) for cut in cuts]
+    ahead, taught = (
+        [accuracy(f"predicted{more}", cut) - accuracy(f"l1+as_gates{more}", cut) for cut in cuts]
+        for more in ("", "+distillation")
+    )
+    shared = [accuracy("predicted", cut) - accuracy("predicted", cut, "shared") for cut in cuts]
+    attention = [accuracy("attention", cut) for cut in cuts[:2]]
+    apart = [a - accuracy("attention", c, "shared") for a, c in zip(attention, cuts, strict=False)]
+    report = json.loads((ROOT / "docs/results/cifar10_vgg16/dense_report.json").read_text("utf-8"))
+    timing = report["phases"]["dense"]
+    for claim in (
+        "lose {:.2f}, {:.2f}, {:.2f} and {:.2f} points".format(*lost),
+        f"{-min(ahead[:3]):.1f} points behind to {max(ahead[:3]):.1f} ahead at cuts of 40 to 65 %",
+        f"{-ahead[3]:.1f} behind at 75 %",
+        f"{taught[0]:.1f} ahead, {taught[1]:.1f} ahead, {-taught[2]:.1f} behind and"
+        f" {taught[3]:.1f} ahead",
+        f"came out at {100 * found['l1+as_gates', 0.65]['mac_reduction']:.1f} %",
+        f"they lose {min(shared):.1f} to {max(shared):.1f} points",
+        "takes {:.0f} and {:.0f} points".format(*apart),
+        "loses {:.1f} points at 40 % and {:.1f} at 55 %".format(*(dense - a for a in attention)),
+        f"lose {dense - accuracy('no_dropout'):.0f} ({accuracy('no_dropout'):.1f} % left)",
+        f"at {timing['images_per_second']:,.0f}"[:-3] + "000 images/s",
+        f"{timing['share_outside_step']:.1%}".replace("%", " % of the time outside"),
     ):
         assert claim in README, claim
 

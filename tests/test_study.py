@@ -134,10 +134,11 @@ def test_the_tables_by_hand():
         "| random selection | 30.00 | 10.00 | 50.0% |",
     ]
     assert controls.splitlines() == [
-        "| cut | by attention | by random selection | by inverse selection |",
-        "|---|---|---|---|",
-        "| 50% | 89.00 ± 1.41 | 44.50 ± 0.71 | 10.00 ± 0.00 |",
-        "| 70% | 80.00 | 40.00 | 10.00 |",
+        "| weights trained for | cut | its own choice | one for a batch | random | inverse |",
+        "|---|---|---|---|---|---|",
+        "| dynamic, by attention | 50% | 89.00 ± 1.41 | not measured | 44.50 ± 0.71"
+        " | 10.00 ± 0.00 |",
+        "| dynamic, by attention | 70% | 80.00 | not measured | 40.00 | 10.00 |",
     ]
     assert tables([]) == []
 

@@ -25,6 +25,7 @@ from dynprune_jax.errors import UserError
 
 READ_THREADS = 4
 SUBSET_SEED = 0
+HELD_OUT_SEED = 1
 
 
 class Example(TypedDict):
@@ -103,8 +104,8 @@ class Split:
             labels[row] = label if self._relabel is None else self._relabel[label]
         return images, labels
 
-    def reordered(self, order: Int[np.ndarray, " examples"]) -> "Split":
-        """The same examples in another order: first the one at `order[0]`."""
+    def reordered(self, order: Int[np.ndarray, " some"]) -> "Split":
+        """The examples at these places, in this order; a place that is left out, is left out."""
         split = copy.copy(self)
         split._indices = self._indices[order]
         return split
@@ -188,6 +189,7 @@ def load_dataset(
     test_split: str = "test",
     train_examples: int = 0,
     test_examples: int = 0,
+    held_out: int = 0,
 ) -> Dataset:
     """Opens a data set; the package's own ones prepare themselves on first use.
 
@@ -205,6 +207,8 @@ def load_dataset(
         test_split: the split to test on.
         train_examples: if positive, use a fixed random subset of this many training examples.
         test_examples: the same of the test examples.
+        held_out: if positive, the test split is left alone: a fixed random choice of that many
+            training examples takes its place, and the others are trained on.
 
     Returns:
         The data set, with both splits open and nothing read yet.
@@ -247,13 +251,24 @@ def load_dataset(
             relabel=relabel,
         )
 
-    return Dataset(
-        name=name,
-        class_names=class_names,
-        channels=channels,
-        train=open_split("train_split", train_split, "train_examples", train_examples),
-        test=open_split("test_split", test_split, "test_examples", test_examples),
-    )
+    train = open_split("train_split", train_split, "train_examples", train_examples)
+    if held_out:
+        train, test = _hold_out(train, held_out)
+    else:
+        test = open_split("test_split", test_split, "test_examples", test_examples)
+    return Dataset(name, class_names, channels, train, test)
+
+
+def _hold_out(split: Split, examples: int) -> tuple[Split, Split]:
+    """Returns the rest of a split and a fixed random choice of that many, both in its order."""
+    if not 0 < examples < len(split):
+        raise UserError(
+            f"config.data.held_out={examples}: the training split holds {len(split)} examples; at"
+            " least one must stay, and 0 holds none out"
+        )
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(len(split))
+    held, rest = np.sort(order[:examples]), np.sort(order[examples:])
+    return split.reordered(rest), split.reordered(held)
 
 
 def _check_sizes(image_size: int, stored_size: int) -> None:

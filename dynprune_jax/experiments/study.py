@@ -59,7 +59,7 @@ METHODS = {
     ),
     "taylor": Method("static, Taylor", {"static.criterion": "taylor"}, static),
     # With a criterion: "l1+as_gates".
-    "as_gates": Method("in proportion to the gates' ratios", {"static.allotment": "gate"}),
+    "as_gates": Method("allotted as the gates", {"static.allotment": "gate"}),
     "random_filters": Method("static, random", {"static.criterion": "random"}, static),
     "random": Method("random selection", {"gate.criterion": "random"}),
     "inverse": Method("inverse selection", {"gate.criterion": "inverse"}),
@@ -79,6 +79,7 @@ METHODS = {
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
+_CONTROLLED = ("attention", "predicted")
 
 
 def find_method(name: str) -> Method:
@@ -206,8 +207,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A study as Markdown: accuracy by method and cut; all methods at one cut; controls.
 
     The one cut is that of most methods that were run at a single one; all that were run elsewhere
-    are in the first table. The controls are the weights trained for attention, with others chosen
-    than it would choose.
+    are in the first table. The controls are the same weights with others chosen than the gates
+    would choose.
 
     A cell is the mean over seeds, with the standard deviation where there are several.
     """
@@ -244,19 +245,18 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f" | {_cell([row['accuracy_untrained'] for row in chosen])} | {executed:.1%} |"
             )
         found.append("\n".join(lines))
-    controls = {
-        cut: [row["accuracy_by_other_criteria"] for row in rows if _is(row, "attention", cut)]
-        for cut in cuts
-    }
-    if any(controls.values()):
-        lines = [
-            "| cut | by attention | by random selection | by inverse selection |",
-            "|---|---|---|---|",
-        ]
-        for cut in (cut for cut in cuts if controls[cut]):
-            cells = [_cell(_accuracies(rows, "attention", cut))]
-            cells += [_cell([r[name] for r in controls[cut]]) for name in ("random", "inverse")]
-            lines.append(f"| {cut:.0%} | " + " | ".join(cells) + " |")
+    lines = [
+        "| weights trained for | cut | its own choice | one for a batch | random | inverse |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in (name for name in _CONTROLLED if name in names):
+        for cut in sorted(cuts_of[name]):
+            cells = [_cell(_accuracies(rows, name, cut))]
+            others = [row["accuracy_by_other_criteria"] for row in rows if _is(row, name, cut)]
+            for control in ("shared", "random", "inverse"):
+                cells.append(_cell([other[control] for other in others if control in other]))
+            lines.append(f"| {names[name]} | {cut:.0%} | " + " | ".join(cells) + " |")
+    if len(lines) > 2:
         found.append("\n".join(lines))
     return found
 

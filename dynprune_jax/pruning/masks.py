@@ -132,9 +132,7 @@ def _ordered(scores: Float[Array, "*batch n"]) -> UInt32[Array, "*batch n"]:
     return jnp.where(bits < sign, bits | sign, ~bits)
 
 
-def _threshold(
-    keys: UInt32[Array, "*batch n"], count: Int[Array, ""]
-) -> UInt32[Array, "*batch"]:
+def _threshold(keys: UInt32[Array, "*batch n"], count: Int[Array, ""]) -> UInt32[Array, "*batch"]:
     """The highest number that at least `count` keys of a row reach."""
     return jax.lax.platform_dependent(
         keys, count, cpu=_threshold_by_search, default=_threshold_by_sort
