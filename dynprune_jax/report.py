@@ -175,14 +175,16 @@ def kept_columns(
     images: UInt8[np.ndarray, "batch stored stored channels"],
 ) -> dict[str, np.ndarray]:
     """The columns that each layer with a gate on columns keeps: bool (batch, height, width)."""
-    model = network.bind(values)
-    model.eval()
-    _, usage = measure(model, evaluation_images(run.config, jnp.asarray(images)))
-    return {
-        layer.name: np.asarray(layer.masks.columns)
-        for layer in usage.layers
-        if layer.masks.columns is not None
-    }
+
+    @jax.jit  # as one program: there are hundreds of operations, each to be compiled by itself
+    def masks(values: Values, images: Any) -> dict[str, Any]:
+        model = network.bind(values)
+        model.eval()
+        _, usage = measure(model, evaluation_images(run.config, images))
+        kept = {layer.name: layer.masks.columns for layer in usage.layers}
+        return {name: columns for name, columns in kept.items() if columns is not None}
+
+    return jax.device_get(masks(values, images))
 
 
 def _print_table(report: dict[str, Any], run: Run) -> None:
