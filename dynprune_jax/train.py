@@ -315,8 +315,10 @@ class Feed:
             state: TrainState, data: Any, given: Mapping[str, Any], count: int
         ) -> tuple[TrainState, Any]:
             def body(state: TrainState, _: None) -> tuple[TrainState, Any]:
-                batch = device_batch(given["order"], state.step, *data, run.config.batch_size)
-                return learn(state, *sharding.split_batch(batch, mesh), given)
+                size = run.config.batch_size
+                batch = device_batch(given["order"], state.step, data[0], data[1], size)
+                images, labels = sharding.split_batch(batch, mesh)
+                return learn(state, images, labels, given)
 
             if count == 1:
                 return body(state, None)

@@ -53,11 +53,18 @@ def slow_mask(scores, count):
 
 
 few_values = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.5, 1.0, np.nan])
-
-
-@given(
-    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=few_values), st.data()
+# Few, as each is compiled; a running count goes in blocks of 64.
+SHAPES = ((1, 1), (2, 3), (3, 8), (1, 64), (2, 65), (1, 150))
+score_rows = st.sampled_from(SHAPES).flatmap(
+    lambda shape: hnp.arrays(np.float32, shape, elements=few_values)
 )
+
+
+def some_count(n):
+    return st.sampled_from(sorted({1, (n + 1) // 2, n}))
+
+
+@given(score_rows, st.data())
 def test_keep_highest_equals_the_slow_way_ties_and_nan_included(scores, data):
     count = data.draw(st.integers(1, scores.shape[1]))
     traced = jax.jit(keep_highest)(jnp.asarray(scores), count)
@@ -99,10 +106,10 @@ def test_masks_zero_what_is_not_kept():
     assert Masks(channels).apply(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@given(st.integers(1, 3), st.integers(1, 150), st.data())
-def test_kept_indices_are_those_of_the_mask(batch, n, data):
-    count = data.draw(st.integers(1, n))
-    scores = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=(batch, n))
+@given(st.sampled_from(SHAPES), st.integers(0, 99), st.data())
+def test_kept_indices_are_those_of_the_mask(shape, seed, data):
+    count = data.draw(some_count(shape[1]))
+    scores = np.random.default_rng(seed).normal(size=shape)
     mask = slow_mask(scores, count)
     kept, place = kept_indices(jnp.asarray(mask), count)
     for row, indices, places in zip(mask, kept, place, strict=True):
@@ -111,11 +118,9 @@ def test_kept_indices_are_those_of_the_mask(batch, n, data):
         assert (places[~row] == count).all()
 
 
-@given(
-    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=few_values), st.data()
-)
+@given(score_rows, st.data())
 def test_highest_are_the_indices_of_what_keep_highest_marks(scores, data):
-    count = data.draw(st.integers(1, scores.shape[1]))
+    count = data.draw(some_count(scores.shape[1]))
     mask = slow_mask(scores, count)
     np.testing.assert_array_equal(keep_highest_of_few(jnp.asarray(scores), count), mask)
     for row, indices in zip(mask, highest(jnp.asarray(scores), count), strict=True):
