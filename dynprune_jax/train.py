@@ -285,7 +285,6 @@ class Feed:
                 "order": order_key,
                 "augment": augment_key,
                 "settings": network.settings,
-                "targets": network.values(PruneRatio),
                 "teacher": None if teacher is None else dict(teacher),
             },
             mesh,
@@ -308,8 +307,10 @@ class Feed:
                 model = run.dense.bind(given["teacher"])
                 model.eval()
             batch = training_images(run.config, key, images), labels
-            ratios = ratio_schedule(run, given["targets"])
-            return one(state, batch, settings=given["settings"], ratios=ratios, teacher=model)
+            settings = given["settings"]
+            targets = {name: settings[name] for name in network.values(PruneRatio)}
+            ratios = ratio_schedule(run, targets)
+            return one(state, batch, settings=settings, ratios=ratios, teacher=model)
 
         def learn_from_memory(
             state: TrainState, data: Any, given: Mapping[str, Any], count: int

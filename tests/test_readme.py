@@ -223,6 +223,16 @@ def test_the_claims_on_vgg16_are_what_its_runs_say():
         assert claim in README, claim
 
 
+def test_the_rate_of_the_pruning_phase_is_what_its_runs_say():
+    accuracy = {}
+    for path in (ROOT / "docs" / "results" / "prune_rate").glob("*.json"):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        accuracy[path.stem] = f"{100 * report['pruned']['accuracy']:.2f}"
+    for who in ("teacher", "labels"):
+        slow, fast = accuracy[f"{who}.02"], accuracy[f"{who}.1"]
+        assert f"{slow} in place of {fast} %" in README
+
+
 def test_every_file_that_the_readme_names_is_there():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -198,6 +198,18 @@ def advanced(run, devices, counts):
     return jax.device_get((state, metrics))
 
 
+def test_runs_of_other_seeds_and_ratios_have_the_same_program(config, tmp_path):
+    def program(seed, ratios):
+        config.seed, config.gate.channel_ratio = seed, ratios
+        run = Run.open(config, tmp_path)
+        with Feed(run, "prune", run.dynamic, run.mesh) as feed:
+            state = TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
+            given = feed.place(state), feed._data, feed._given
+            return feed._step.lower(*given, count=1).as_text()
+
+    assert program(0, (0.3, 0.4, 0.5)) == program(1, (0.2, 0.3, 0.4))
+
+
 def test_four_devices_train_as_one_does(config, tmp_path):
     run = Run.open(config, tmp_path)
     one, _ = advanced(run, jax.devices()[:1], [1, 1, 1])

@@ -159,11 +159,7 @@ def _threshold_by_search(
 def _threshold_by_sort(
     keys: UInt32[Array, "*batch n"], count: Int[Array, ""]
 ) -> UInt32[Array, "*batch"]:
-    """On a GPU the search is 32 kernels one after the other, and the sort few.
-
-    An H100, to the mask: 25 against 554 microseconds for 256 rows of 512, 287 against 561 for 64
-    rows of 224 x 224.
-    """
+    """By a sort: on a GPU it is few kernels, and the search 32 one after the other."""
     last = keys.shape[-1] - count
     return jax.lax.dynamic_index_in_dim(jnp.sort(keys, axis=-1), last, axis=-1, keepdims=False)
 
