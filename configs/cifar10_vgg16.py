@@ -20,7 +20,7 @@ def get_config():
     config.data.name = "cifar10"
     # How mild in the first blocks and hard in the last is as static pruning allots VGG16's filters
     # at such cuts: .3 and .75 at 67 % (CHIP, arXiv 2110.13981).
-    config.gate.channel_ratio = (0.3, 0.3, 0.3, 0.75, 0.75)
+    config.gate.channel_ratio = (0.25, 0.25, 0.25, 0.9, 0.9)
 
     config.study.methods = (
         "attention",

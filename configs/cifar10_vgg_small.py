@@ -25,8 +25,10 @@ def get_config():
     config.data.train_examples = 20_000
     config.data.image_size = 16
     config.data.crop_padding = 2
+    config.data.cutout = 0
 
     config.gate.channel_ratio = (0.3, 0.4, 0.6)
+    config.ascent.increment = 0.05
     config.ascent.interval_epochs = 0.2
 
     config.dense.epochs = 20

@@ -189,6 +189,7 @@ def training_images(
         crop_padding=data.crop_padding,
         flip=data.flip,
         resized_crop=data.resized_crop,
+        cutout_size=data.cutout,
     )
     return augment.normalise(augmented, data.mean, data.std, jnp.dtype(config.dtype))
 

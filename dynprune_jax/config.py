@@ -59,6 +59,7 @@ def base_config() -> Config:
                 "crop_padding": 0,  # pixels of zeros around an image before the random crop
                 "flip": False,
                 "resized_crop": False,  # random area and aspect, as for Inception
+                "cutout": 0,  # side of the square blackened in each training image, in pixels
                 # Images of both splits up to this size are held in memory; larger ones stream.
                 "memory_limit_mb": 4096,
                 "threads": 8,  # decoding a stream
@@ -145,9 +146,9 @@ def base_config() -> Config:
 def cifar_config() -> Config:
     """Returns what every config for 32x32 colour images shares."""
     config = base_config()
-    config.batch_size = 256
+    config.batch_size = 512
     config.eval_batch_size = 500
-    config.log_every_steps = 195  # an epoch
+    config.log_every_steps = 97  # an epoch
     config.evaluate_every_epochs = 10
     config.checkpoint_every_epochs = 50
     config.data.image_size = 32
@@ -155,13 +156,15 @@ def cifar_config() -> Config:
     config.data.std = (0.2470, 0.2435, 0.2616)
     config.data.crop_padding = 4
     config.data.flip = True
+    config.data.cutout = 8
     config.dense.epochs = 150
-    config.dense.learning_rate = 0.2
+    config.dense.learning_rate = 0.4
     config.dense.warmup_epochs = 5.0
-    config.prune.epochs = 40
-    # Gently away from weights that are trained to the end: large steps would blow them up.
-    config.prune.learning_rate = 0.02
-    config.prune.warmup_epochs = 1.0
+    config.prune.epochs = 80
+    # Away from weights that are trained to the end: not at the full rate from the first step.
+    config.prune.learning_rate = 0.1
+    config.prune.warmup_epochs = 2.0
+    config.ascent.increment = 0.1
     return config
 
 
@@ -234,6 +237,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.mean": _each(_in(0.0, 1.0)),
     "data.std": _each(_above(0.0)),
     "data.crop_padding": _at_least(0),
+    "data.cutout": _at_least(0),
     "data.memory_limit_mb": _at_least(0),
     "data.threads": _at_least(0),
     "gate.channel_ratio": _each(_in(0.0, 1.0)),
@@ -370,8 +374,9 @@ def _check_combinations(config: Config) -> None:
             f"config.data.held_out is {config.data.held_out} and config.data.test_examples is"
             f" {config.data.test_examples}; of a test split that is left alone, choose none"
         )
-    if config.data.crop_padding > config.data.image_size:
-        raise UserError(
-            f"config.data.crop_padding is {config.data.crop_padding}; it must be at most"
-            f" config.data.image_size, {config.data.image_size}"
-        )
+    for field in ("crop_padding", "cutout"):
+        if config.data[field] > config.data.image_size:
+            raise UserError(
+                f"config.data.{field} is {config.data[field]}; it must be at most"
+                f" config.data.image_size, {config.data.image_size}"
+            )

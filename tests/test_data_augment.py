@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dynprune_jax.data.augment import (
     augment,
     center_crop,
+    cutout,
     normalise,
     random_crop,
     random_flip,
@@ -127,17 +128,41 @@ def test_normalise_is_the_formula_per_channel():
     np.testing.assert_allclose(np.asarray(one, np.float32), expected, atol=0.01)
 
 
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**31 - 1), size=st.sampled_from([0, 1, 2, 3, 9]))
+def test_a_cutout_is_a_black_square_around_a_pixel_of_the_image(seed, size):
+    images = numbered()
+    found = np.asarray(cutout(jax.random.key(seed), jnp.asarray(images), size))
+    assert found.dtype == np.uint8
+    for image, cut in zip(images, found, strict=True):
+        possible = []
+        for row, column in np.ndindex(image.shape[:2]):
+            expected = image.copy()
+            top, left = row - size // 2, column - size // 2
+            expected[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = 0
+            possible.append(np.array_equal(cut, expected))
+        assert any(possible)
+
+
+def test_each_image_has_its_own_place_of_cutout_anywhere_on_it():
+    images = jnp.ones((400, 5, 6, 1), jnp.uint8)
+    found = np.asarray(cutout(jax.random.key(0), images, 1))
+    places = {tuple(np.argwhere(image[..., 0] == 0)[0]) for image in found}
+    assert places == set(np.ndindex(5, 6))
+
+
 @pytest.mark.parametrize("resized_crop", [False, True])
-def test_augment_is_crop_then_flip_under_jit(resized_crop):
+def test_augment_is_crop_then_flip_then_cutout_under_jit(resized_crop):
     images = jnp.asarray(numbered(8, 10, 10, 3))
     options = {"image_size": 8, "crop_padding": 1, "flip": True, "resized_crop": resized_crop}
+    options["cutout_size"] = 3
 
     @jax.jit
     def run(key):
         return augment(key, images, **options)
 
     key = jax.random.key(5)
-    crop_key, flip_key = jax.random.split(key)
+    crop_key, flip_key, cutout_key = jax.random.split(key, 3)
     if resized_crop:
         cropped = random_resized_crop(crop_key, images, 8)
     else:
@@ -145,9 +170,8 @@ def test_augment_is_crop_then_flip_under_jit(resized_crop):
     out = run(key)
     assert out.shape == (8, 8, 8, 3)
     assert out.dtype == (jnp.float32 if resized_crop else jnp.uint8)
-    np.testing.assert_allclose(
-        out.astype(jnp.float32), random_flip(flip_key, cropped).astype(jnp.float32), atol=0.01
-    )
+    expected = cutout(cutout_key, random_flip(flip_key, cropped), 3)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), atol=0.01)
     assert not np.array_equal(out, run(jax.random.key(6)))
 
 

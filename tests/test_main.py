@@ -128,6 +128,7 @@ MISTAKES = {
         ["--config.gate.channel_ratio=(False,.1,.1)"],
         "channel_ratio is .*False",
     ),
+    "cutout larger than the image": (["--config.data.cutout=500"], "cutout is 500"),
     "padding larger than the image": (["--config.data.crop_padding=500"], "crop_padding is 500"),
     "a choice of tests that are left alone": (
         ["--config.data.held_out=100", "--config.data.test_examples=50"],

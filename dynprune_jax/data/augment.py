@@ -53,6 +53,32 @@ def random_flip(
     return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
+def cutout(
+    key: Key[Array, ""], images: Shaped[Array, "batch height width channels"], size: int
+) -> Shaped[Array, "batch height width channels"]:
+    """Blackens a square of each image, around a random pixel of it; any dtype, which is kept.
+
+    What of the square lies outside of the image is lost, so the blackened part varies in size.
+    DeVries and Taylor 2017, arXiv 1708.04552.
+
+    Args:
+        key: of the places.
+        images: the images.
+        size: height and width of the square, in pixels; 0 changes nothing.
+    """
+    batch, height, width, _ = images.shape
+    row_key, column_key = jax.random.split(key)
+
+    def inside(key: Array, length: int) -> Bool[Array, "batch length"]:
+        first = jax.random.randint(key, (batch, 1), 0, length) - size // 2
+        place = jnp.arange(length)[None]
+        return (first <= place) & (place < first + size)
+
+    rows, columns = inside(row_key, height), inside(column_key, width)
+    blank = rows[:, :, None, None] & columns[:, None, :, None]
+    return jnp.where(blank, jnp.zeros((), images.dtype), images)
+
+
 def random_resized_crop(
     key: Key[Array, ""],
     images: UInt8[Array, "batch height width channels"],
@@ -137,11 +163,12 @@ def augment(
     crop_padding: int,
     flip: bool,
     resized_crop: bool,
+    cutout_size: int = 0,
 ) -> (
     UInt8[Array, "batch image_size image_size channels"]
     | Float32[Array, "batch image_size image_size channels"]
 ):
-    """Augments a training batch: first a crop to `image_size`, then a flip.
+    """Augments a training batch: a crop to `image_size`, a flip, a cutout.
 
     Args:
         key: of all that is random here.
@@ -151,13 +178,16 @@ def augment(
             `random_resized_crop`.
         flip: mirror every second image, by chance.
         resized_crop: crop by `random_resized_crop` instead of `random_crop`.
+        cutout_size: side of the square that `cutout` blackens, in pixels; 0: none.
 
     Returns:
         Values from 0 to 255: float32 after `random_resized_crop`, else uint8.
     """
-    crop_key, flip_key = jax.random.split(key)
+    crop_key, flip_key, cutout_key = jax.random.split(key, 3)
     if resized_crop:
         images = random_resized_crop(crop_key, images, image_size)
     else:
         images = random_crop(crop_key, images, crop_padding, image_size)
-    return random_flip(flip_key, images) if flip else images
+    if flip:
+        images = random_flip(flip_key, images)
+    return cutout(cutout_key, images, cutout_size) if cutout_size else images
