@@ -1,5 +1,6 @@
 """Settings that hold for every test: strict JAX, several fake devices; a small config."""
 
+import os
 import runpy
 import tempfile
 from pathlib import Path
@@ -18,6 +19,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the tests' time is compilation: a cheap one here, and in processes that are started.
+_CHEAP = ["--xla_backend_optimization_level=1"]
+if jax.__version_info__ < (0, 11):  # later jaxlibs end at the flag, which they do not know
+    _CHEAP.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*_CHEAP, os.environ.get("XLA_FLAGS", "")])
 # What one test has compiled, the next does not compile again.
 _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
