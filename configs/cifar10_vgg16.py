@@ -6,9 +6,9 @@ Command: python -m dynprune_jax.main --mode=study --config=configs/cifar10_vgg16
     --config.dtype=bfloat16 (with the data set as class folders, add
     --config.data.name=class_folders --config.data.path=DIR; with the official archive,
     --config.data.archive=FILE; without --mode=study: dense, then gates by attention)
-Hardware and time: one H100; the dense network 2 minutes, eight runs side by side 3 to 4.5.
-Result: one seed, dense 93.7 %; with 55 % of the MACs removed 93.4 % by predicted gates with a
-    teacher, 93.3 % by static pruning with one, 90.6 % by attention.
+Hardware and time: one H100; the dense network 100 seconds, six runs side by side 5 minutes.
+Result: dense 94.4 % (3 seeds); with 55 % of the MACs removed 94.1 % by predicted gates with a
+    teacher, 94.2 % by static pruning with one (one seed).
 """
 
 from dynprune_jax.config import cifar_config
@@ -18,8 +18,7 @@ def get_config():
     config = cifar_config()
     config.model = "vgg16"
     config.data.name = "cifar10"
-    # How mild in the first blocks and hard in the last is as static pruning allots VGG16's filters
-    # at such cuts: .3 and .75 at 67 % (CHIP, arXiv 2110.13981).
+    # Mild in the first blocks and hard in the last, the best of three on held-out images.
     config.gate.channel_ratio = (0.25, 0.25, 0.25, 0.9, 0.9)
 
     config.study.methods = (

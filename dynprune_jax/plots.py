@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 # The colours of Okabe and Ito, told apart under every common colour blindness.
 _BLUE = "#0072B2"
@@ -388,7 +388,9 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
     Returns:
       The figure; the dense network is a line across.
     """
-    figure = Figure(figsize=(8.0, 4.5 + 0.1 * len(labels)), layout="constrained")
+    columns = 2 if max(map(len, labels.values()), default=0) < 60 else 1  # what the width takes
+    height = 4.5 + 0.2 * len(labels) / columns
+    figure = Figure(figsize=(8.0, height), layout="constrained")
     axes = figure.add_subplot()
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
     if dense:
@@ -415,10 +417,11 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
         )
     axes.set_xlabel("MACs removed (of the whole network)")
     axes.set_ylabel("test accuracy")
+    axes.xaxis.set_major_locator(MultipleLocator(0.05))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(color="0.9")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     return figure
 
 
