@@ -144,11 +144,16 @@ def test_a_cutout_is_a_black_square_around_a_pixel_of_the_image(seed, size):
         assert any(possible)
 
 
-def test_each_image_has_its_own_place_of_cutout_anywhere_on_it():
-    images = jnp.ones((400, 5, 6, 1), jnp.uint8)
-    found = np.asarray(cutout(jax.random.key(0), images, 1))
-    places = {tuple(np.argwhere(image[..., 0] == 0)[0]) for image in found}
-    assert places == set(np.ndindex(5, 6))
+def test_cutouts_are_around_each_pixel_and_are_cut_off_at_the_edges():
+    found = cutout(jax.random.key(0), jnp.ones((500, 5, 6, 1), jnp.uint8), 3)
+    found = {np.asarray(image).tobytes() for image in found}
+    expected = set()
+    for row, column in np.ndindex(5, 6):
+        image = np.ones((5, 6, 1), np.uint8)
+        image[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = 0
+        expected.add(image.tobytes())
+    assert len(expected) == 30
+    assert found == expected
 
 
 @pytest.mark.parametrize("resized_crop", [False, True])

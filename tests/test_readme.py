@@ -1,11 +1,15 @@
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 
 import pytest
 
-from dynprune_jax.experiments.study import read_rows, tables
+from dynprune_jax.config import check, flatten
+from dynprune_jax.experiments.study import find_method, read_rows, tables, with_fields
+from dynprune_jax.flags import parse
+from dynprune_jax.main import MODES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -200,7 +204,7 @@ def test_the_claims_on_vgg16_are_what_its_runs_say():
     cuts, dense = (0.55, 0.65, 0.75), found["dense", 0.0]
     for method, claim in (
         ("predicted", "predicted gates lose {:.2f}, {:.2f} and {:.2f} points at cuts"),
-        ("l1+as_gates", "ratios are, {:.2f}, {:.2f} and {:.2f}: **level**"),
+        ("l1+as_gates", "pruning by L1 norms {:.2f}, {:.2f} and {:.2f}: **level**"),
     ):
         assert claim.format(*(dense - found[f"{method}+distillation", c] for c in cuts)) in README
     for row in rows:
@@ -222,6 +226,8 @@ def test_the_claims_on_vgg16_are_what_its_runs_say():
     spread = statistics.stdev(by_method["dense"])
     assert f"**{whole:.2f} ± {spread:.2f}** in three seeds" in README
     assert f"for the table: {dense:.2f})" in README
+    distilled = found["predicted+distillation", 0.55]
+    assert f"from the mean of {whole:.2f} it is {whole - distilled:.2f} at 55 %" in README
     assert f"{whole - taught:.2f} points below the dense network with a teacher" in README
     assert f"with a teacher, {whole - plain:.2f} without" in README
 
@@ -252,7 +258,7 @@ def test_the_choice_of_vgg16_s_schedule_is_what_its_runs_say():
         assert lines[-1].endswith(f" | {increment} | {accuracy} |"), name
     assert len(lines) == len(runs) - 1
     longer = 100 * (runs["10_80"]["accuracy"] - runs["10"]["accuracy"])
-    assert f"clear of chance ({longer:.2f} points" in README
+    assert f"is the largest step ({longer:.2f} points)" in README
 
 
 def test_the_claims_on_vgg16_s_earlier_recipe_are_what_its_runs_say():
@@ -296,6 +302,32 @@ def test_the_rate_of_the_pruning_phase_is_what_its_runs_say():
     for who in ("teacher", "labels"):
         slow, fast = accuracy[f"{who}.02"], accuracy[f"{who}.1"]
         assert f"{slow} in place of {fast} %" in README
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in (ROOT / "docs" / "results").iterdir()))
+def test_the_command_of_a_result_makes_its_config(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in (ROOT / "docs" / "results" / folder).glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict) or not result.get("command"):
+            continue
+        config, _, _ = parse(shlex.split(result["command"])[2:], MODES)
+        check(config)
+        if "method" not in result:
+            continue
+        fields = {"seed": result["seed"]}
+        # The cut scales the ratios, and what a dense network does not use may have been another.
+        others = ["gate.channel_ratio", "gate.column_ratio", "gate.layers"]
+        if result["method"] == "dense":
+            fields["prune.epochs"] = 0
+            others += ["prune.learning_rate", "prune.warmup_epochs", "ascent.increment"]
+        else:
+            fields["prune.start"] = "checkpoint"
+            fields.update(find_method(result["method"]).fields)
+        made = json.loads(json.dumps(flatten(with_fields(config, fields))))
+        for name, value in result["config"].items():
+            if name not in others:
+                assert made[name] == value, (path.name, name)
 
 
 def test_every_file_that_the_readme_names_is_there():

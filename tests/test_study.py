@@ -143,6 +143,16 @@ def test_the_tables_by_hand():
     assert tables([]) == []
 
 
+def test_a_run_without_a_report_has_its_accuracy_in_the_tables():
+    whole = [row("predicted", cut, 0, 0.8) for cut in (0.4, 0.55)] + [row("random", 0.55, 0, 0.7)]
+    known = ("method", "cut", "seed", "accuracy")
+    rows = [{name: r[name] for name in known} for r in whole]
+    curves, one, controls = tables(rows)
+    assert curves.endswith("| not measured | 80.00 | 80.00 |")
+    assert one.endswith("| random selection | 70.00 | not measured | not measured |")
+    assert controls.endswith("| 55% | 80.00 | not measured | not measured | not measured |")
+
+
 def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
     config.seed = 3
     monkeypatch.setattr("sys.argv", ["main.py", "--mode=study", "--config=configs/x.py"])

@@ -241,6 +241,7 @@ def test_what_a_config_says_reaches_the_step(config, tmp_path):
         {"optim.label_smoothing": 0.5},
         {"gate.criterion": "inverse"},
         {"data.crop_padding": 4},
+        {"data.cutout": 4},
         {"gate.layers": ("blocks/2/*", "blocks/1/*"), "gate.channel_ratio": (0.0, 0.4, 0.5),
          "gate.column_ratio": ()},
         {"seed": 1},

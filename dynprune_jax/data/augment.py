@@ -59,7 +59,8 @@ def cutout(
     """Blackens a square of each image, around a random pixel of it; any dtype, which is kept.
 
     What of the square lies outside of the image is lost, so the blackened part varies in size.
-    DeVries and Taylor 2017, arXiv 1708.04552.
+    DeVries and Taylor 2017, arXiv 1708.04552. They fill the square with the data's mean, this
+    with black, as `random_crop` pads.
 
     Args:
         key: of the places.

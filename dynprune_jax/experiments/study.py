@@ -58,8 +58,13 @@ METHODS = {
         "static, geometric median", {"static.criterion": "geometric_median"}, static
     ),
     "taylor": Method("static, Taylor", {"static.criterion": "taylor"}, static),
-    # With a criterion: "l1+as_gates".
-    "as_gates": Method("allotted as the gates", {"static.allotment": "gate"}),
+    # With a criterion: "l1+as_predicted". Gates by attention need higher ratios for a cut, up to
+    # the highest there are, so that filters allotted as these are more alike in all blocks.
+    "as_gates": Method("allotted as gates by attention", {"static.allotment": "gate"}),
+    "as_predicted": Method(
+        "allotted as predicted gates",
+        {"static.allotment": "gate", "gate.kind": "predicted", "gate.layers": ("*",)},
+    ),
     "random_filters": Method("static, random", {"static.criterion": "random"}, static),
     "random": Method("random selection", {"gate.criterion": "random"}),
     "inverse": Method("inverse selection", {"gate.criterion": "inverse"}),
@@ -79,6 +84,7 @@ METHODS = {
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
+NOT_MEASURED = "not measured"
 _CONTROLLED = ("attention", "predicted")
 
 
@@ -210,7 +216,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     are in the first table. The controls are the same weights with others chosen than the gates
     would choose.
 
-    A cell is the mean over seeds, with the standard deviation where there are several.
+    A cell is the mean over seeds, with the standard deviation where there are several. A row may
+    lack all but its accuracy and MAC reduction, as of a run that was cut off before its report.
     """
     names = labels(rows)
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
@@ -239,10 +246,14 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for name in shown:
             chosen = [row for row in rows if _is(row, name, cut)]
-            executed = statistics.mean(row["executed_mac_reduction"] for row in chosen)
+            executed = [
+                r["executed_mac_reduction"] for r in chosen if "executed_mac_reduction" in r
+            ]
+            share = f"{statistics.mean(executed):.1%}" if executed else NOT_MEASURED
+            untrained = [r["accuracy_untrained"] for r in chosen if "accuracy_untrained" in r]
             lines.append(
-                f"| {names[name]} | {_cell(_accuracies(rows, name, cut))}"
-                f" | {_cell([row['accuracy_untrained'] for row in chosen])} | {executed:.1%} |"
+                f"| {names[name]} | {_cell(_accuracies(rows, name, cut))} | {_cell(untrained)}"
+                f" | {share} |"
             )
         found.append("\n".join(lines))
     lines = [
@@ -252,7 +263,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in (name for name in _CONTROLLED if name in names):
         for cut in sorted(cuts_of[name]):
             cells = [_cell(_accuracies(rows, name, cut))]
-            others = [row["accuracy_by_other_criteria"] for row in rows if _is(row, name, cut)]
+            others = [
+                row.get("accuracy_by_other_criteria", {}) for row in rows if _is(row, name, cut)
+            ]
             for control in ("shared", "random", "inverse"):
                 cells.append(_cell([other[control] for other in others if control in other]))
             lines.append(f"| {names[name]} | {cut:.0%} | " + " | ".join(cells) + " |")
@@ -271,7 +284,7 @@ def _accuracies(rows: Sequence[Mapping[str, Any]], name: str, cut: float) -> lis
 
 def _cell(values: Sequence[float]) -> str:
     if not values:
-        return "not measured"
+        return NOT_MEASURED
     mean = f"{100 * statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
