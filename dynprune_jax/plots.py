@@ -388,16 +388,17 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
     Returns:
       The figure; the dense network is a line across.
     """
-    columns = 2 if max(map(len, labels.values()), default=0) < 60 else 1  # what the width takes
-    height = 4.5 + 0.2 * len(labels) / columns
+    curves = _curves(rows)
+    shown = [name for name in labels if name in curves]
+    side_by_side = 2 if all(len(labels[name]) < 60 for name in shown) else 1  # legend entries
+    height = 4.5 + 0.2 * (1 + len(shown)) / side_by_side
     figure = Figure(figsize=(8.0, height), layout="constrained")
     axes = figure.add_subplot()
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
     if dense:
         axes.axhline(statistics.mean(dense), color="0.4", linestyle="--", label="dense")
     styles = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"), ("0.5", "x"))
-    curves = _curves(rows)
-    for i, name in enumerate(name for name in labels if name in curves):
+    for i, name in enumerate(shown):
         cuts, (colour, marker) = curves[name], styles[i % len(styles)]
         points = [
             ([r["mac_reduction"] for r in cuts[cut]], [r["accuracy"] for r in cuts[cut]])
@@ -421,7 +422,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(color="0.9")
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=side_by_side, frameon=False, fontsize="small")
     return figure
 
 

@@ -84,7 +84,7 @@ METHODS = {
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
-NOT_MEASURED = "not measured"
+_NOT_MEASURED = "not measured"
 _CONTROLLED = ("attention", "predicted")
 
 
@@ -249,7 +249,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             executed = [
                 r["executed_mac_reduction"] for r in chosen if "executed_mac_reduction" in r
             ]
-            share = f"{statistics.mean(executed):.1%}" if executed else NOT_MEASURED
+            share = f"{statistics.mean(executed):.1%}" if executed else _NOT_MEASURED
             untrained = [r["accuracy_untrained"] for r in chosen if "accuracy_untrained" in r]
             lines.append(
                 f"| {names[name]} | {_cell(_accuracies(rows, name, cut))} | {_cell(untrained)}"
@@ -284,7 +284,7 @@ def _accuracies(rows: Sequence[Mapping[str, Any]], name: str, cut: float) -> lis
 
 def _cell(values: Sequence[float]) -> str:
     if not values:
-        return NOT_MEASURED
+        return _NOT_MEASURED
     mean = f"{100 * statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
