@@ -89,19 +89,24 @@ def test_it_equals_the_dense_convolution_of_what_is_kept(data):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "shape", [(1, 96, 90, 48), (3, 64, 64, 64), (70, 6, 6, 16)], ids=["bands", "few", "many"]
+    ("shape", "features"),
+    [((1, 96, 90, 48), 40), ((3, 64, 64, 64), 40), ((70, 6, 6, 16), 40), ((1, 8, 8, 64), 200)],
+    ids=["bands", "few", "many", "panels"],
 )
-def test_it_divides_the_work_of_any_shape(shape):
-    """Maps too large for the cache go in bands of rows, many small ones several at a time."""
+def test_it_divides_the_work_of_any_shape(shape, features):
+    """Maps too large for the cache go in bands of rows, many small ones several at a time.
+
+    Of a single small one all threads share the panels of its features.
+    """
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(3, 3, shape[3], 40)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, shape[3], features)), jnp.float32)
     channel_mask = jnp.asarray(rng.random((shape[0], shape[3])) < 0.5)
     column_mask = jnp.asarray(rng.random(shape[:3]) < 0.5)
-    feature_mask = jnp.asarray(rng.random((shape[0], 40)) < 0.5)
+    feature_mask = jnp.asarray(rng.random((shape[0], features)) < 0.5)
     sides = ((None, channel_mask), (None, column_mask), (None, feature_mask))
-    for channels, columns, features in itertools.product(*sides):
-        kept = masks.Masks(channels, columns, features=features)
+    for channels, columns, wanted in itertools.product(*sides):
+        kept = masks.Masks(channels, columns, features=wanted)
         y, reference = native_and_dense(x, kernel, kept)
         np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-3)
 

@@ -50,6 +50,8 @@ constexpr int kLanes = 4, kVectors = 2, kTile = 6;
 constexpr int kAhead = 8;   // rows of the kernel that are fetched before they are multiplied
 constexpr int kPanel = 32;  // native.py lays the kernel out in panels as wide
 constexpr int kHalf = 16;   // panels of wanted features are of one or two of these
+constexpr int64_t kFew = 1 << 16;  // multiplications that are done before another thread wakes up
+constexpr int kSpins = 200;        // times that a thread yields before it sleeps until others end
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
@@ -320,9 +322,8 @@ Panel FindPanel(const Convolution& c, const Ready& ready, int64_t image, int64_t
   const int64_t *first = ready.features.first.data() + image, count = first[1] - first[0];
   const int32_t* all = ready.features.members.data() + first[0];
   const int64_t halves = Parts(c.wanted, kHalf);
-  const auto start = [&](int64_t panel) {  // the wider panels come first
-    const int64_t before = halves / c.panels * panel + std::min(halves % c.panels, panel);
-    return std::min(before * kHalf, count);
+  const auto start = [&](int64_t panel) {
+    return std::min(halves * panel / c.panels * kHalf, count);
   };
   const int64_t begin = start(panel), end = start(panel + 1);
   if (begin == count && panel > 0) return {all, 0, 0, 0};
@@ -364,21 +365,47 @@ void PackRows(const Convolution& c, const Panel& panel, int64_t tap, const int32
 #endif
 }
 
-// Writes the sums of one image, of all features of a panel or of those that it wants.
-void WriteSums(const Convolution& c, const float* sums, int64_t places, const Panel& panel,
-               float* y) {
+// Writes the sums of one image where their features are, and 0 between them.
+void WriteSums(const float* sums, int64_t places, const Panel& panel, int64_t features, float* y) {
   const int64_t width = panel.width, whole = panel.high - panel.low;
   y += panel.low;
-  for (int64_t place = 0; place < places; ++place, sums += kPanel, y += c.features) {
-    if (width == kPanel && whole == kPanel) {
-      std::memcpy(y, sums, kPanel * sizeof(float));  // of a constant length: no call
-    } else if (width == whole) {
-      std::memcpy(y, sums, width * sizeof(float));
-    } else {
-      std::memset(y, 0, whole * sizeof(float));
-      for (int64_t j = 0; j < width; ++j) y[panel.features[j] - panel.low] = sums[j];
+  if (width == whole) {
+    for (int64_t place = 0; place < places; ++place, sums += kPanel, y += features)
+      if (width == kPanel)
+        std::memcpy(y, sums, kPanel * sizeof(float));  // of a constant length: no call
+      else
+        std::memcpy(y, sums, width * sizeof(float));
+    return;
+  }
+#if defined(__AVX512F__)
+  // Of each vector of the output: what there is of it, which of that is wanted, and the first sum.
+  struct Spread {
+    __mmask16 there, wanted;
+    int64_t first;
+  };
+  thread_local std::vector<Spread> vectors;
+  vectors.clear();
+  for (int64_t at = panel.low, j = 0; at < panel.high; at += kLanes) {
+    const int64_t end = std::min(at + kLanes, panel.high);
+    Spread vector{__mmask16((1 << (end - at)) - 1), 0, j};
+    for (; j < width && panel.features[j] < end; ++j)
+      vector.wanted |= 1 << (panel.features[j] - at);
+    vectors.push_back(vector);
+  }
+  for (int64_t place = 0; place < places; ++place, sums += kPanel, y += features) {
+    float* to = y;
+    for (const Spread& vector : vectors) {
+      const __m512 from = _mm512_loadu_ps(sums + vector.first);
+      _mm512_mask_storeu_ps(to, vector.there, _mm512_maskz_expand_ps(vector.wanted, from));
+      to += kLanes;
     }
   }
+#else
+  for (int64_t place = 0; place < places; ++place, sums += kPanel, y += features) {
+    std::memset(y, 0, whole * sizeof(float));
+    for (int64_t j = 0; j < width; ++j) y[panel.features[j] - panel.low] = sums[j];
+  }
+#endif
 }
 
 // Computes the 32 features of a panel for all of a task.
@@ -429,7 +456,8 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
   for (int64_t i = 0; i < task.images; ++i) {
     if (c.feature_mask) panel = FindPanel(c, ready, i, index);
     const int64_t row = (task.image + i) * c.out_height + task.row;
-    WriteSums(c, sums + i * places * kPanel, places, panel, c.y + row * c.out_width * c.features);
+    float* y = c.y + row * c.out_width * c.features;
+    WriteSums(sums + i * places * kPanel, places, panel, c.features, y);
   }
 }
 
@@ -472,6 +500,7 @@ std::vector<Task> Divide(const Convolution& c, int64_t threads) {
 // begun is waited for, so a helper that never gets a turn holds up nobody.
 template <typename Function>
 void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
+  if (count == 1) return run(0);
   struct Shared {
     Function run;
     int64_t count;
@@ -494,6 +523,7 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Take(); });
   shared->Take();
+  for (int spin = 0; spin < kSpins && shared->done < count; ++spin) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->finished.wait(lock, [&] { return shared->done == count; });
 }
@@ -512,15 +542,25 @@ void RunApart(ffi::ThreadPool& pool, const Convolution& c, const std::vector<Tas
 void RunTogether(ffi::ThreadPool& pool, Convolution c, const Task& task, int64_t threads) {
   struct Shared {
     Ready ready;
+    std::vector<int64_t> order;  // of the panels
     int64_t fillings;
     std::atomic<int64_t> filled{0};
   };
-  auto shared = std::make_shared<Shared>();
+  // With its memory for the next call, unless a helper that came too late still holds it.
+  thread_local std::shared_ptr<Shared> last;
+  if (last.use_count() != 1) last = std::make_shared<Shared>();
+  const std::shared_ptr<Shared> shared = last;
   if (c.feature_mask && c.panels < 2 * threads)  // narrower ones, so that each has as much to do
     c.panels = std::min(Parts(c.wanted, kHalf), Parts(c.panels, threads) * threads);
+  // Neighbours are for one thread: where the panels of two meet, both write to one cache line.
+  const int64_t share = Parts(c.panels, threads);
+  shared->order.clear();
+  for (int64_t first = 0; first < share; ++first)
+    for (int64_t panel = first; panel < c.panels; panel += share) shared->order.push_back(panel);
   Prepare(c, task, shared->ready);
   const int64_t tiles = shared->ready.tiles.size();
   shared->fillings = std::min(tiles, 2 * threads);
+  shared->filled = 0;
   ForEach(pool, shared->fillings + c.panels, [c, shared, tiles](int64_t i) {
     Ready& ready = shared->ready;
     const int64_t fillings = shared->fillings;
@@ -532,7 +572,7 @@ void RunTogether(ffi::ThreadPool& pool, Convolution c, const Task& task, int64_t
     }
     // Every filling was handed out before this panel, so some running thread is at it.
     while (shared->filled.load() < fillings) std::this_thread::yield();
-    MultiplyPanel(c, ready, i - fillings);
+    MultiplyPanel(c, ready, shared->order[i - fillings]);
   });
 }
 
@@ -570,7 +610,9 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
     c.wanted = std::max(c.wanted, Count(c.feature_mask + i * c.features, c.features));
   c.panels = Parts(c.wanted, kPanel);
 
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t rows = Count(c.channel_mask, c.batch * c.channels) * c.taps();
+  const bool few = rows * c.out_height * c.out_width * c.features < kFew;
+  const int64_t threads = few ? 1 : std::max<int64_t>(1, pool.num_threads());
   const std::vector<Task> tasks = Divide(c, threads);
   if (int64_t(tasks.size()) >= threads)
     RunApart(pool, c, tasks);
