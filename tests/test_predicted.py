@@ -312,9 +312,11 @@ def test_what_is_not_left_out_is_not_counted_as_left_out():
 
 
 def test_surgery_says_what_it_cannot_do():
-    model, _, _ = predicted("vgg")
+    model, dynamic, _ = predicted("vgg")
     with pytest.raises(ValueError, match="matches none of the 7 convolutions"):
         predict_channels(model, 0.5, reads(model), layers="blocks/9/*")
+    with pytest.raises(ValueError, match="blocks/0/layers/0/conv has a predicted gate already"):
+        predict_channels(dynamic, 0.5, reads(model))
     conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a grouped convolution cannot choose"):
         DynamicConv(conv, feature_ratio=0.5, rngs=nnx.Rngs(0))

@@ -34,11 +34,11 @@ def l2(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
 
 
 def magnitude(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-    """Takes the largest absolute value over some axes, in float32: 0 where there is nothing.
+    """Sums the absolute values over some axes, in float32: 0 only where there is nothing.
 
     A gate that ranks by it finds the channels that a gate before it has left, without fail.
     """
-    return jnp.max(jnp.abs(x), axis=axes).astype(jnp.float32)
+    return jnp.sum(jnp.abs(x), axis=axes, dtype=jnp.float32)
 
 
 STATISTICS: dict[str, Statistic] = {"mean": mean, "max": maximum, "l2": l2}

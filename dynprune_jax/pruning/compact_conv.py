@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from dynprune_jax.pruning import masks as masks_lib
 from dynprune_jax.pruning import native
+from dynprune_jax.pruning.attention import attention
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import (
     REPEATING,
@@ -48,8 +49,11 @@ class CompactConv(DynamicConv):
             names += ("follows_features", "follows_columns", "wants_columns", "salience_scales")
             gates = {name: getattr(conv, name) for name in names}
         super().__init__(conv, **gates, rngs=nnx.Rngs(0))
+        # Attention draws nothing, and a key is one more operand of every call.
+        self.rngs: Any = nnx.static(None)
         if isinstance(conv, DynamicConv):
-            self.rngs = conv.rngs
+            if conv.criterion is not attention:
+                self.rngs = nnx.data(conv.rngs)
             if conv.chooses_outputs:
                 self.handover = conv.handover
             self.channel_ratio = nnx.static(_number(conv.channel_ratio))

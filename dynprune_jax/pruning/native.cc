@@ -464,11 +464,16 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
 // How many are kept.
 int64_t Count(const bool* mask, int64_t n) { return mask ? std::count(mask, mask + n, true) : n; }
 
+// How many an image keeps on average, rounded up.
+int64_t Mean(const bool* mask, int64_t batch, int64_t n) {
+  return Parts(Count(mask, batch * n), batch);
+}
+
 // Tasks of equal size and small enough for the cache: of several images, or of a part of one.
 // There are fewer than threads only for few images of few rows.
 std::vector<Task> Divide(const Convolution& c, int64_t threads) {
-  const int64_t depth = Count(c.channel_mask, c.channels);
-  const int64_t columns = Count(c.column_mask, c.height * c.width);
+  const int64_t depth = Mean(c.channel_mask, c.batch, c.channels);
+  const int64_t columns = Mean(c.column_mask, c.batch, c.height * c.width);
   const int64_t image_bytes = 4 * (columns * depth + c.out_height * c.out_width * kPanel);
   const int64_t pieces = Parts(image_bytes, CacheBytes());
   int64_t images = 1, bands = 1;
@@ -631,23 +636,18 @@ uint32_t Key(float score) {
 
 // Marks the `count` highest scores of a row; of equal scores those of lower index.
 void KeepHighest(const float* scores, int64_t n, int64_t count, bool* mask) {
-  constexpr int kShift = 21;  // a first cut by the sign, the exponent and two bits more
-  thread_local std::vector<uint32_t> keys, close;
-  std::vector<int32_t> like(1 << (32 - kShift), 0);
+  thread_local std::vector<uint32_t> keys;
   keys.resize(n);
-  for (int64_t i = 0; i < n; ++i) {
-    keys[i] = Key(scores[i]);
-    ++like[keys[i] >> kShift];
+  for (int64_t i = 0; i < n; ++i) keys[i] = Key(scores[i]);
+  // The highest threshold that as many reach, bit by bit: compilers count with whole vectors.
+  uint32_t threshold = 0;
+  for (uint32_t bit = 1u << 31; bit > 0; bit >>= 1) {
+    int32_t reach = 0;
+    for (const uint32_t key : keys) reach += key >= (threshold | bit);
+    if (reach >= count) threshold |= bit;
   }
-  int64_t room = count, cut = like.size() - 1;
-  for (; like[cut] < room; --cut) room -= like[cut];
-  close.clear();
-  for (const uint32_t key : keys)
-    if (key >> kShift == cut) close.push_back(key);
-  const auto last = close.begin() + (room - 1);
-  std::nth_element(close.begin(), last, close.end(), std::greater<uint32_t>());
-  const uint32_t threshold = *last;
-  room -= std::count_if(close.begin(), last, [&](uint32_t key) { return key > threshold; });
+  int64_t room = count;
+  for (const uint32_t key : keys) room -= key > threshold;
   for (int64_t i = 0; i < n; ++i)
     mask[i] = keys[i] > threshold || (keys[i] == threshold && room-- > 0);
 }

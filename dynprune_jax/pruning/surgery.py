@@ -185,7 +185,7 @@ def predict_channels(
       rngs: seeds the new parameters, the random criterion and stochastic dropout.
 
     Raises:
-      ValueError: as in `make_dynamic`, and for a grouped convolution.
+      ValueError: as in `make_dynamic`, for a grouped convolution, and for one that has such a gate.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     patterns = (layers,) if isinstance(layers, str) else layers
@@ -195,6 +195,11 @@ def predict_channels(
     feature = _ratio_of_each(model, list(chosen), channel_ratio, "channel_ratio")
     feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
     convs = conv_layers(model)
+    for name in feature:
+        if getattr(convs[name], "feature_ratio", None) is not None:
+            raise ValueError(
+                f"{name} has a predicted gate already: make the gates of a plain model"
+            )
     follow = {links[name][1]: ratio for name, ratio in feature.items() if links[name][1] in convs}
     column = {}
     if column_ratio is not None:
