@@ -34,11 +34,11 @@ def dense(x, kernel, strides, dilation, padding):
     )
 
 
-def native_and_dense(x, kernel, kept, strides=(1, 1), dilation=(1, 1), padding=None):
+def native_and_dense(x, kernel, kept, strides=(1, 1), dilation=(1, 1), padding=None, pairs=False):
     padding = padding or ((1, 1), (1, 1))
     y = native.kept_conv(
         x,
-        native.kernel_panels(kernel),
+        native.kernel_pairs(kernel) if pairs else native.kernel_panels(kernel),
         kept,
         features=kernel.shape[-1],
         kernel_size=kernel.shape[:2],
@@ -83,7 +83,8 @@ def test_it_equals_the_dense_convolution_of_what_is_kept(data):
     kept = masks.Masks(
         channel_mask, column_mask, features=feature_mask, out_columns=out_column_mask
     )
-    y, reference = native_and_dense(x, kernel, kept, strides, dilation, padding)
+    pairs = feature_mask is not None and draw(st.booleans())
+    y, reference = native_and_dense(x, kernel, kept, strides, dilation, padding, pairs)
     np.testing.assert_allclose(y, reference, rtol=1e-5, atol=1e-5 * max(1, abs(reference).max()))
 
 
@@ -107,8 +108,26 @@ def test_it_divides_the_work_of_any_shape(shape, features):
     sides = ((None, channel_mask), (None, column_mask), (None, feature_mask))
     for channels, columns, wanted in itertools.product(*sides):
         kept = masks.Masks(channels, columns, features=wanted)
-        y, reference = native_and_dense(x, kernel, kept)
-        np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-3)
+        for pairs in (False, True)[: 1 if wanted is None else 2]:
+            y, reference = native_and_dense(x, kernel, kept, pairs=pairs)
+            np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-3)
+
+
+@needs_compiler
+def test_a_kernel_in_pairs_is_for_features():
+    kernel = native.kernel_pairs(jnp.ones((3, 3, 2, 4)))
+    assert kernel.shape == (4, 2, 9)
+    with pytest.raises(ValueError, match="a kernel in pairs is for masks that tell"):
+        native.kept_conv(
+            jnp.ones((1, 3, 3, 2)),
+            kernel,
+            masks.Masks(),
+            features=4,
+            kernel_size=(3, 3),
+            strides=(1, 1),
+            dilation=(1, 1),
+            padding=((1, 1), (1, 1)),
+        )
 
 
 @needs_compiler
@@ -236,7 +255,7 @@ def test_without_a_compiler_the_other_forms_remain(monkeypatch):
     gate = dynprune_jax.dynamic_layers(dynamic)[name]
     offered = list(candidates(gate, 3, group_size=1, columns=True, platform="cpu"))
     assert Form("taps", columns=True) in offered
-    assert not [form for form in offered if form.product == "native"]
+    assert not [form for form in offered if form.compiled]
     for form in (Form("rows", channels=True), Form("taps", channels=True, columns=True)):
         fast = dynprune_jax.compact(dynamic, x, plan=dynprune_jax.Plan({name: form}))
         np.testing.assert_allclose(nnx.jit(fast)(x), expected, rtol=1e-4, atol=1e-5)

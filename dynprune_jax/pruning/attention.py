@@ -58,7 +58,9 @@ def column_attention(
     return statistic(x, (-1,))
 
 
-def attention(scores: Float[Array, "*batch n"], rngs: nnx.RngStream) -> Float[Array, "*batch n"]:
+def attention(
+    scores: Float[Array, "*batch n"], rngs: nnx.RngStream | None
+) -> Float[Array, "*batch n"]:
     """Ranks by attention: the highest are kept. The method itself."""
     del rngs
     return scores

@@ -72,7 +72,7 @@ class CompactConv(DynamicConv):
                 f"the form {str(form)!r} cannot execute this convolution; choose one of"
                 f" {', '.join(map(str, forms))}"
             )
-        if form.product == "native" and (reason := native.why_not()):
+        if form.compiled and (reason := native.why_not()):
             raise ValueError(f"the form {str(form)!r} cannot be executed here: {reason}")
         self.form = form
         if form != Form():
@@ -111,13 +111,13 @@ class CompactConv(DynamicConv):
         """The masks of maps of a shape; where few channels are ranked, their indices too."""
         if channel_scores is None or not self.form.channels:
             return super().choose(shape, channel_scores, column_scores)
-        if self.follows_features and self.form.product == "native":
+        if self.follows_features and self.form.compiled:
             # Whatever is not zero: no more than the count that is kept, and perhaps less.
             masks = super().choose(shape, None, column_scores)
             present = jnp.repeat(channel_scores > 0.0, self.group_size(shape[-1]), axis=-1)
             return dataclasses.replace(masks, channels=present)
         masks = super().choose(shape, channel_scores, column_scores)
-        if self.form.product == "native" or channel_scores.size > _FEW:
+        if self.form.compiled or channel_scores.size > _FEW:
             return masks
         # XLA drops what nobody reads: the indices, or the mask.
         size, ranked = self.group_size(shape[-1]), channel_scores.shape[-1]

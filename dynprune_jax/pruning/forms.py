@@ -8,8 +8,9 @@ have the taps of its input side by side (`patches`, also known as im2col), the t
 channels, for each image its own). Outputs that are not wanted are computed all the same, or left
 out of the product too: of the kernel only the columns of the wanted ones are collected.
 
-Two products are not XLA's: `native`, compiled C++ for CPUs, and `pallas`, for GPUs. Both read what
-is kept of the map and of the kernel in place.
+Three products are not XLA's: `native` and `pairs`, compiled C++ for CPUs, and `pallas`, for GPUs.
+They read what is kept of the map and of the kernel in place; `pairs` is `native` with a kernel laid
+out for images that want few of the output channels.
 
 With XLA's matrix products, images may be computed a few at a time, in a loop, so that all between
 the map and its result stays in the cache. That is worth more than it seems: laid out for a whole
@@ -30,7 +31,7 @@ from jaxtyping import Array, Float
 
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.masks import Masks, kept_indices
-from dynprune_jax.pruning.native import kept_conv, kernel_panels
+from dynprune_jax.pruning.native import kept_conv, kernel_pairs, kernel_panels
 
 # Paddings that repeat the map instead of adding zeros around it.
 REPEATING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
@@ -41,10 +42,11 @@ class Form:
     """One way to execute a convolution. It is data: plans save, print and compare it.
 
     Attributes:
-      product: `conv` (XLA's own convolution), `patches`, `rows`, `taps`, `native` or `pallas`.
+      product: `conv` (XLA's own convolution), `patches`, `rows`, `taps`, `native`, `pairs` or
+        `pallas`.
       channels: whether only the kept channels are multiplied; if not, the others are masked.
-      columns: the same of columns; only `taps` and `native` skip them. `native` leaves out columns
-        of the output too, where a tile of columns lands on none that is wanted.
+      columns: the same of columns; only `taps` and the compiled ones skip them. These leave out
+        columns of the output too, where a tile of columns lands on none that is wanted.
       images: how many are computed at a time; 0 for all.
       features: whether only the wanted output channels are computed; if not, all are.
     """
@@ -54,6 +56,11 @@ class Form:
     columns: bool = False
     images: int = 0
     features: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its product is our own compiled code for CPUs."""
+        return self.product in ("native", "pairs")
 
     def __str__(self) -> str:
         gathered = [name for name in ("channels", "columns", "features") if getattr(self, name)]
@@ -147,8 +154,9 @@ def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float
     """Lays a kernel out as the form multiplies it: once, when a network is made compact.
 
     Returns:
-      For `conv` and `pallas` the kernel itself, for `native` panels of 32 features. Else `(taps
-      of the input, channels, taps of the output * features)`.
+      For `conv` and `pallas` the kernel itself, for `native` panels of 32 features, for `pairs`
+      `(features, channels, taps)`. Else `(taps of the input, channels, taps of the output *
+      features)`.
     """
     height, width, channels, features = kernel.shape
     if form.product == "patches":
@@ -157,6 +165,8 @@ def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float
         return kernel.transpose(1, 2, 0, 3).reshape(width, channels, height * features)
     if form.product == "taps":
         return kernel.transpose(2, 0, 1, 3).reshape(1, channels, height * width * features)
+    if form.product == "pairs":
+        return kernel_pairs(kernel)
     return kernel_panels(kernel) if form.product == "native" else kernel
 
 
@@ -194,7 +204,7 @@ def execute(
       dtype of `x`.
     """
     batch = x.shape[0]
-    if form.product == "native":
+    if form.compiled:
         return kept_conv(
             x,
             weights,
@@ -436,7 +446,7 @@ def candidates(
         if form.product == "pallas":
             if platform == "gpu" and group_size % 16 == 0 and not wide:
                 yield form
-        elif form.product == "native":
+        elif form.compiled:
             if native.why_not() is None and not wide:
                 yield form
         elif form.channels and form.features != features:
@@ -478,4 +488,6 @@ def possible(
     if features:
         able = [form for form in forms if form.product != "pallas"]
         forms += [dataclasses.replace(form, features=True) for form in able]
+        if channels and _pair(conv.kernel_size) != (1, 1):
+            forms.append(Form("pairs", channels=True, columns=columns, features=True))
     return forms

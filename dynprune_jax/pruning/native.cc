@@ -10,6 +10,10 @@
 // all features are wanted the kernel is read in place: none is gathered for an image. Where an
 // image wants some, its panels are of 32 of those; for each tap of a panel the rows of the kept
 // channels are packed side by side just before they are multiplied, in memory that stays cached.
+//
+// Where an image wants few, that reads nearly every line of the kernel that its kept channels have.
+// So a kernel can come in pairs of a channel and a feature too, all taps of a pair side by side:
+// they are packed together, and what is read is little more than what is multiplied.
 
 #include <algorithm>
 #include <atomic>
@@ -74,6 +78,7 @@ struct Convolution {
   const bool *channel_mask, *column_mask, *feature_mask, *out_column_mask;
   int64_t wanted;  // features, of the image that wants the most
   int64_t panels;  // that they are computed in, of at most 32 each
+  bool pairs;      // how the kernel is laid out
   float* y;
 
   int64_t taps() const { return kernel_height * kernel_width; }
@@ -408,10 +413,26 @@ void WriteSums(const float* sums, int64_t places, const Panel& panel, int64_t fe
 #endif
 }
 
+// The same of all taps, one tap after the other, from a kernel in pairs.
+void PackPairs(const Convolution& c, const Panel& panel, const int32_t* channels, int64_t depth,
+               float* rows) {
+  const int64_t taps = c.taps();
+  for (int64_t k = 0; k < depth; ++k, rows += kPanel) {
+    const float* from = c.kernel + int64_t{channels[k]} * taps;
+    const int64_t soon = (channels[std::min(k + kAhead / 2, depth - 1)] - channels[k]) * taps;
+    for (int64_t j = 0; j < panel.width; ++j) {
+      const float* pair = from + int64_t{panel.features[j]} * c.channels * taps;
+      __builtin_prefetch(pair + soon);
+      __builtin_prefetch(pair + soon + taps - 1);
+      for (int64_t tap = 0; tap < taps; ++tap) rows[tap * depth * kPanel + j] = pair[tap];
+    }
+  }
+}
+
 // Computes the 32 features of a panel for all of a task.
 void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
   thread_local std::vector<float> buffer;   // of each place of the output; the last is nowhere
-  thread_local std::vector<float> packed;   // rows of the kernel of one image and tap
+  thread_local std::vector<float> packed;   // rows of the kernel of one image
   thread_local std::vector<int32_t> order;  // 0, 1, 2, ...: packed rows are not picked out
   const Task& task = ready.task;
   const int64_t taps = c.taps(), nowhere = ready.places(c);
@@ -419,37 +440,61 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
   float* sums = buffer.data();
   std::memset(sums, 0, nowhere * kPanel * sizeof(float));
   if (c.feature_mask) {
-    packed.resize((c.channels + 1) * kPanel);
+    packed.resize(((c.pairs ? taps : 1) * c.channels + 1) * kPanel);
     for (int64_t k = order.size(); k < c.channels + kAhead; ++k) order.push_back(k);
   }
   const int64_t low = index * kPanel, high = std::min(low + kPanel, c.features);
   Panel panel{nullptr, high - low, low, high};
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    int64_t image = -1;  // whose rows are packed
-    int64_t next = c.feature_mask ? 0 : c.channels * kPanel;
-    const float* kernel = c.kernel + (index * taps + tap) * c.channels * kPanel;
+  int64_t image;  // that `panel` is of, and what is packed
+
+  const auto begins = [&](const Tile& tile) {
+    if (image == ready.kept[tile.first].image) return false;
+    image = ready.kept[tile.first].image;
+    panel = FindPanel(c, ready, image, index);
+    return true;
+  };
+  float* rows[kTile];  // of sums, for each column of a tile
+  const auto lands = [&](const Tile& tile, int64_t tap) {
+    const int32_t* landing = ready.landings.data() + tile.first * taps + tap * tile.columns;
+    bool any = false;
+    for (int64_t m = 0; m < tile.columns; ++m) {
+      any |= landing[m] >= 0;
+      rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
+    }
+    return any;
+  };
+  const auto multiply = [&](const Tile& tile, const float* kernel, const int32_t* channels,
+                            int64_t next) {
+    Of::multiply[tile.columns - 1](tile.depth, panel.width, ready.packed.data() + tile.packed,
+                                   kernel, channels, rows, next);
+  };
+  const auto channels = [&](const Tile& tile) {
+    return ready.channels.members.data() + tile.first_channel;
+  };
+
+  if (c.pairs) {
+    image = -1;
     for (const Tile& tile : ready.tiles) {
-      const int32_t* landing = ready.landings.data() + tile.first * taps + tap * tile.columns;
-      float* rows[kTile];
-      bool lands = false;
-      for (int64_t m = 0; m < tile.columns; ++m) {
-        lands |= landing[m] >= 0;
-        rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
-      }
-      if (!lands) continue;
-      const int32_t* channels = ready.channels.members.data() + tile.first_channel;
-      if (c.feature_mask) {
-        if (image != ready.kept[tile.first].image) {
-          image = ready.kept[tile.first].image;
-          panel = FindPanel(c, ready, image, index);
-          PackRows(c, panel, tap, channels, tile.depth, packed.data());
-          kernel = packed.data();
+      if (begins(tile)) PackPairs(c, panel, channels(tile), tile.depth, packed.data());
+      for (int64_t tap = 0; tap < taps; ++tap)
+        if (lands(tile, tap))
+          multiply(tile, packed.data() + tap * tile.depth * kPanel, order.data(), 0);
+    }
+  } else {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      image = -1;
+      int64_t next = c.channels * kPanel;  // from a row to that of the next tap
+      const float* kernel = c.kernel + (index * taps + tap) * c.channels * kPanel;
+      for (const Tile& tile : ready.tiles) {
+        if (!lands(tile, tap)) continue;
+        if (c.feature_mask) {
+          if (begins(tile)) PackRows(c, panel, tap, channels(tile), tile.depth, packed.data());
+          multiply(tile, packed.data(), order.data(), 0);
+        } else {
+          multiply(tile, kernel, channels(tile), next);
+          next = 0;
         }
-        channels = order.data();
       }
-      Of::multiply[tile.columns - 1](tile.depth, panel.width, ready.packed.data() + tile.packed,
-                                     kernel, channels, rows, next);
-      next = 0;
     }
   }
   const int64_t places = task.rows * c.out_width;
@@ -586,8 +631,8 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
                     ffi::Buffer<ffi::PRED> feature_mask, ffi::Buffer<ffi::PRED> out_column_mask,
                     ffi::Span<const int64_t> geometry, ffi::ResultBuffer<ffi::F32> y) {
   const auto in = x.dimensions(), out = y->dimensions();
-  if (in.size() != 4 || out.size() != 4 || geometry.size() != 8)
-    return ffi::Error::InvalidArgument("maps have four dimensions, a geometry eight numbers");
+  if (in.size() != 4 || out.size() != 4 || geometry.size() != 9)
+    return ffi::Error::InvalidArgument("maps have four dimensions, a geometry nine numbers");
   Convolution c;
   c.batch = in[0], c.height = in[1], c.width = in[2], c.channels = in[3];
   c.out_height = out[1], c.out_width = out[2], c.features = out[3];
@@ -604,8 +649,10 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   c.column_mask = mask(column_mask, c.height * c.width);
   c.feature_mask = mask(feature_mask, c.features);
   c.out_column_mask = mask(out_column_mask, c.out_height * c.out_width);
-  const int64_t panels = Parts(c.features, kPanel);
-  fits &= int64_t(kernel.element_count()) == panels * c.taps() * c.channels * kPanel;
+  c.pairs = geometry[8];
+  const int64_t laid = c.pairs ? c.features : Parts(c.features, kPanel) * kPanel;
+  fits &= int64_t(kernel.element_count()) == laid * c.taps() * c.channels;
+  fits &= !c.pairs || c.feature_mask;
   if (!fits)
     return ffi::Error::InvalidArgument("the sizes of the operands do not fit each other");
   if (y->element_count() == 0) return ffi::Error::Success();

@@ -43,9 +43,17 @@ def kernel_panels(
     return kernel.reshape(height * width, channels, panels, _PANEL).transpose(2, 0, 1, 3)
 
 
+def kernel_pairs(
+    kernel: Float[Array, "kernel_height kernel_width channels features"],
+) -> Float[Array, "features channels taps"]:
+    """Lays a kernel out for images that want few features: all taps of a pair side by side."""
+    *_, channels, features = kernel.shape
+    return kernel.transpose(3, 2, 0, 1).reshape(features, channels, -1)
+
+
 def kept_conv(
     x: Float[Array, "batch height width channels"],
-    panels: Float[Array, "panels taps channels 32"],
+    kernel: Float[Array, "..."],
     masks: Masks,
     *,
     features: int,
@@ -61,7 +69,7 @@ def kept_conv(
 
     Args:
       x: the maps.
-      panels: the kernel, from `kernel_panels`.
+      kernel: from `kernel_panels`, or from `kernel_pairs` where the masks have features.
       masks: what is kept of the maps and wanted of the output.
       features: of the kernel.
       kernel_size: height and width.
@@ -71,11 +79,14 @@ def kept_conv(
 
     Raises:
       RuntimeError: with the reason, if `why_not` has one.
-      ValueError: for maps of float64.
+      ValueError: for maps of float64, and for a kernel in pairs where all features are wanted.
     """
     _demand()
     if x.dtype == jnp.float64:
-        raise ValueError("the form 'native' multiplies in float32; the maps are float64")
+        raise ValueError("our compiled kernel multiplies in float32; the maps are float64")
+    pairs = kernel.ndim == 3
+    if pairs and masks.features is None:
+        raise ValueError("a kernel in pairs is for masks that tell which features are wanted")
     spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
     sides = zip(x.shape[1:3], padding, spans, strides, strict=True)
     out = [max(0, (side + sum(pad) - span) // stride + 1) for side, pad, span, stride in sides]
@@ -88,10 +99,11 @@ def kept_conv(
     )
     return call(
         x.astype(jnp.float32),
-        panels.astype(jnp.float32),
+        kernel.astype(jnp.float32),
         *(everything if mask is None else mask for mask in both_sides),
         geometry=np.array(
-            [*kernel_size, *strides, *dilation, padding[0][0], padding[1][0]], np.int64
+            [*kernel_size, *strides, *dilation, padding[0][0], padding[1][0], pairs],
+            np.int64,
         ),
     )
 
