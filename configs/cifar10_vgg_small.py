@@ -50,6 +50,7 @@ def get_config():
         "predicted",
         "predicted+distillation",
         "predicted+block_columns",
+        "predicted+block_columns+distillation",
         "l1",
         "l1+distillation",
         "taylor",
@@ -58,9 +59,15 @@ def get_config():
         "geometric_median",
         "random_filters",
         "random",
+        "inverse",
         "shared",
         "predicted+shared",
+        "predicted+unscaled",
+        "max",
+        "l2",
         "columns",
         "no_dropout",
+        "stochastic",
+        "no_ascent",
     )
     return config

@@ -151,6 +151,16 @@ def test_a_study_s_tables_are_what_its_runs_say(name, count):
         assert table in README
 
 
+def test_the_claim_on_the_digits_is_what_its_runs_say():
+    accuracies = {}
+    for row in read_rows(ROOT / "docs" / "results" / "digits_kinds"):
+        accuracies.setdefault((row["method"], row["cut"]), []).append(100 * row["accuracy"])
+    mean = {case: statistics.mean(values) for case, values in accuracies.items()}
+    lost = [mean["dense", 0.0] - mean[case] for case in mean if case[0].startswith("predicted")]
+    assert len(lost) == 4 * 3
+    assert f"lose at most {max(lost):.1f} points up to a cut of 75 %" in README
+
+
 def test_the_study_s_claims_are_what_its_runs_say():
     rows = read_rows(ROOT / "docs" / "results" / "cifar10_vgg_small")
 
