@@ -471,7 +471,9 @@ def ablations_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
         if name != "dense"
     }
     shown = {label: values for label, values in shown.items() if values}
-    figure = Figure(figsize=(7.5, 1.2 + 0.32 * len(shown)), layout="constrained")
+    # Room for the bars beside the longest label, whose letters take about .085 inches each.
+    width = 4.0 + 0.085 * max(map(len, shown))
+    figure = Figure(figsize=(width, 1.2 + 0.32 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     for i, values in enumerate(shown.values()):
         axes.barh(i, statistics.mean(values), color=_BLUE if i == 0 else _SKY, height=0.7)
@@ -491,7 +493,7 @@ def ablations_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
         where = axes.get_xaxis_transform()
         axes.annotate("dense ", (mean, 0.02), xycoords=where, ha="right", color="0.3")
     axes.set_yticks(range(len(shown)), list(shown))
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) + 0.2, -0.7)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel(f"test accuracy with {cut:.0%} of the MACs removed")
