@@ -130,6 +130,11 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
     rows = [*speed("cifar10_vgg16_predicted")[0], *speed("cifar10_vgg16_predicted_again")[0]]
     found = sorted(f"{row['speedup']:.2f}×" for row in rows if row["batch_size"] == 1)
     assert "it was {}, and {} and {} in".format(*found) in README
+    first = [row for row in rows if row["batch_size"] == 1]
+    for whose, key in (("dense network's", "fastest_dense_ms"), ("compact one's", "compact_ms")):
+        times = [row[key] for row in first]
+        assert whose in README
+        assert f"({min(times):.1f} to {max(times):.1f} ms)" in README
 
 
 def test_the_price_of_choosing_anew_is_what_was_measured():

@@ -53,7 +53,7 @@ def kernel_pairs(
 
 def kept_conv(
     x: Float[Array, "batch height width channels"],
-    kernel: Float[Array, "..."],
+    kernel: Float[Array, "panels taps channels 32"] | Float[Array, "features channels taps"],
     masks: Masks,
     *,
     features: int,
