@@ -91,14 +91,13 @@ def build_dataset(config: Config) -> Dataset:
     return dataset
 
 
-def build_model(config: Config, num_classes: int, channels: int, width: float = 1.0) -> nnx.Module:
+def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
     """The dense model, with weights drawn from the config's seed.
 
     Args:
       config: a checked config.
       num_classes: width of the logits.
       channels: of the images.
-      width: factor on the channels of every convolution.
 
     Raises:
       UserError: if the model cannot take images of this size.
@@ -109,7 +108,7 @@ def build_model(config: Config, num_classes: int, channels: int, width: float = 
             in_channels=channels,
             image_size=config.data.image_size,
             dtype=jnp.dtype(config.dtype),
-            width=width,
+            width=config.width,
             rngs=nnx.Rngs(config.seed),
         )
     except ValueError as error:

@@ -39,6 +39,7 @@ def base_config() -> Config:
             "checkpoint_every_epochs": 1,
             # A factory of dynprune_jax.models.
             "model": "vgg16",
+            "width": 1.0,  # factor on the channels of every convolution of the model
             "data": {
                 # digits, cifar10, cifar100, class_folders, imagenet100, or any data set that
                 # TFDS has prepared as array_record.
@@ -228,6 +229,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "evaluate_every_epochs": _at_least(1),
     "checkpoint_every_epochs": _at_least(1),
     "model": _one_of(*sorted(models.__all__)),
+    "width": _above(0.0),
     "data.name": (bool, "it must name a data set, such as digits"),
     "data.image_size": _at_least(1),
     "data.stored_size": _at_least(0),

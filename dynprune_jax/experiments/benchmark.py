@@ -1,6 +1,7 @@
 """Skipped work as time: a compact network against the fastest dense one, in one process."""
 
 import bisect
+import copy
 import functools
 import os
 import statistics
@@ -202,7 +203,9 @@ class _Bench:
     def _static(self, usage: Any) -> tuple[nnx.Module, float]:
         """A physically smaller dense network of as many MACs, and its reduction."""
         width = _equal_width(self._config, self._images.shape, float(np.mean(usage.macs)))
-        static = build_model(self._config, 10, self._images.shape[-1], width=width)
+        narrow = copy.deepcopy(self._config)
+        narrow.width = width
+        static = build_model(narrow, 10, self._images.shape[-1])
         static.eval()
         return static, float(1.0 - dense_macs(static, self._images[:1]) / usage.dense_macs)
 
@@ -331,13 +334,14 @@ def _equal_width(config: Config, shape: tuple[int, ...], macs: float) -> float:
     factory = getattr(models, config.model)
     image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     build = functools.partial(factory, 10, in_channels=shape[-1], image_size=shape[1])
+    unit = config.width / 256
 
     def macs_at(step: int) -> int:
-        model = nnx.eval_shape(lambda: build(width=step / 256, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: build(width=step * unit, rngs=nnx.Rngs(0)))
         model.eval()
         return dense_macs(model, image)
 
-    return (bisect.bisect_right(range(1, 256), macs, key=macs_at) + 0.5) / 256
+    return (bisect.bisect_right(range(1, 256), macs, key=macs_at) + 0.5) * unit
 
 
 def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> None:
