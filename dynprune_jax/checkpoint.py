@@ -1,12 +1,17 @@
 """Checkpoints with Orbax, each leaf under its digest; a damaged one is found and set aside."""
 
+import asyncio
+import contextlib
+import gc
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -168,10 +173,9 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in self.steps():
-            try:
-                state, extra = self._read(step, like)
-            except _DamageError as error:
-                damaged[step] = str(error)
+            found = self._read_or_reason(step, like)
+            if isinstance(found, str):
+                damaged[step] = found
                 if self._mend:
                     continue
                 break
@@ -182,7 +186,7 @@ class Checkpoints:
                         self._set_aside(bad, reason, step)
                 processes.wait_for_all("damage set aside")
                 self._manager.reload()
-            return state, extra
+            return found
         if not damaged:
             raise UserError(f"there is no checkpoint in {self.folder}")
         step, reason = next(iter(damaged.items()))
@@ -213,6 +217,16 @@ class Checkpoints:
             f" {place.name}, and the run goes on from step {older}",
             file=sys.stderr,
         )
+
+    def _read_or_reason(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]] | str:
+        """The state and the extra of a step, or why it is damaged."""
+        with _unheard():
+            try:
+                return self._read(step, like)
+            except _DamageError as error:
+                reason = str(error)
+            _free_dropped_tasks()  # here, where no error holds them any more
+            return reason
 
     def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         try:
@@ -263,6 +277,33 @@ class Checkpoints:
                         f"{where} is of another run: {name} is {there.get(name)!r} there and"
                         f" {here.get(name)!r} here"
                     )
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Keeps asyncio's complaints of tasks that nobody awaits any more from stderr.
+
+    Orbax raises for the first leaf that it cannot read, and closes the event loop under the
+    others. Each of them would be told at length, now or at some later garbage collection.
+    """
+    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    disabled = logger.disabled
+    sys.unraisablehook, logger.disabled = lambda _: None, True
+    try:
+        yield
+    finally:
+        sys.unraisablehook, logger.disabled = hook, disabled
+
+
+def _free_dropped_tasks(patience: float = 10.0) -> None:
+    """Waits, at most so many seconds, until the reads that Orbax left running end; frees them."""
+    end = time.monotonic() + patience
+    while True:
+        gc.collect()
+        left = any(type(x) is asyncio.Task and x.get_loop().is_closed() for x in gc.get_objects())
+        if not left or time.monotonic() > end:
+            return
+        time.sleep(0.01)
 
 
 def _pass_on(error: Exception) -> None:
