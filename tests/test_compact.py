@@ -163,6 +163,22 @@ def test_a_plan_takes_the_fastest_form_and_measures_equal_layers_once(small):
     assert "blocks/2/layers/2/conv" in list(plan.table().columns[0].cells)
 
 
+def test_a_layer_is_timed_as_several_in_a_row_and_told_as_one(small, monkeypatch):
+    gate = dynprune_jax.dynamic_layers(small[0])["blocks/1/layers/1/conv"]
+    rows = []
+
+    def second_per_layer(functions, *args, **options):
+        rows.extend(function() for function in functions.values())
+        return {form: [1.0 * len(rows[-len(functions) + i])] for i, form in enumerate(functions)}
+
+    monkeypatch.setattr(plan_lib, "interleaved", second_per_layer)
+    plan = measure_plan(nnx.Sequential(gate), jnp.ones((2, 4, 4, gate.in_features)))
+    assert {taken for times in plan.milliseconds.values() for taken in times.values()} == {1e3}
+    assert {len(row) for row in rows} == {1, 4}
+    for row in rows:  # maps that differ have different answers: none was left out
+        assert len({float(y.sum()) for y in row}) == len(row)
+
+
 def test_a_kernel_that_fails_on_a_device_is_left_out(small, monkeypatch):
     gate = dynprune_jax.dynamic_layers(small[0])["blocks/1/layers/1/conv"]
     forms = [Form(), Form("pallas", channels=True)]

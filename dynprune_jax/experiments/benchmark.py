@@ -186,7 +186,7 @@ class _Bench:
             plan = measure_plan(
                 fold_batch_norms(model, self._images),
                 self._images,
-                repeats=min(self._config.benchmark.repeats, 7),
+                repeats=self._config.benchmark.repeats,
                 known=self._known,
                 progress=progress,
             )
