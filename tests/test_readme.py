@@ -13,6 +13,8 @@ from dynprune_jax.main import MODES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = list((ROOT / "docs").glob("*.md"))
+PAGES = README + (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def reports(name):
@@ -43,7 +45,7 @@ def test_the_results_table_is_what_the_reports_say():
         "by random selection": lambda run: run["pruned_by_other_criteria"]["random"],
         "by inverse selection": lambda run: run["pruned_by_other_criteria"]["inverse"],
     }.items():
-        row = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
+        row = next(line for line in PAGES.splitlines() if line.startswith(f"| {name} |"))
         accuracy = mean_and_spread([part(run)["accuracy"] for run in runs])
         cut = statistics.mean(part(run)["mac_reduction"] for run in runs)
         executed = statistics.mean(part(run)["executed_mac_reduction"] for run in runs)
@@ -92,7 +94,7 @@ def test_the_cost_of_a_dynamic_step_is_what_was_measured():
         dense, dynamic = json.loads(path.read_text())
         assert (dense["step"], dynamic["step"], dense["network"]) == ("dense", "dynamic", "vgg16")
         assert dynamic["cost"] <= 1.15
-        assert f"**{dynamic['cost']:.3f}×**" in README
+        assert f"**{dynamic['cost']:.3f}×**" in PAGES
 
 
 SPEED = {
@@ -123,18 +125,18 @@ def test_the_table_of_times_is_what_was_measured():
                 f" | **{row['speedup']:.2f}×** | {row['ideal_speedup']:.2f}×"
                 f" | {row['realised']:.0%} | {other['ONNX Runtime']:.1f} | {torch:.1f} |"
             )
-            assert line in README.splitlines(), line
+            assert line in PAGES.splitlines(), line
 
 
 def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
     rows = [*speed("cifar10_vgg16_predicted")[0], *speed("cifar10_vgg16_predicted_again")[0]]
     found = sorted(f"{row['speedup']:.2f}×" for row in rows if row["batch_size"] == 1)
-    assert "it was {}, and {} and {} in".format(*found) in README
+    assert "it was {}, and {} and {} in".format(*found) in PAGES
     first = [row for row in rows if row["batch_size"] == 1]
     for whose, key in (("dense network's", "fastest_dense_ms"), ("compact one's", "compact_ms")):
         times = [row[key] for row in first]
-        assert whose in README
-        assert f"({min(times):.1f} to {max(times):.1f} ms)" in README
+        assert whose in PAGES
+        assert f"({min(times):.1f} to {max(times):.1f} ms)" in PAGES
 
 
 def test_the_price_of_choosing_anew_is_what_was_measured():
@@ -162,7 +164,7 @@ def test_a_study_s_tables_are_what_its_runs_say(name, count):
     assert len(found) == count
     assert "\n\n".join(found) + "\n" == (folder / "table.md").read_text(encoding="utf-8")
     for table in found:
-        assert table in README
+        assert table in PAGES
 
 
 def test_the_claim_on_the_digits_is_what_its_runs_say():
@@ -172,7 +174,7 @@ def test_the_claim_on_the_digits_is_what_its_runs_say():
     mean = {case: statistics.mean(values) for case, values in accuracies.items()}
     lost = [mean["dense", 0.0] - mean[case] for case in mean if case[0].startswith("predicted")]
     assert len(lost) == 4 * 3
-    assert f"lose at most {max(lost):.1f} points up to a cut of 75 %" in README
+    assert f"lose at most {max(lost):.1f} points up to a cut of 75 %" in PAGES
 
 
 def test_the_study_s_claims_are_what_its_runs_say():
@@ -241,7 +243,7 @@ def test_the_study_s_claims_are_what_its_runs_say():
         " without ascent {no_ascent:.1f} %;".format(**seed0),
         "only every second time {stochastic:.1f} %".format(**seed0),
     ):
-        assert claim in README, claim
+        assert claim in PAGES, claim
 
 
 def test_the_claims_on_vgg16_are_what_its_runs_say():
@@ -253,17 +255,17 @@ def test_the_claims_on_vgg16_are_what_its_runs_say():
         ("predicted", "predicted gates lose {:.2f}, {:.2f} and {:.2f} points at cuts"),
         ("l1+as_gates", "pruning by L1 norms {:.2f}, {:.2f} and {:.2f}: **level**"),
     ):
-        assert claim.format(*(dense - found[f"{method}+distillation", c] for c in cuts)) in README
+        assert claim.format(*(dense - found[f"{method}+distillation", c] for c in cuts)) in PAGES
     (static,) = (r for r in rows if (r["method"], r["cut"]) == ("l1+as_gates+distillation", 0.65))
-    assert f"the static cut is {100 * static['mac_reduction']:.1f} %" in README
+    assert f"the static cut is {100 * static['mac_reduction']:.1f} %" in PAGES
     for row in rows:
         if "origin" in row:  # no report was written; the accuracy is the log's last
             log = folder / f"{row['method']}-{row['cut'] * 100:g}-seed{row['seed']}.metrics.jsonl"
             last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
             assert last["test_accuracy"] == row["accuracy"]
     timing = json.loads((folder / "dense_report.json").read_text("utf-8"))["phases"]["dense"]
-    assert f"at {timing['images_per_second']:,.0f}"[:-3] + "000 images/s" in README
-    assert f"{timing['share_outside_step']:.1%}".replace("%", " % of the time outside") in README
+    assert f"at {timing['images_per_second']:,.0f}"[:-3] + "000 images/s" in PAGES
+    assert f"{timing['share_outside_step']:.1%}".replace("%", " % of the time outside") in PAGES
 
     half = read_rows(ROOT / "docs" / "results" / "cifar10_vgg16_40_epochs")
     by_method = {
@@ -273,12 +275,12 @@ def test_the_claims_on_vgg16_are_what_its_runs_say():
     assert {len(values) for values in by_method.values()} == {3}
     whole, plain, taught = (statistics.mean(values) for values in by_method.values())
     spread = statistics.stdev(by_method["dense"])
-    assert f"**{whole:.2f} ± {spread:.2f}** in three seeds" in README
-    assert f"for the table: {dense:.2f})" in README
+    assert f"**{whole:.2f} ± {spread:.2f}** in three seeds" in PAGES
+    assert f"for the table: {dense:.2f})" in PAGES
     distilled = found["predicted+distillation", 0.55]
-    assert f"from the mean of {whole:.2f} it is {whole - distilled:.2f} at 55 %" in README
-    assert f"{whole - taught:.2f} points below the dense network with a teacher" in README
-    assert f"with a teacher, {whole - plain:.2f} without" in README
+    assert f"from the mean of {whole:.2f} it is {whole - distilled:.2f} at 55 %" in PAGES
+    assert f"{whole - taught:.2f} points below the dense network with a teacher" in PAGES
+    assert f"with a teacher, {whole - plain:.2f} without" in PAGES
 
 
 def test_the_choice_of_vgg16_s_schedule_is_what_its_runs_say():
@@ -291,7 +293,7 @@ def test_the_choice_of_vgg16_s_schedule_is_what_its_runs_say():
     for name, run in runs.items():
         config, accuracy = run["config"], f"{100 * run['accuracy']:.2f}"
         if name == "dense":
-            assert f"from a dense network of {accuracy} % on them" in README
+            assert f"from a dense network of {accuracy} % on them" in PAGES
             continue
         rate, warmup, epochs, increment = (
             f"{config[field]:g}".lstrip("0")
@@ -302,12 +304,12 @@ def test_the_choice_of_vgg16_s_schedule_is_what_its_runs_say():
                 "ascent.increment",
             )
         )
-        lines += [line for line in README.splitlines() if line.endswith(f"| {accuracy} |")]
+        lines += [line for line in PAGES.splitlines() if line.endswith(f"| {accuracy} |")]
         assert lines[-1].startswith(f"| {rate}, {warmup} | {epochs} | "), name
         assert lines[-1].endswith(f" | {increment} | {accuracy} |"), name
     assert len(lines) == len(runs) - 1
     longer = 100 * (runs["10_80"]["accuracy"] - runs["10"]["accuracy"])
-    assert f"is the largest step ({longer:.2f} points)" in README
+    assert f"is the largest step ({longer:.2f} points)" in PAGES
 
 
 def test_the_claims_on_vgg16_s_earlier_recipe_are_what_its_runs_say():
@@ -340,7 +342,7 @@ def test_the_claims_on_vgg16_s_earlier_recipe_are_what_its_runs_say():
         "loses {:.1f} points at 40 % and {:.1f} at 55 %".format(*(dense - a for a in attention)),
         f"lose {dense - accuracy('no_dropout'):.0f} ({accuracy('no_dropout'):.1f} % left)",
     ):
-        assert claim in README, claim
+        assert claim in PAGES, claim
 
 
 def test_the_rate_of_the_pruning_phase_is_what_its_runs_say():
@@ -350,7 +352,7 @@ def test_the_rate_of_the_pruning_phase_is_what_its_runs_say():
         accuracy[path.stem] = f"{100 * report['pruned']['accuracy']:.2f}"
     for who in ("teacher", "labels"):
         slow, fast = accuracy[f"{who}.02"], accuracy[f"{who}.1"]
-        assert f"{slow} in place of {fast} %" in README
+        assert f"{slow} in place of {fast} %" in PAGES
 
 
 def test_the_command_of_a_result_makes_its_config(monkeypatch):
@@ -381,6 +383,8 @@ def test_the_command_of_a_result_makes_its_config(monkeypatch):
     assert compared >= {"cifar10_vgg16", "cifar10_vgg_small", "digits_kinds"}
 
 
-def test_every_file_that_the_readme_names_is_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in DOCS)])
+def test_every_file_that_a_page_names_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]*)[^)]*\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
