@@ -85,7 +85,6 @@ METHODS = {
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
 _NOT_MEASURED = "not measured"
-_CONTROLLED = ("attention", "predicted")
 
 
 def find_method(name: str) -> Method:
@@ -214,7 +213,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     The one cut is that of most methods that were run at a single one; all that were run elsewhere
     are in the first table. The controls are the same weights with others chosen than the gates
-    would choose.
+    would choose, of what the first table has but for what was distilled.
 
     A cell is the mean over seeds, with the standard deviation where there are several. A row may
     lack all but its accuracy and MAC reduction, as of a run that was cut off before its report.
@@ -260,7 +259,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "| weights trained for | cut | its own choice | one for a batch | random | inverse |",
         "|---|---|---|---|---|---|",
     ]
-    for name in (name for name in _CONTROLLED if name in names):
+    for name in curves or names:
+        if {"dense", "distillation"} & {*name.split("+")} or find_method(name).run is static:
+            continue
         for cut in sorted(cuts_of[name]):
             cells = [_cell(_accuracies(rows, name, cut))]
             others = [
