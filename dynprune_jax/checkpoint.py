@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -173,9 +174,15 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in self.steps():
-            found = self._read_or_reason(step, like)
-            if isinstance(found, str):
-                damaged[step] = found
+            found = None
+            with _unheard():
+                try:
+                    found = self._read(step, like)
+                except _DamageError as error:
+                    damaged[step] = str(error)
+                if found is None:
+                    _free_dropped_tasks()  # here, where no error holds them any more
+            if found is None:
                 if self._mend:
                     continue
                 break
@@ -217,16 +224,6 @@ class Checkpoints:
             f" {place.name}, and the run goes on from step {older}",
             file=sys.stderr,
         )
-
-    def _read_or_reason(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]] | str:
-        """The state and the extra of a step, or why it is damaged."""
-        with _unheard():
-            try:
-                return self._read(step, like)
-            except _DamageError as error:
-                reason = str(error)
-            _free_dropped_tasks()  # here, where no error holds them any more
-            return reason
 
     def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         try:
@@ -288,7 +285,13 @@ def _unheard() -> Iterator[None]:
     """
     hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
     disabled = logger.disabled
-    sys.unraisablehook, logger.disabled = lambda _: None, True
+
+    def others(complaint: Any) -> None:
+        closed = str(complaint.exc_value) == "Event loop is closed"
+        if not closed and not inspect.iscoroutine(complaint.object):
+            hook(complaint)
+
+    sys.unraisablehook, logger.disabled = others, True
     try:
         yield
     finally:
@@ -300,9 +303,10 @@ def _free_dropped_tasks(patience: float = 10.0) -> None:
     end = time.monotonic() + patience
     while True:
         gc.collect()
-        left = any(type(x) is asyncio.Task and x.get_loop().is_closed() for x in gc.get_objects())
-        if not left or time.monotonic() > end:
+        tasks = [x for x in gc.get_objects() if type(x) is asyncio.Task and not x.done()]
+        if not any(task.get_loop().is_closed() for task in tasks) or time.monotonic() > end:
             return
+        del tasks
         time.sleep(0.01)
 
 

@@ -137,8 +137,9 @@ def base_config() -> Config:
             },
             # --mode=sweep: the ratios above times each of these, with every criterion.
             "sweep": {"fractions": (0.0, 0.25, 0.5, 0.75, 1.0)},
-            # --mode=benchmark and --mode=step_cost: how often each side is timed. The benchmark's
-            # batch sizes, and ratios for all blocks to be measured besides the config's own.
+            # --mode=benchmark and --mode=step_cost: how often each side, and each form of a layer,
+            # is timed. The benchmark's batch sizes, and ratios for all blocks to be measured
+            # besides the config's own.
             "benchmark": {"repeats": 15, "batch_sizes": (1, 8, 64), "ratios": (0.0, 0.5)},
         }
     )

@@ -161,6 +161,7 @@ class _Bench:
         memory = {name: getattr(run, "memory_mb", None) for name, run in ways.items()}
         return {
             "network": config.model,
+            "width": config.width,
             "image_size": config.data.image_size,
             "dtype": config.dtype,
             "device": f"{_device()}, {available_cores()} cores",

@@ -50,6 +50,7 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
             {
                 "step": name,
                 "network": config.model,
+                "width": config.width,
                 "image_size": config.data.image_size,
                 "batch_size": config.batch_size,
                 "dtype": config.dtype,

@@ -213,7 +213,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     The one cut is that of most methods that were run at a single one; all that were run elsewhere
     are in the first table. The controls are the same weights with others chosen than the gates
-    would choose, of what the first table has but for what was distilled.
+    would choose: of what the first table has, or if there is none the second, but for what was
+    distilled.
 
     A cell is the mean over seeds, with the standard deviation where there are several. A row may
     lack all but its accuracy and MAC reduction, as of a run that was cut off before its report.
@@ -239,20 +240,23 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cut = one
         shown = [name for name in curves if _accuracies(rows, name, cut)]
         shown += [name for name in names if name not in (*curves, "dense")]
+        if not curves:
+            shown.insert(0, "dense")
         lines = [
             f"| at a cut of {cut:.0%} | accuracy | without training for it | executed cut |",
             "|---|---|---|---|",
         ]
         for name in shown:
-            chosen = [row for row in rows if _is(row, name, cut)]
+            at = 0.0 if name == "dense" else cut
+            chosen = [row for row in rows if _is(row, name, at)]
             executed = [
                 r["executed_mac_reduction"] for r in chosen if "executed_mac_reduction" in r
             ]
             share = f"{statistics.mean(executed):.1%}" if executed else _NOT_MEASURED
             untrained = [r["accuracy_untrained"] for r in chosen if "accuracy_untrained" in r]
+            before = "" if name == "dense" else _cell(untrained)
             lines.append(
-                f"| {names[name]} | {_cell(_accuracies(rows, name, cut))} | {_cell(untrained)}"
-                f" | {share} |"
+                f"| {names[name]} | {_cell(_accuracies(rows, name, at))} | {before} | {share} |"
             )
         found.append("\n".join(lines))
     lines = [

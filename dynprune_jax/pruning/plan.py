@@ -39,7 +39,8 @@ class Plan:
 
     Attributes:
       forms: by layer name. A layer that is not named is executed masked, by XLA's convolution.
-      milliseconds: what each form took at its best, by layer name and form, for one batch.
+      milliseconds: what each form that came near the fastest took at its best, by layer name and
+        form, for one batch.
       measured_on: where: `device`, `jax`, the shape and dtype of the `images`, and whether the
         `native` form was compiled, or why not.
     """
@@ -229,7 +230,7 @@ def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
 
 
 def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[Form, float]:
-    """Times the forms of one layer, in milliseconds: the hopeful ones often, and in a row."""
+    """The milliseconds of one layer in each of its hopeful forms."""
     count = max(1, min(_IN_A_ROW, _SMALL // (math.prod(shape.shape) * shape.dtype.itemsize)))
     keys = jax.random.split(jax.random.key(0), count)
     maps = [jax.random.normal(key, shape.shape, jnp.float32).astype(shape.dtype) for key in keys]
@@ -239,8 +240,9 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
     def row(form: Form, count: int) -> Callable[[], list[jax.Array]]:
         graph, state = nnx.split(CompactConv(conv, form))
         states = [jax.tree.map(jnp.copy, state) for _ in range(count)]
-        run = jax.jit(functools.partial(_in_a_row, graph))
-        return functools.partial(run, states, maps[:count], all_masks[:count])
+        leaves, structure = jax.tree.flatten((states, maps[:count], all_masks[:count]))
+        run = jax.jit(lambda *leaves: _in_a_row(graph, *jax.tree.unflatten(structure, leaves)))
+        return functools.partial(run, *leaves)  # leaves: states are flattened in Python
 
     masks = all_masks[0]
     alone = {
@@ -265,9 +267,11 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
         return _best_milliseconds(interleaved(alone, 1))
     times = _best_milliseconds(interleaved(alone, 2, warmup=1))
     limit = _HOPELESS * min(times.values())
-    hopeful = {form: row(form, count) for form in alone if times[form] <= limit}
-    often = interleaved(hopeful, repeats, warmup=1, least=_TURN)
-    return times | {form: ms / count for form, ms in _best_milliseconds(often).items()}
+    hopeful = {form: run for form, run in alone.items() if times[form] <= limit}
+    if count > 1:
+        hopeful = {form: row(form, count) for form in hopeful}
+    times = _best_milliseconds(interleaved(hopeful, repeats, warmup=1, least=_TURN))
+    return {form: ms / count for form, ms in times.items()}
 
 
 def _best_milliseconds(seconds: Mapping[Form, list[float]]) -> dict[Form, float]:
