@@ -157,13 +157,16 @@ def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
     config.seed = 3
     monkeypatch.setattr("sys.argv", ["main.py", "--mode=study", "--config=configs/x.py"])
     more = ["--config.study.seeds=(1, 2)", "--config.prune.epochs=10", "--config.data.path=/here"]
-    monkeypatch.setattr("sys.argv", [*sys.argv, *more])
+    places = ["--config.data.data_dir=/there", "--config.data.archive=/a.tar"]
+    monkeypatch.setattr("sys.argv", [*sys.argv, *more, *places])
+    config.data.archive = "/a.tar"
     line = study_lib.command("l1", 0.55, config)
     flags = [part for part in shlex.split(line)[3:] if "DIR" not in part]
     assert flags == [
         "--mode=study",
         "--config=configs/x.py",
         "--config.data.name=digits",
+        "--config.data.archive=FILE",
         "--config.prune.epochs=10",
         "--config.study.seeds=(3,)",
         "--config.study.methods=('l1',)",

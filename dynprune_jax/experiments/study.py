@@ -85,6 +85,7 @@ METHODS = {
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
 _NOT_MEASURED = "not measured"
+_PATHS = ("data.path", "data.archive", "data.data_dir", "prune.checkpoint")  # of one machine
 
 
 def find_method(name: str) -> Method:
@@ -331,8 +332,8 @@ def _row(
     kept = ("accuracy", "mac_reduction", "executed_mac_reduction", "macs_per_image")
     told = ("dense_macs_per_image", "device", "versions", "data", "seconds")
     fields = config_lib.flatten(config)
-    fields.pop("prune.checkpoint")  # a path of this machine's
-    fields.pop("data.path")
+    for path in _PATHS:
+        fields.pop(path)
     return {
         "method": name,
         "cut": cut,
@@ -354,7 +355,9 @@ def command(name: str, cut: float, config: Config) -> str | None:
     data = [f"--config.data.name={config.data.name}"]
     if config.data.path:
         data.append("--config.data.path=FOLDER")
-    told = ("--config.data.name=", "--config.data.path=", "--config.study.")
+    if config.data.archive:
+        data.append("--config.data.archive=FILE")
+    told = tuple(f"--config.{x}" for x in ("data.name=", "study.", *(f"{x}=" for x in _PATHS)))
     others = [a for a in sys.argv if a.startswith("--config.") and not a.startswith(told)]
     methods, cuts = ("()", "()") if name == "dense" else (f"('{name}',)", f"({cut},)")
     return (
