@@ -4,8 +4,10 @@ Paper: the method of AntiDote (arXiv 2008.06543) beside static filter pruning, a
 Command: python -m dynprune_jax.main --mode=study --config=configs/imagenette_resnet18_small.py
     --workdir=DIR --config.data.path=FOLDER
     (FOLDER holds train/<class>/ and val/<class>/, as Imagenette2 is unpacked)
-Hardware and time: 2 CPU cores, some hours.
-Result: not measured.
+Hardware and time: 2 CPU cores, the dense network half an hour; then a quarter of an hour a run,
+    two side by side.
+Result: dense 83.2 %; with 40 % of the MACs removed 82.8 % by predicted gates, 73.7 % by attention
+    on columns, 71.8 % on channels (one seed); docs/results/imagenette_resnet18_small has every run.
 """
 
 from dynprune_jax.config import imagenet_config
@@ -39,7 +41,7 @@ def get_config():
     config.optim.label_smoothing = 0.0
 
     config.study.seeds = (0,)
-    config.study.cuts = (0.4,)
+    config.study.cuts = (0.4, 0.55)
     config.study.methods = (
         "channels",
         "columns",

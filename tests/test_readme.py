@@ -156,6 +156,7 @@ def test_the_price_of_choosing_anew_is_what_was_measured():
         ("cifar10_vgg16_40_epochs", 2),
         ("cifar10_vgg16_first", 3),
         ("digits_kinds", 2),
+        ("imagenette_resnet18_small", 3),
     ],
 )
 def test_a_study_s_tables_are_what_its_runs_say(name, count):
@@ -242,6 +243,43 @@ def test_the_study_s_claims_are_what_its_runs_say():
         "the inverse choice {inverse:.1f} %; ranked by L2 norm {l2:.1f}, by maximum {max:.1f} %;"
         " without ascent {no_ascent:.1f} %;".format(**seed0),
         "only every second time {stochastic:.1f} %".format(**seed0),
+    ):
+        assert claim in PAGES, claim
+
+
+def test_the_claims_on_imagenette_are_what_its_runs_say():
+    rows = read_rows(ROOT / "docs" / "results" / "imagenette_resnet18_small")
+    own = {(row["method"], row["cut"]): 100 * row["accuracy"] for row in rows}
+    shared, random = (
+        {
+            (row["method"], row["cut"]): 100 * row["accuracy_by_other_criteria"][control]
+            for row in rows
+            if row.get("accuracy_by_other_criteria")
+        }
+        for control in ("shared", "random")
+    )
+    dense = own["dense", 0.0]
+    pairs = [(own["columns", cut], own["channels", cut]) for cut in (0.4, 0.55)]
+    apart = [own[name, 0.4] - shared[name, 0.4] for name in ("columns", "channels")]
+    small = {}
+    for row in read_rows(ROOT / "docs" / "results" / "cifar10_vgg_small"):
+        small.setdefault((row["method"], row["cut"]), []).append(100 * row["accuracy"])
+    on_small = [statistics.mean(small[name, 0.55]) for name in ("columns", "attention")]
+    between = [own["both", 0.4], own["block_columns", 0.4]]
+    assert pairs[0][1] < min(between) <= max(between) < pairs[0][0]
+    for claim in (
+        "by attention {:.1f} against {:.1f} % at a cut of 40 %".format(*pairs[0]),
+        "{:.1f} against {:.1f} % at 55 %. On the small".format(*pairs[1]),
+        "16² and less it was {:.1f} against {:.1f} % at 55 %".format(*on_small),
+        "({:.1f} against {:.1f} % by attention, a small VGG on 16², a cut".format(*on_small),
+        "({:.1f} against {:.1f} %, ResNet-18 on 128²; one seed)".format(*pairs[1]),
+        "({:.1f} and {:.1f} % at 40 %)".format(*between),
+        "takes {:.0f} points from columns at 40 % and {:.0f} from channels".format(*apart),
+        f"Random columns leave {random['columns', 0.4]:.0f} %",
+        f"Predicted channels lose {dense - own['predicted', 0.4]:.1f} points at a cut of 40 %",
+        f"by L1 norms {dense - own['l1', 0.4]:.1f};",
+        f"({shared['predicted', 0.4]:.1f} % with one choice for a batch)",
+        f"the block they lose {dense - own['predicted+block_columns', 0.4]:.1f}.",
     ):
         assert claim in PAGES, claim
 
