@@ -280,7 +280,9 @@ def test_the_claims_on_imagenette_are_what_its_runs_say():
         f"Random columns leave {random['columns', 0.4]:.0f} %",
         f"Predicted channels lose {dense - own['predicted', 0.4]:.1f} points at a cut of 40 %",
         f"by L1 norms {dense - own['l1', 0.4]:.1f};",
-        f"at 55 % {dense - own['predicted', 0.55]:.1f} and {dense - own['l1', 0.55]:.1f}: **level**",
+        "at 55 % {:.1f} and {:.1f}: **level**".format(
+            *(dense - own[name, 0.55] for name in ("predicted", "l1"))
+        ),
         f"({shared['predicted', 0.4]:.1f} % with one choice for a batch)",
         f"the block they lose {dense - own['predicted+block_columns', 0.4]:.1f} at 40 %.",
     ):
