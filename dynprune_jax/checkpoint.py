@@ -298,9 +298,9 @@ def _unheard() -> Iterator[None]:
         sys.unraisablehook, logger.disabled = hook, disabled
 
 
-def _free_dropped_tasks(patience: float = 10.0) -> None:
-    """Waits, at most so many seconds, until the reads that Orbax left running end; frees them."""
-    end = time.monotonic() + patience
+def _free_dropped_tasks() -> None:
+    """Waits, ten seconds at most, until the reads that Orbax left running end; frees them."""
+    end = time.monotonic() + 10.0
     while True:
         gc.collect()
         tasks = [x for x in gc.get_objects() if type(x) is asyncio.Task and not x.done()]

@@ -423,11 +423,18 @@ def test_the_command_of_a_result_makes_its_config(monkeypatch):
             if name not in others:
                 assert made[name] == value, (path, name)
         compared.add(path.parent.name)
-    assert compared >= {"cifar10_vgg16", "cifar10_vgg_small", "digits_kinds"}
+    studies = {"cifar10_vgg16", "cifar10_vgg_small", "digits_kinds", "imagenette_resnet18_small"}
+    assert compared >= studies
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in DOCS)])
-def test_every_file_that_a_page_names_is_there(page):
+def test_every_file_and_heading_that_a_page_names_is_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]*)[^)]*\)", text):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        if heading:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            found = [line.lstrip("# ").lower() for line in lines if line.startswith("#")]
+            anchors = {re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in found}
+            assert heading in anchors, heading

@@ -1,7 +1,6 @@
 """Skipped work as time: a compact network against the fastest dense one, in one process."""
 
 import bisect
-import copy
 import functools
 import os
 import statistics
@@ -25,6 +24,7 @@ from dynprune_jax.build import Run, build_dynamic, build_model, make_folder
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
+from dynprune_jax.experiments.study import with_fields
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
@@ -204,8 +204,7 @@ class _Bench:
     def _static(self, usage: Any) -> tuple[nnx.Module, float]:
         """A physically smaller dense network of as many MACs, and its reduction."""
         width = _equal_width(self._config, self._images.shape, float(np.mean(usage.macs)))
-        narrow = copy.deepcopy(self._config)
-        narrow.width = width
+        narrow = with_fields(self._config, {"width": width})
         static = build_model(narrow, 10, self._images.shape[-1])
         static.eval()
         return static, float(1.0 - dense_macs(static, self._images[:1]) / usage.dense_macs)
