@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -71,4 +70,3 @@ def test_controls_invert_and_draw_afresh():
     assert not np.array_equal(first[0], first[1])  # per input
     assert not np.array_equal(first, second)  # per call
     assert set(attention.CRITERIA) == {"attention", "random", "inverse", "shared"}
-    assert jax.tree.all(jax.tree.map(callable, attention.CRITERIA))

@@ -65,7 +65,7 @@ def all_forms(gate, x):
     for form in possible_forms(gate):
         if form.product in ("patches", "rows", "taps"):
             forms |= {dataclasses.replace(form, images=n) for n in (0, 1, 2, 4) if n < len(x)}
-        elif form.product != "native" or native.why_not() is None:
+        elif not form.compiled or native.why_not() is None:
             forms.add(form)  # Pallas is for GPUs; here it is interpreted
     return forms
 

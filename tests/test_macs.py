@@ -105,8 +105,10 @@ def test_a_figure_beyond_32_bits_is_exact():
 
 def test_circular_padding_wraps_onto_kept_columns():
     conv = nnx.Conv(2, 3, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0))
-    usage = conv_usage(conv, (1, 4, 4, 2), Masks(), **PLACE)
+    columns = jnp.ones((1, 4, 4), bool).at[0, 0, 0].set(False)
+    usage = conv_usage(conv, (1, 4, 4, 2), Masks(columns=columns), **PLACE)
     assert usage.dense_executed_macs == usage.dense_macs == 16 * 9 * 2 * 3
+    assert usage.executed_macs[0] == 15 * 9 * 2 * 3  # a corner is read by nine places too
 
 
 def test_linear_layers_count_and_positions_multiply():

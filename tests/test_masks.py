@@ -118,6 +118,12 @@ def test_kept_indices_are_those_of_the_mask(shape, seed, data):
         assert (places[~row] == count).all()
 
 
+def test_an_empty_batch_has_no_masks():
+    scores = jnp.zeros((0, 5))
+    assert keep_highest(scores, 2).shape == (0, 5)
+    assert kept_indices(keep_highest(scores, 2), 2)[0].shape == (0, 2)
+
+
 @given(score_rows, st.data())
 def test_highest_are_the_indices_of_what_keep_highest_marks(scores, data):
     count = data.draw(some_count(scores.shape[1]))

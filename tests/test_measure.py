@@ -138,6 +138,17 @@ def test_a_model_may_look_at_its_layers_and_take_more_inputs(images):
     assert type(model.layers[0]) is nnx.Conv
 
 
+def test_a_convolution_that_is_not_2d_counts_as_a_product():
+    model = nnx.Sequential(
+        lambda x: x[:, :, 0],
+        nnx.Conv(3, 8, (5,), rngs=nnx.Rngs(0)),
+        nnx.Linear(8, 4, rngs=nnx.Rngs(0)),
+    )
+    _, usage = measure(model, jnp.ones((2, 10, 1, 3)))
+    assert [layer.name for layer in usage.layers] == ["layers/2"]
+    assert usage.other_macs == 10 * 5 * 3 * 8
+
+
 def test_more_maps_than_images_is_refused(images):
     class Crops(nnx.Module):
         def __init__(self, rngs):
@@ -156,6 +167,8 @@ def test_more_maps_than_images_is_refused(images):
         ("vgg16", 32, 10, False, 313.2),
         ("resnet56", 32, 10, False, 125.5),
         ("vgg16_imagenet", 224, 100, True, 15_350),
+        ("resnet18", 224, 1000, False, 1_814),
+        ("resnet50", 224, 1000, False, 4_089),
     ],
 )
 def test_the_dense_figures_of_the_literature(

@@ -18,6 +18,7 @@ from dynprune_jax.pruning import masks, native
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
+from dynprune_jax.pruning.geometry import Geometry
 
 needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=f"{native.why_not()}")
 
@@ -40,11 +41,8 @@ def native_and_dense(x, kernel, kept, strides=(1, 1), dilation=(1, 1), padding=N
         x,
         native.kernel_pairs(kernel) if pairs else native.kernel_panels(kernel),
         kept,
+        Geometry(*x.shape[1:3], kernel.shape[:2], strides, dilation, padding),
         features=kernel.shape[-1],
-        kernel_size=kernel.shape[:2],
-        strides=strides,
-        dilation=dilation,
-        padding=padding,
     )
     expected = np.array(dense(kept.apply(x), kernel, strides, dilation, padding))
     if kept.features is not None:
@@ -122,11 +120,8 @@ def test_a_kernel_in_pairs_is_for_features():
             jnp.ones((1, 3, 3, 2)),
             kernel,
             masks.Masks(),
+            Geometry(3, 3, kernel=(3, 3)),
             features=4,
-            kernel_size=(3, 3),
-            strides=(1, 1),
-            dilation=(1, 1),
-            padding=((1, 1), (1, 1)),
         )
 
 

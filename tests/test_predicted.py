@@ -11,7 +11,7 @@ from dynprune_jax import compact, measure, models
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Handover
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Handover, PruneRatio
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.surgery import (
     dynamic_layers,
@@ -98,10 +98,9 @@ def test_readers_lose_nothing(name):
             np.testing.assert_array_equal(
                 by_name[link.reader_name].kept_channels, features.sum(axis=1)
             )
-    readers = {link.reader_name for link in model_links if isinstance(link.reader, DynamicConv)}
-    with pytest.raises(ValueError, match="it follows the outputs that are chosen before it"):
-        set_ratios(dynamic, channel_ratio=dict.fromkeys(readers, 0.5))
-    set_ratios(dynamic, channel_ratio=dict.fromkeys(readers, 0.0))
+    for link in model_links:
+        if isinstance(link.reader, DynamicConv):
+            link.reader.channel_ratio = PruneRatio(jnp.float32(0.0))
     np.testing.assert_allclose(dynamic(images), logits, rtol=1e-5, atol=1e-6)
 
 
@@ -306,17 +305,88 @@ def test_what_is_not_left_out_is_not_counted_as_left_out():
         def __call__(self, x):
             return self.head(self.norm(self.conv(x) + 1.0))
 
-    dynamic = predict_channels(Between(), 0.5, {"conv": ("norm", "head")})
-    with pytest.raises(ValueError, match="outputs that conv leaves out are not left out"):
-        measure(dynamic, jnp.ones((2, 4, 4, 8)))
+    class Twice(Between):
+        """A second map is made before the normalization reads the first."""
+
+        def __call__(self, x):
+            maps = self.conv(x), self.conv(2 * x)
+            return self.head(sum(map(self.norm, maps)))
+
+    for model in (Between(), Twice()):
+        dynamic = predict_channels(model, 0.5, {"conv": ("norm", "head")})
+        for _ in range(2):
+            with pytest.raises(ValueError, match="outputs that conv leaves out are not left out"):
+                measure(dynamic, jnp.ones((2, 4, 4, 8)))
+
+
+class Chain(nnx.Module):
+    """A convolution and a normalization, and what reads them."""
+
+    def __init__(self, groups):
+        self.conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+        self.reader = nnx.Conv(8, 8, (3, 3), feature_group_count=groups, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.reader(nnx.relu(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_a_grouped_reader_loses_nothing(groups):
+    """One of groups of several channels skips none: the wanted ones are spread over all."""
+    model = predict_channels(Chain(groups), 0.5, {"conv": ("norm", "reader")})
+    model.eval()
+    x = jax.random.normal(jax.random.key(0), (3, 6, 6, 8))
+    logits, usage = measure(model, x)
+    skips = groups in (1, 8)
+    np.testing.assert_array_equal(usage.layers[1].kept_channels, [4 if skips else 8] * 3)
+    if skips:
+        model.reader.channel_ratio = PruneRatio(jnp.float32(0.0))
+    np.testing.assert_array_equal(model(x), logits)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
+    """What reads the chosen outputs, and what shares the columns of a block, follow."""
+    model, dynamic, images = predicted(name, 0.4, 0.3, block_columns=True)
+    blocks = [0.1 * i for i in range(1, len(model.blocks) + 1)]
+    expected = predict_channels(
+        model, blocks, reads(model), 0.6, column_blocks=column_blocks(model)
+    )
+    nnx.update(expected, nnx.state(dynamic, nnx.Param))
+    expected.eval()
+    set_ratios(dynamic, channel_ratio=blocks, column_ratio=0.6)
+    np.testing.assert_array_equal(dynamic(images), expected(images))
+    followers = {
+        "channel_ratio": links(model)[0].reader_name,
+        "column_ratio": column_blocks(model)[-1][1][0],
+    }
+    for axis, follower in followers.items():
+        if axis == "column_ratio" or dynamic_layers(dynamic)[follower].feature_ratio is None:
+            with pytest.raises(ValueError, match=f"{axis} of {follower} cannot be set: it follows"):
+                set_ratios(dynamic, **{axis: {follower: 0.9}})
 
 
 def test_surgery_says_what_it_cannot_do():
     model, dynamic, _ = predicted("vgg")
     with pytest.raises(ValueError, match="matches none of the 7 convolutions"):
         predict_channels(model, 0.5, reads(model), layers="blocks/9/*")
-    with pytest.raises(ValueError, match="blocks/0/layers/0/conv has a predicted gate already"):
-        predict_channels(dynamic, 0.5, reads(model))
+    for again in (
+        lambda: predict_channels(dynamic, 0.5, reads(model)),
+        lambda: predict_channels(dynamic, 0.5, reads(model), layers="blocks/0/*"),
+        lambda: make_dynamic(dynamic, 0.0),
+    ):
+        with pytest.raises(ValueError, match=r"blocks/0/layers/./conv has a predicted gate, or"):
+            again()
+    name = "blocks/0/layers/0/conv"
+    norm, reader = reads(model)[name]
+    for link, wrong in (
+        ({"conv": (norm, reader)}, "'conv', which is no Conv"),
+        ({name: (reader, reader)}, f"'{reader}', which is no BatchNorm"),
+        ({name: (norm, "blocks")}, "'blocks', which is no Conv or Linear"),
+    ):
+        with pytest.raises(ValueError, match=f"links names {wrong}"):
+            predict_channels(model, {"*": 0.5}, link)
     conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a grouped convolution cannot choose"):
         DynamicConv(conv, feature_ratio=0.5, rngs=nnx.Rngs(0))

@@ -112,8 +112,12 @@ def test_set_ratios_changes_the_masks_in_place(zoo, images):
     }
     assert kept["blocks/0/conv1"] == 4
     assert kept["blocks/0/conv2"] == 8
-    with pytest.raises(ValueError, match="column_ratio of blocks/0/conv1 cannot be set"):
-        set_ratios(model, channel_ratio=0.7, column_ratio=0.5)
+    for column_ratio, message in (
+        (0.5, "column_ratio cannot be set: no layer has a gate on that axis"),
+        ({"blocks/0/conv1": 0.5}, "column_ratio of blocks/0/conv1 cannot be set: it has no gate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            set_ratios(model, channel_ratio=0.7, column_ratio=column_ratio)
     ratios = {float(gate.channel_ratio[...]) for gate in dynamic_layers(model).values()}
     assert ratios == {0.0, 0.5}  # a mistake changes nothing
 

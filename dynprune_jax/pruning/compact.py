@@ -41,6 +41,7 @@ def compact(
     Raises:
       ValueError: if the plan names a layer that the model does not have, or a form that a layer
         cannot be executed in; if the file is not a plan.
+      OSError: if there is no folder for the file; before anything is measured.
     """
     folded = fold_batch_norms(model, images, *others)
     if not isinstance(plan, Plan):
@@ -48,6 +49,8 @@ def compact(
         if path is not None and path.exists():
             plan = Plan.load(path)
         else:
+            if path is not None and not path.parent.is_dir():
+                raise FileNotFoundError(f"there is no folder {path.parent} to keep the plan in")
             plan = measure_plan(folded, images, *others, progress=progress)
             if path is not None:
                 plan.save(path)

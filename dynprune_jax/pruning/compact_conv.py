@@ -12,15 +12,8 @@ from dynprune_jax.pruning import masks as masks_lib
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.attention import attention
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.forms import (
-    REPEATING,
-    Form,
-    Geometry,
-    execute,
-    layout,
-    possible,
-    repeat_map,
-)
+from dynprune_jax.pruning.forms import Form, execute, layout, possible
+from dynprune_jax.pruning.geometry import REPEATING, Geometry, repeat_map
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.native import kernel_panels
 
@@ -92,11 +85,8 @@ class CompactConv(DynamicConv):
             maps,
             self.salience_kernel[...],
             Masks(maps[:, 0, 0] != 0.0),
+            Geometry(1, 1, kernel=(1, 1)),
             features=self.out_features,
-            kernel_size=(1, 1),
-            strides=(1, 1),
-            dilation=(1, 1),
-            padding=((0, 0), (0, 0)),
         )
         return y.reshape(*means.shape[:-1], -1)
 

@@ -38,9 +38,11 @@ class Handover:
 
     def __init__(self):
         self._held: tuple[Any, Masks] | None = None
+        self._lost = False
 
     def put(self, y: Any, masks: Masks) -> None:
-        """Leaves what belongs to the map `y`."""
+        """Leaves what belongs to the map `y`, in place of what was left before."""
+        self._lost |= self.waits
         self._held = (y, masks)
 
     def take(self, y: Any) -> Masks:
@@ -51,13 +53,13 @@ class Handover:
         return masks
 
     def clear(self) -> None:
-        """Forgets what was left, if it was not taken."""
-        self._held = None
+        """Forgets what was left, and whether it was taken."""
+        self._held, self._lost = None, False
 
     @property
     def waits(self) -> bool:
-        """Whether what was left last has not been taken: no normalization has read that map."""
-        return self._held is not None
+        """Whether something was left and not taken: no normalization has read that map."""
+        return self._lost or self._held is not None
 
 
 class GatedNorm(nnx.BatchNorm):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.pruning.surgery import conv_layers, intercept, path_name
+from dynprune_jax.pruning.surgery import as_function, conv_layers, intercept, path_name
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -103,10 +103,9 @@ def _pairs(model: nnx.Module, *inputs: Any) -> list[tuple[str, str]]:
         return jax.jit(norm)(x)
 
     marked = intercept(model, (nnx.Conv, nnx.BatchNorm), mark)
-    graph, state = nnx.split(marked)
-    program = jax.make_jaxpr(lambda state, *x: nnx.merge(graph, state)(*x))
+    function, arrays = as_function(marked, *inputs)
     calls: Counter[str] = Counter()
-    found = _pairs_in(program(state, *inputs).jaxpr, calls)
+    found = _pairs_in(jax.make_jaxpr(function)(*arrays).jaxpr, calls)
     return [pair for pair in found if calls[pair[0]] == calls[pair[1]] == 1]
 
 

@@ -24,17 +24,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 from dynprune_jax.pruning import native
+from dynprune_jax.pruning.geometry import REPEATING, Geometry, pair
 from dynprune_jax.pruning.masks import Masks, kept_indices
 from dynprune_jax.pruning.native import kept_conv, kernel_pairs, kernel_panels
-
-# Paddings that repeat the map instead of adding zeros around it.
-REPEATING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -57,6 +54,11 @@ class Form:
     images: int = 0
     features: bool = False
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if type(value := getattr(self, field.name)) is not type(field.default):
+                raise TypeError(f"{field.name} of a form is {value!r}")
+
     @property
     def compiled(self) -> bool:
         """Whether its product is our own compiled code for CPUs."""
@@ -66,88 +68,6 @@ class Form:
         gathered = [name for name in ("channels", "columns", "features") if getattr(self, name)]
         parts = [self.product, "+".join(gathered), f"by {self.images}" if self.images else ""]
         return " ".join(filter(None, parts))
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Where the taps of a convolution fall on its input: all static.
-
-    Attributes:
-      height: of the input, in columns.
-      width: of the input, in columns.
-      kernel: height and width of the kernel.
-      strides: down and across.
-      dilation: of the kernel, down and across.
-      padding: zeros before and after, down and across.
-    """
-
-    height: int
-    width: int
-    kernel: tuple[int, int]
-    strides: tuple[int, int]
-    dilation: tuple[int, int]
-    padding: tuple[tuple[int, int], tuple[int, int]]
-
-    @classmethod
-    def of(cls, conv: nnx.Conv, height: int, width: int) -> "Geometry":
-        """The geometry of a convolution of maps of this size.
-
-        A padding that repeats the map is no part of it: `repeat_map` adds that before.
-        """
-        kernel, strides = _pair(conv.kernel_size), _pair(conv.strides)
-        dilation, padding = _pair(conv.kernel_dilation), conv.padding
-        if padding in REPEATING:
-            padding = "VALID"
-        if isinstance(padding, str):
-            padding = lax.padtype_to_pads((height, width), _spans(conv), strides, padding)
-        elif isinstance(padding, int):
-            padding = (padding, padding)
-        down, across = (_pair(side) for side in padding)
-        return cls(height, width, kernel, strides, dilation, (down, across))
-
-    @property
-    def out(self) -> tuple[int, int]:
-        """Height and width of the output."""
-        height, width = (
-            max(0, (n + sum(pad) - (k - 1) * d - 1) // s + 1)
-            for n, pad, k, d, s in zip(
-                (self.height, self.width),
-                self.padding,
-                self.kernel,
-                self.dilation,
-                self.strides,
-                strict=True,
-            )
-        )
-        return height, width
-
-    def down(self, tap: int) -> slice:
-        """The rows of the padded input that a row of the kernel meets, one for each output row."""
-        return self._meets(0, tap)
-
-    def across(self, tap: int) -> slice:
-        """The same of columns of the kernel and of the padded input."""
-        return self._meets(1, tap)
-
-    def _meets(self, axis: int, tap: int) -> slice:
-        start = tap * self.dilation[axis]
-        return slice(
-            start, start + (self.out[axis] - 1) * self.strides[axis] + 1, self.strides[axis]
-        )
-
-
-def repeat_map(
-    conv: nnx.Conv, x: Float[Array, "batch height width channels"]
-) -> Float[Array, "batch padded_height padded_width channels"]:
-    """Adds the padding that `CIRCULAR` and `REFLECT` mean, as `nnx.Conv` does."""
-    sides = [((span - 1) // 2, span // 2) for span in _spans(conv)]
-    return jnp.pad(x, ((0, 0), *sides, (0, 0)), mode=REPEATING[str(conv.padding)])
-
-
-def _spans(conv: nnx.Conv) -> list[int]:
-    """The columns that a kernel spans, down and across."""
-    sizes = zip(_pair(conv.kernel_size), _pair(conv.kernel_dilation), strict=True)
-    return [(size - 1) * dilation + 1 for size, dilation in sizes]
 
 
 def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float[Array, "..."]:
@@ -213,11 +133,8 @@ def execute(
                 features=masks.features if form.features else None,
                 out_columns=masks.out_columns if form.columns else None,
             ),
+            geometry,
             features=features,
-            kernel_size=geometry.kernel,
-            strides=geometry.strides,
-            dilation=geometry.dilation,
-            padding=geometry.padding,
         )
     if form.product == "pallas":
         assert masks.channels is not None
@@ -409,15 +326,6 @@ def _take(x: Array, indices: Array, axis: int = 0) -> Array:
     return jnp.take(x, indices, axis=axis, mode="clip")  # the default fills, and compares
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if value is None:
-        return (1, 1)
-    if isinstance(value, int | np.integer):
-        return (int(value), int(value))
-    first, second = value
-    return int(first), int(second)
-
-
 def candidates(
     conv: nnx.Conv,
     batch: int,
@@ -469,16 +377,17 @@ def possible(
       columns: whether its gate leaves columns out.
       features: whether its gate leaves output channels out.
     """
-    if conv.feature_group_count > 1 or _pair(conv.input_dilation) != (1, 1):
+    crops = not isinstance(conv.padding, str) and min(jax.tree.leaves(conv.padding)) < 0
+    if conv.feature_group_count > 1 or pair(conv.input_dilation) != (1, 1) or crops:
         return [Form()]
     products = ["patches"]
-    if _pair(conv.strides)[0] == 1 and _pair(conv.kernel_size)[0] > 1:
+    if pair(conv.strides)[0] == 1 and pair(conv.kernel_size)[0] > 1:
         products.append("rows")
     columns = columns and conv.padding not in REPEATING
     forms = [Form(), *map(Form, products), Form("native", channels=channels, columns=columns)]
     if channels:
         forms += [Form(product, channels=True) for product in ("conv", *products)]
-        plain = _pair(conv.strides) == _pair(conv.kernel_dilation) == (1, 1)
+        plain = pair(conv.strides) == pair(conv.kernel_dilation) == (1, 1)
         if plain and conv.precision in (None, lax.Precision.DEFAULT):
             forms.append(Form("pallas", channels=True))
     if columns:
@@ -488,6 +397,6 @@ def possible(
     if features:
         able = [form for form in forms if form.product != "pallas"]
         forms += [dataclasses.replace(form, features=True) for form in able]
-        if channels and _pair(conv.kernel_size) != (1, 1):
+        if channels and pair(conv.kernel_size) != (1, 1):
             forms.append(Form("pairs", channels=True, columns=columns, features=True))
     return forms

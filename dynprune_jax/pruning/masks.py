@@ -168,10 +168,11 @@ def _running_count(mask: Bool[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     """`cumsum` along the last axis, exact. On a CPU a matrix product is faster at it."""
     *batch, n = mask.shape
     blocks = jnp.pad(mask, (*[(0, 0)] * len(batch), (0, -n % _BLOCK)))
-    blocks = blocks.astype(jnp.float32).reshape(*batch, -1, _BLOCK)
+    blocks = blocks.astype(jnp.float32).reshape(*batch, -(-n // _BLOCK), _BLOCK)
     within = (blocks @ np.triu(np.ones((_BLOCK, _BLOCK), np.float32))).astype(jnp.int32)
     before = jnp.cumsum(within[..., -1], axis=-1) - within[..., -1]
-    return (within + before[..., None]).reshape(*batch, -1)[..., :n]
+    counts = within + before[..., None]
+    return counts.reshape(*batch, blocks.shape[-2] * _BLOCK)[..., :n]
 
 
 def kept_indices(

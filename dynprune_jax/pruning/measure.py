@@ -11,7 +11,7 @@ from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
-from dynprune_jax.pruning.surgery import dynamic_layers, intercept
+from dynprune_jax.pruning.surgery import as_function, dynamic_layers, intercept
 
 
 def measure(
@@ -19,8 +19,9 @@ def measure(
 ) -> tuple[Any, Usage]:
     """Runs a model on images and counts what it computed for each.
 
-    It works under `jax.jit` and leaves nothing behind on the model. Every convolution and
-    linear layer is counted, dynamic or not; other products are found in the traced program.
+    It works under `jax.jit` and leaves nothing behind on the model. Every 2-D convolution and
+    linear layer is counted, dynamic or not; other products are found in the traced program, and
+    spread over the images of the batch even if they are of weights alone.
 
     Args:
       model: an NNX model, from `make_dynamic` or any other, in the mode it is in.
@@ -47,6 +48,8 @@ def measure(
             masks = layer.masks(inputs)
             layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
             return layer.convolve(inputs, masks, *args, **kwargs)
+        if isinstance(layer, nnx.Conv) and len(layer.kernel_size) != 2:
+            return call(inputs, *args, **kwargs)  # found in the program
         usage: Any = conv_usage if isinstance(layer, nnx.Conv) else linear_usage
         layer.sow(nnx.Intermediate, "usage", usage(layer, inputs.shape, Masks(), **place))
         return call(inputs, *args, **kwargs)
@@ -90,6 +93,5 @@ def dense_macs(model: nnx.Module, images: Any, *others: Any) -> int:
       images: a batch, or its shape and dtype.
       *others: what else the model is called with.
     """
-    graph, state = nnx.split(model)
-    total = program_macs(lambda state, *x: nnx.merge(graph, state)(*x), state, images, *others)
-    return total // images.shape[0]
+    function, arrays = as_function(model, images, *others)
+    return program_macs(function, *arrays) // images.shape[0]

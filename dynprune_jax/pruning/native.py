@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from dynprune_jax.pruning.geometry import Geometry
 from dynprune_jax.pruning.masks import Masks
 
 _SOURCE = Path(__file__).with_name("native.cc")
@@ -55,12 +56,9 @@ def kept_conv(
     x: Float[Array, "batch height width channels"],
     kernel: Float[Array, "panels taps channels 32"] | Float[Array, "features channels taps"],
     masks: Masks,
+    geometry: Geometry,
     *,
     features: int,
-    kernel_size: tuple[int, int],
-    strides: tuple[int, int],
-    dilation: tuple[int, int],
-    padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> Float[Array, "batch out_height out_width features"]:
     """Convolves what the masks keep of each image, on a CPU and in float32.
 
@@ -71,11 +69,8 @@ def kept_conv(
       x: the maps.
       kernel: from `kernel_panels`, or from `kernel_pairs` where the masks have features.
       masks: what is kept of the maps and wanted of the output.
+      geometry: of the convolution on maps of this size.
       features: of the kernel.
-      kernel_size: height and width.
-      strides: down and across.
-      dilation: of the kernel, down and across.
-      padding: zeros before and after, down and across.
 
     Raises:
       RuntimeError: with the reason, if `why_not` has one.
@@ -87,14 +82,12 @@ def kept_conv(
     pairs = kernel.ndim == 3
     if pairs and masks.features is None:
         raise ValueError("a kernel in pairs is for masks that tell which features are wanted")
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
-    sides = zip(x.shape[1:3], padding, spans, strides, strict=True)
-    out = [max(0, (side + sum(pad) - span) // stride + 1) for side, pad, span, stride in sides]
     everything = jnp.zeros(0, bool)
+    (top, _), (left, _) = geometry.padding
     both_sides = (masks.channels, masks.columns, masks.features, masks.out_columns)
     call = jax.ffi.ffi_call(
         "dynprune_convolve",
-        jax.ShapeDtypeStruct((x.shape[0], *out, features), jnp.float32),
+        jax.ShapeDtypeStruct((x.shape[0], *geometry.out, features), jnp.float32),
         vmap_method="sequential",
     )
     return call(
@@ -102,7 +95,7 @@ def kept_conv(
         kernel.astype(jnp.float32),
         *(everything if mask is None else mask for mask in both_sides),
         geometry=np.array(
-            [*kernel_size, *strides, *dilation, padding[0][0], padding[1][0], pairs],
+            [*geometry.kernel, *geometry.strides, *geometry.dilation, top, left, pairs],
             np.int64,
         ),
     )

@@ -21,7 +21,7 @@ from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
 from dynprune_jax.pruning.masks import Masks
-from dynprune_jax.pruning.surgery import conv_layers, intercept
+from dynprune_jax.pruning.surgery import as_function, conv_layers, intercept
 
 # After a first round, a form this much slower than the best is out.
 _HOPELESS = 1.5
@@ -209,8 +209,8 @@ def _input_shapes(model: nnx.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeSt
         return call(x, *args, **kwargs)
 
     watched = intercept(model, nnx.Conv, record)
-    graph, state = nnx.split(watched)
-    jax.eval_shape(lambda state, *x: nnx.merge(graph, state)(*x), state, *inputs)
+    function, arrays = as_function(watched, *inputs)
+    jax.eval_shape(function, *arrays)
     return shapes
 
 
@@ -235,7 +235,9 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
     keys = jax.random.split(jax.random.key(0), count)
     maps = [jax.random.normal(key, shape.shape, jnp.float32).astype(shape.dtype) for key in keys]
     gate = CompactConv(conv, Form())
-    all_masks = [jax.jit(gate.masks)(x) for x in maps]
+    graph, state = nnx.split(gate)
+    choose = jax.jit(lambda state, x: nnx.merge(graph, state).masks(x))
+    all_masks = [choose(state, x) for x in maps]
 
     def row(form: Form, count: int) -> Callable[[], list[jax.Array]]:
         graph, state = nnx.split(CompactConv(conv, form))

@@ -2,10 +2,12 @@
 
 import difflib
 import fnmatch
+import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -55,8 +57,9 @@ def intercept(
     Args:
       model: it is left as it is.
       kinds: of the layers.
-      call: gets the layer's name, the layer, its own `__call__`, and the arguments. The layer
-        stays an instance of its own class, so a model that looks at it sees no difference.
+      call: gets the layer's name, the layer, its own `__call__`, and the arguments, those with a
+        place in their places. The layer stays an instance of its own class, so a model that looks
+        at it sees no difference.
     """
     copy = nnx.clone(model)
     for path, layer in list(nnx.iter_modules(copy)):
@@ -70,9 +73,32 @@ def _intercept(layer: nnx.Module, name: str, call: Callable[..., Any]) -> None:
 
     class Intercepted(kind):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return call(name, self, super().__call__, *args, **kwargs)
+            own: Any = super().__call__
+            given = inspect.signature(own).bind(*args, **kwargs)  # the map may come by its name
+            return call(name, self, own, *given.args, **given.kwargs)
 
     layer.__class__ = Intercepted
+
+
+def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """The call of a model as a function of arrays, to be traced.
+
+    Returns:
+      function: of the arrays; what else the model holds and is called with is part of it.
+      arrays: the model's variables and the arrays, or shapes of arrays, among the inputs.
+    """
+    graph, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten((state, inputs))
+    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+    def function(*arrays: Any) -> Any:
+        new = list(leaves)
+        for i, array in zip(traced, arrays, strict=True):
+            new[i] = array
+        state, inputs = jax.tree.unflatten(structure, new)
+        return nnx.merge(graph, state)(*inputs)
+
+    return function, [leaves[i] for i in traced]
 
 
 def make_dynamic(
@@ -174,7 +200,9 @@ def predict_channels(
         those of the convolution that makes them.
       links: for each convolution that may get such a gate, the names of the `nnx.BatchNorm`
         behind it and of the one layer that reads the result; `models.links` has those of this
-        package's models.
+        package's models. What lies between the two must leave a channel of zeros one of zeros,
+        as relu and pooling do: by that the reader knows what to skip. A reader that is grouped,
+        but not depthwise, skips nothing.
       column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
       layers: patterns of names: which of the linked convolutions, and which for columns.
       column_blocks: as in `make_dynamic`.
@@ -185,7 +213,8 @@ def predict_channels(
       rngs: seeds the new parameters, the random criterion and stochastic dropout.
 
     Raises:
-      ValueError: as in `make_dynamic`, for a grouped convolution, and for one that has such a gate.
+      ValueError: as in `make_dynamic`, for links that name no such layers, and for a grouped
+        convolution.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     patterns = (layers,) if isinstance(layers, str) else layers
@@ -194,22 +223,25 @@ def predict_channels(
     chosen = dict.fromkeys(name for p in patterns for name in _matches(p, list(links)))
     feature = _ratio_of_each(model, list(chosen), channel_ratio, "channel_ratio")
     feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
-    convs = conv_layers(model)
+    modules = _modules(model)
+    readers = {}
     for name in feature:
-        if getattr(convs[name], "feature_ratio", None) is not None:
-            raise ValueError(
-                f"{name} has a predicted gate already: make the gates of a plain model"
-            )
-    follow = {links[name][1]: ratio for name, ratio in feature.items() if links[name][1] in convs}
+        norm, reader = links[name]
+        kinds = (nnx.Conv, nnx.BatchNorm, nnx.Conv | nnx.Linear)
+        _check_kinds(modules, "links", zip((name, norm, reader), kinds, strict=True))
+        conv: Any = modules[reader]  # one that keeps or skips whole groups would lose channels
+        if isinstance(conv, nnx.Conv) and conv.feature_group_count in (1, conv.in_features):
+            readers[reader] = name
     column = {}
     if column_ratio is not None:
         column = _ratio_of_each(model, _select(model, layers), column_ratio, "column_ratio")
     return _with_gates(
         model,
-        follow,
+        {reader: feature[name] for reader, name in readers.items()},
         column,
         feature,
         norms={name: links[name][0] for name in feature},
+        readers=readers,
         blocks=column_blocks,
         follows_features=True,
         salience_scales=salience_scales,
@@ -227,6 +259,7 @@ def _with_gates(
     feature: Mapping[str, float | None] = {},
     *,
     norms: Mapping[str, str] = {},
+    readers: Mapping[str, str] = {},
     blocks: Blocks = (),
     **gate: Any,
 ) -> Model:
@@ -238,18 +271,17 @@ def _with_gates(
       column: over columns.
       feature: over output channels.
       norms: the normalization behind each convolution that chooses its outputs.
+      readers: of each convolution that reads such outputs, the one that makes them.
       blocks: see `make_dynamic`.
       **gate: what else a `DynamicConv` takes.
     """
     norms = dict(norms)
     chooses: dict[str, str] = {}  # of each convolution in a block, the first in that block
-    modules: dict[str, Any] = {path_name(path): node for path, node in nnx.iter_modules(model)}
+    modules = _modules(model)
     for block in blocks:
         for name, norm in block:
-            kinds = {name: nnx.Conv, norm: nnx.BatchNorm}
-            for layer, kind in kinds.items():
-                if not isinstance(modules.get(layer), kind):
-                    raise ValueError(f"column_blocks names {layer!r}, which is no {kind.__name__}")
+            kinds = [(name, nnx.Conv), (norm, nnx.BatchNorm)]
+            _check_kinds(modules, "column_blocks", kinds)
         gated = [column.get(name) is not None for name, _ in block]
         members = list(itertools.compress(block, gated))
         if True in gated and False in gated[gated.index(True) :][: len(members)]:
@@ -268,6 +300,13 @@ def _with_gates(
     for name, conv in conv_layers(model).items():
         ratios = [of.get(name) for of in (channel, column, feature)]
         if any(ratio is not None for ratio in ratios):
+            if isinstance(conv, DynamicConv) and (
+                conv.feature_ratio is not None or conv.follows_features
+            ):
+                raise ValueError(
+                    f"{name} has a predicted gate, or reads what one has chosen: make the gates"
+                    " of a plain model"
+                )
             new[name] = DynamicConv(
                 conv,
                 channel_ratio=ratios[0],
@@ -277,9 +316,27 @@ def _with_gates(
                 wants_columns=name in chooses,
                 **gate,
             )
+    # One choice has one ratio, the same variable wherever it is read.
+    for name, chooser in readers.items():
+        new[name].channel_ratio = new[chooser].feature_ratio
+    for name, chooser in chooses.items():
+        new[name].column_ratio = new[chooser].column_ratio
     for name, norm in norms.items():
         new[norm] = GatedNorm(modules[norm], new[name])
     return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model)
+
+
+def _modules(model: nnx.Module) -> dict[str, Any]:
+    return {path_name(path): module for path, module in nnx.iter_modules(model)}
+
+
+def _check_kinds(
+    modules: Mapping[str, nnx.Module], field: str, kinds: Iterable[tuple[str, Any]]
+) -> None:
+    for name, kind in kinds:
+        if not isinstance(modules.get(name), kind):
+            kind = " or ".join(one.__name__ for one in getattr(kind, "__args__", (kind,)))
+            raise ValueError(f"{field} names {name!r}, which is no {kind}")
 
 
 def set_ratios(
@@ -291,28 +348,36 @@ def set_ratios(
     compiled again.
 
     Args:
-      model: a model from `make_dynamic`.
-      channel_ratio: as in `make_dynamic`.
-      column_ratio: as in `make_dynamic`.
+      model: a model from `make_dynamic` or `predict_channels`.
+      channel_ratio: as in the function that it is from: predicted gates are named by the
+        convolution that makes the outputs, and what reads them follows.
+      column_ratio: as in `make_dynamic`; of a block that shares its columns the first convolution
+        has the ratio, and the others follow.
 
     Raises:
-      ValueError: as in `make_dynamic`, where a layer has no gate on that axis, and where its
-        channels follow the outputs that are chosen before it.
+      ValueError: as in `make_dynamic`, where no layer has a gate on that axis, and where one is
+        named that has none or follows.
     """
     gates = dynamic_layers(model)
     changes = []
     for axis, ratios in (("channel_ratio", channel_ratio), ("column_ratio", column_ratio)):
-        for name, ratio in _ratio_of_each(model, list(gates), ratios, axis).items():
-            variable: Any = getattr(gates[name], axis)
-            if ratio and variable is None:
-                raise ValueError(f"{axis} of {name} cannot be set: it has no gate on that axis")
-            if ratio and axis == "channel_ratio" and gates[name].follows_features:
-                raise ValueError(
-                    f"{axis} of {name} cannot be set: it follows the outputs that are chosen"
-                    " before it"
-                )
-            if ratio is not None and variable is not None:
-                changes.append((variable, ratio))
+        if ratios is None:
+            continue
+        own: dict[str, Any] = {}
+        for name, gate in gates.items():
+            predicted = axis == "channel_ratio" and gate.feature_ratio is not None
+            variable = gate.feature_ratio if predicted else getattr(gate, axis)
+            why = "" if variable is not None else "it has no gate on that axis"
+            if gate.follows_columns if axis == "column_ratio" else gate.follows_features:
+                why = "" if predicted else "it follows what is chosen before it"
+            if not why:
+                own[name] = variable
+            elif isinstance(ratios, Mapping) and name in ratios:
+                raise ValueError(f"{axis} of {name} cannot be set: {why}")
+        if not own:
+            raise ValueError(f"{axis} cannot be set: no layer has a gate on that axis")
+        spelled = _ratio_of_each(model, list(own), ratios, axis)
+        changes += [(own[name], ratio) for name, ratio in spelled.items() if ratio is not None]
     for variable, ratio in changes:  # all of them, or none
         variable[...] = jnp.asarray(ratio, jnp.float32)
 
