@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,7 @@ class Run:
         """
         config_lib.check(config)
         folder = Path(workdir).expanduser()
-        _check_workdir(config, folder)
+        check_workdir(config, folder)
         # Before a data set is prepared, which can take minutes: does the model fit the config?
         nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3))
         dataset = build_dataset(config)
@@ -488,7 +488,7 @@ def make_folder(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
+        (workdir / ".writable").unlink(missing_ok=True)  # another process may have been faster
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
@@ -510,8 +510,8 @@ def _as_json(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def _check_workdir(config: Config, workdir: Path) -> None:
-    """Raises UserError where a work directory cannot be this config's."""
+def check_workdir(config: Config, workdir: Path, free: Sequence[str] = FREE_FIELDS) -> None:
+    """Raises UserError where a work directory cannot be this config's; free fields may differ."""
     path = workdir / "config.json"
     try:
         if workdir.exists() and not workdir.is_dir():
@@ -530,7 +530,7 @@ def _check_workdir(config: Config, workdir: Path) -> None:
         raise UserError(f"{path} is not a config; give another --workdir") from error
     asked = config_lib.flatten(ConfigDict(_as_json(config)))
     for name in sorted(asked.keys() | stored.keys()):
-        if name not in FREE_FIELDS and asked.get(name) != stored.get(name):
+        if name not in free and asked.get(name) != stored.get(name):
             raise UserError(
                 f"--workdir={workdir} is of another config: config.{name} is {stored.get(name)!r}"
                 f" there and {asked.get(name)!r} here; give another workdir"

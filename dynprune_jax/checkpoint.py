@@ -59,6 +59,9 @@ def _json_digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+_KEPT = 2  # of the newest steps
+
+
 class _DamageError(Exception):
     """A step that cannot be read, or is not what was saved; the message says why."""
 
@@ -71,7 +74,6 @@ class Checkpoints:
 
     Args:
       folder: made on the first save.
-      keep: how many of the newest steps stay.
       of: what tells this run from others, as JSON; saved with every step, and a step with
         another is refused. None reads the steps of any run.
       mend: for the process that trains here, and only for that: it deletes what a killed save
@@ -81,7 +83,6 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        keep: int = 2,
         *,
         of: Mapping[str, Any] | None = None,
         mend: bool = False,
@@ -90,7 +91,7 @@ class Checkpoints:
         self._of = json.loads(json.dumps(of))  # as it will be read
         self._mend = mend
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=mend
+            max_to_keep=_KEPT, create=True, cleanup_tmp_directories=mend
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -204,7 +205,8 @@ class Checkpoints:
                 " copy, or start again in a new workdir"
             )
         raise UserError(
-            f"{where}; put back a copy, or let --mode=train in its workdir go on from an older step"
+            f"{where}; put back a copy, let --mode=train in its workdir go on from an older step,"
+            " or start again in a new one"
         )
 
     def _set_aside(self, step: int, reason: str, older: int) -> None:

@@ -242,7 +242,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.crop_padding": _at_least(0),
     "data.cutout": _at_least(0),
     "data.memory_limit_mb": _at_least(0),
-    "data.threads": _at_least(0),
+    "data.threads": _in(0, 1025),
     "gate.channel_ratio": _each(_in(0.0, 1.0)),
     "gate.column_ratio": _each(_in(0.0, 1.0)),
     "gate.layers": _each((bool, "it must be a pattern of layer names"), str),

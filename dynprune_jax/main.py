@@ -15,9 +15,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
+import jax
 from absl import logging
 
 from dynprune_jax.errors import UserError
@@ -28,7 +28,7 @@ from dynprune_jax.experiments.study import study
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.flags import parse
 from dynprune_jax.processes import joined
-from dynprune_jax.stopping import Stopped
+from dynprune_jax.stopping import Stopped, send_again, stop
 from dynprune_jax.train import evaluate_workdir, train_and_evaluate
 
 MODES: dict[str, Callable[..., Any]] = {
@@ -41,9 +41,9 @@ MODES: dict[str, Callable[..., Any]] = {
     "step_cost": step_cost,
 }
 
-
 # What is wrong with the disk and not with this program.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-h", "-help"} & set(argv):
         print(__doc__)
         return 0
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         config, workdir, mode = parse(argv, MODES)
         with joined():
@@ -71,6 +71,15 @@ def main(argv: Sequence[str]) -> int:
         if error.errno not in _MACHINE_ERRORS:
             raise
         return _say(f"{error}; mend that, and the same command goes on", 2)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _NO_MEMORY not in str(error):
+            raise
+        return _say(
+            f"out of memory ({str(error).strip().splitlines()[0]:.200}); lower config.batch_size,"
+            " config.eval_batch_size, config.data.memory_limit_mb, config.data.image_size or"
+            " config.width",
+            2,
+        )
     except Stopped as stopped:
         return _say(stopped, stopped.exit_code)
     except KeyboardInterrupt:
@@ -78,10 +87,6 @@ def main(argv: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(number)
 
 
 def _say(message: object, exit_code: int) -> int:
@@ -92,5 +97,6 @@ def _say(message: object, exit_code: int) -> int:
 if __name__ == "__main__":
     # Where the disk is full or a file is damaged, an error is raised once and told in one line;
     # the same errors in the threads and dropped tasks of Orbax and TensorBoard add nothing.
-    sys.unraisablehook = threading.excepthook = lambda _: None
+    threading.excepthook = lambda _: None
+    sys.unraisablehook = send_again
     sys.exit(main(sys.argv))

@@ -59,6 +59,9 @@ def joined() -> Iterator[None]:
     if not os.environ.get("JAX_COORDINATOR_ADDRESS"):
         yield
         return
+    address = os.environ["JAX_COORDINATOR_ADDRESS"]
+    if not address.rpartition(":")[2].isdecimal():
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be host:port")
     # Else JAX aborts when any process dies, with no word on which one, ...
     jax.config.update("jax_enable_recoverability", True)
     # ... and takes no SIGTERM as an order to end.
@@ -71,8 +74,8 @@ def joined() -> Iterator[None]:
         )
     except ValueError as error:
         raise UserError(
-            "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be too"
-            f" (except under Slurm and on a TPU pod): {error}"
+            "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0 on)"
+            f" must be too, except under Slurm and on a TPU pod: {error}"
         ) from error
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(ended,), daemon=True)

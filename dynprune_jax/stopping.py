@@ -1,10 +1,12 @@
 """A polite end: on SIGTERM or Ctrl-C the loop ends its step and saves first."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -20,6 +22,29 @@ class Stopped(BaseException):  # as KeyboardInterrupt: nobody may take it for an
     def __init__(self, number: int, message: str = "stopped; the same command goes on from here"):
         super().__init__(message)
         self.exit_code = 128 + number  # as shells and Slurm count: 143 for SIGTERM, 130 for SIGINT
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """A signal's handler: ends what is under way. Schedulers may send it twice; once is enough."""
+    signal.signal(number, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def send_again(lost: Any) -> None:
+    """For `sys.unraisablehook`: sends a signal again whose exception came to nothing.
+
+    A handler that raises can find the main thread in a callback of the garbage collector, and JAX
+    has one. What is raised there, Python drops.
+    """
+    if isinstance(lost.exc_value, Stopped):
+        number = lost.exc_value.exit_code - 128
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, stop)
+    elif isinstance(lost.exc_value, KeyboardInterrupt):
+        number = signal.SIGINT
+    else:
+        return
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # when the callback has ended
 
 
 class StopSignals:

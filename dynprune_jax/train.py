@@ -170,11 +170,12 @@ def run_phase(
             return step > 0 and (step % every_epochs[what] == 0 or step == total)
 
         rows = [row for row in read_metrics(run.workdir) if row["step"] == offset + step]
-        owed = due("evaluate") and not any("test_accuracy" in row for row in rows)
+        rows = [row for row in rows if row.get("phase") == name and "test_accuracy" in row]
+        owed = due("evaluate") and not rows
         if step == total and not owed:
             return jax.device_get(state.values), timing.summary()
         with (
-            Writers(run.workdir, offset + step) as writers,
+            Writers(run.workdir, name, offset + step) as writers,
             Screen(name, step, total) as screen,
             StopSignals() as signals,
         ):
@@ -186,13 +187,14 @@ def run_phase(
                 with signals.obeyed() if alone else contextlib.nullcontext():
                     accuracy = run.evaluate(network, state.values, ratios).accuracy
                 row = {"test_accuracy": accuracy, "resident_memory_mb": resident_memory_mb()}
-                writers.write(offset + step, {"phase": name, **row})
+                writers.write(offset + step, row)
                 screen.say(step, run.steps_per_epoch, accuracy, _mean(ratios))
 
             if owed:
                 evaluate()
             clock = time.perf_counter()
-            while step < total:
+            stopped_by = 0
+            while step < total and not stopped_by:
                 ends = [total, *(_next(step, every) for every in every_epochs.values())]
                 ends.append(_next(step, config.log_every_steps))
                 count = min(feed.steps_per_dispatch, min(ends) - step)
@@ -235,13 +237,14 @@ def run_phase(
                         "recent": recent,
                     }
                     checkpoints.save(step, saved, extra)
-                if stopped_by:
-                    checkpoints.wait()
-                    raise Stopped(
-                        stopped_by,
-                        f"stopped by {signal.Signals(stopped_by).name}; step {step} of"
-                        f" {total} of the {name} phase is saved, and the same command goes on",
-                    )
+            # A signal may have come since: during the last save, or where nothing was left to do.
+            if stopped_by := stopped_by or processes.agree(signals.received or 0):
+                checkpoints.wait()
+                raise Stopped(
+                    stopped_by,
+                    f"stopped by {signal.Signals(stopped_by).name}; step {step} of {total} of the"
+                    f" {name} phase is saved, and the same command goes on",
+                )
     return jax.device_get(state.values), timing.summary()
 
 
@@ -400,10 +403,11 @@ def _next(step: int, every: int) -> int:
 
 
 def _mean(ratios: Values) -> dict[str, float | None]:
-    """The mean ratio over the gates on each axis; None where no gate is on that axis."""
+    """The mean ratio over the choices on each axis; None where none is made on that axis."""
     means = {}
-    for axis in ("channel_ratio", "column_ratio"):
-        values = [float(value) for name, value in ratios.items() if name.endswith(axis)]
+    choices = {"channel_ratio": ("channel_ratio", "feature_ratio"), "column_ratio": "column_ratio"}
+    for axis, names in choices.items():
+        values = [float(value) for name, value in ratios.items() if name.endswith(names)]
         means[axis] = float(np.mean(values)) if values else None
     return means
 
@@ -412,7 +416,6 @@ def _row(
     run: Run, name: str, recent: Sequence[Mapping[str, Any]], schedule: Any, step: int
 ) -> dict[str, Any]:
     return {
-        "phase": name,
         "train_loss": float(np.mean([metrics["loss"] for metrics in recent])),
         "train_accuracy": float(np.mean([metrics["accuracy"] for metrics in recent])),
         "learning_rate": float(np.asarray(run.learning_rate(name)(step - 1))),
@@ -434,6 +437,6 @@ def _stop_if_weights_are_not_finite(run: Run, name: str, step: int, state: Train
 def _diverged(run: Run, name: str, what: str, step: int) -> UserError:
     return UserError(
         f"{what} at step {step} of the {name} phase, so the run stops (checkpoints of earlier steps"
-        f" stay); start again in a new workdir with config.{name}.learning_rate below"
+        f" stay); start again in a new workdir, for instance with config.{name}.learning_rate below"
         f" {run.config[name].learning_rate:g}"
     )

@@ -28,16 +28,19 @@ class Writers:
 
     Args:
       folder: the work directory.
-      step: the step that the run goes on from; rows of later steps, left by a run that was
+      phase: that the rows are of.
+      step: the step that the phase goes on from; its rows of later steps, left by a run that was
         stopped after its last checkpoint, are taken out.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, phase: str, step: int):
+        self._phase = phase
         self._file = self._board = None
         if not processes.leads():
             return
         path = folder / "metrics.jsonl"
-        rows = [row for row in read_metrics(folder) if row["step"] <= step]
+        rows = read_metrics(folder)
+        rows = [row for row in rows if row["step"] <= step or row.get("phase") != phase]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
         # Not a SummaryWriter: on a full disk its thread ends, and then the run waits for it.
@@ -58,7 +61,7 @@ class Writers:
         """Appends one row; TensorBoard gets its numbers."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.write(json.dumps({"step": step, "phase": self._phase, **row}) + "\n")
         self._file.flush()
         values = [
             _SUMMARY.Summary.Value(tag=name, simple_value=value)
@@ -95,7 +98,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     if not processes.leads():
         return
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes may share a folder
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 

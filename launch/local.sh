@@ -36,6 +36,11 @@ status=0
 for i in "${!pids[@]}"; do
   ended=0
   wait "${pids[i]}" || ended=$?
+  # A signal cuts a wait short, and the process may still be saving.
+  while kill -0 "${pids[i]}" 2>/dev/null; do
+    ended=0
+    wait "${pids[i]}" || ended=$?
+  done
   if ((ended)); then
     echo "launch/local.sh: process $i of $processes ended with status $ended" >&2
     status=$((status ? status : ended))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from test_processes import ROOT, SMALL, environment
@@ -104,6 +105,34 @@ def test_dry_runs_start_nothing():
     for done in (local, slurm, tpu):
         assert done.returncode == 0, done.stderr
         assert "(.5, .2)" in done.stdout  # an argument stays one
+
+
+def test_local_waits_for_what_is_still_saving(tmp_path):
+    """A stand-in for the program, which takes its time to end after a signal."""
+    executable(
+        tmp_path / "python",
+        """
+if [[ $1 == -c ]]; then echo 1234; exit; fi
+trap 'sleep 1; touch "$SAVED$JAX_PROCESS_ID"; exit 143' TERM
+touch "$SAVED.begun$JAX_PROCESS_ID"
+while true; do sleep .05; done
+""",
+    )
+    saved = tmp_path / "saved"
+    script = subprocess.Popen(
+        [ROOT / "launch" / "local.sh", "2", "--config=c.py", "--workdir=w"],
+        env=environment(PYTHON=tmp_path / "python", SAVED=saved),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list(tmp_path.glob("saved.begun*"))) < 2:
+        assert script.poll() is None
+        time.sleep(0.05)
+    script.terminate()
+    _, said = script.communicate(timeout=60)
+    assert script.returncode == 143
+    assert [path.name for path in sorted(tmp_path.glob("saved[01]"))] == ["saved0", "saved1"]
+    assert said.count("ended with status 143") == 2
 
 
 def test_slurm_outside_of_a_job_says_so():

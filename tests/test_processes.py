@@ -180,3 +180,6 @@ def test_half_an_environment_gets_a_line(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two'"), processes.joined():
         pass
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nowhere")
+    with pytest.raises(UserError, match="'nowhere'; it must be host:port"), processes.joined():
+        pass

@@ -1,9 +1,12 @@
+import gc
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
-from dynprune_jax.stopping import SIGNALS, Stopped, StopSignals
+from dynprune_jax.stopping import SIGNALS, Stopped, StopSignals, send_again, stop
 
 
 def handlers():
@@ -36,6 +39,34 @@ def test_where_it_may_a_signal_stops_at_once():
         with pytest.raises(Stopped), signals.obeyed():
             pytest.fail("a signal has come before")
         signal.raise_signal(signal.SIGTERM)  # noted again
+
+
+@pytest.fixture
+def stopping():
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_second_sigterm_does_not_disturb_the_end(stopping):
+    with pytest.raises(Stopped) as stopped:
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.exit_code == 143
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_comes_amid_a_garbage_collection_is_not_lost(stopping, monkeypatch, number):
+    def collecting(phase, info):
+        gc.callbacks.remove(collecting)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(sys, "unraisablehook", send_again)
+    gc.callbacks.append(collecting)
+    gc.collect()  # Python drops what is raised in there
+    assert collecting not in gc.callbacks
+    with pytest.raises((Stopped, KeyboardInterrupt)):
+        time.sleep(60)
 
 
 def test_an_ignored_signal_stays_ignored():

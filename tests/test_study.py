@@ -62,6 +62,27 @@ def test_a_study_runs_each_point_once(small, tmp_path, monkeypatch):
     assert (tmp_path / "table.md").read_text("utf-8") == "\n\n".join(tables(rows)) + "\n"
 
 
+def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
+    """And of its own folder: what lies in the one that a user happens to be in is no matter."""
+    small.study.methods, small.study.ablations = (), ()
+    study(small, tmp_path / "study")
+    small.study.seeds = (3, 4)  # more of it
+    small.data.threads = 1
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "checkpoints").mkdir(parents=True)
+    (elsewhere / "config.json").write_text('{"a": 1}')
+    monkeypatch.chdir(elsewhere)
+    assert len(study(small, tmp_path / "study")) == 2
+    at_cut(small, 0.2)
+    small.dense.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"of another config: config\.dense\.learning_rate is"):
+        study(small, tmp_path / "study")
+    small.prune.epochs = 0
+    with pytest.raises(UserError, match=r"config\.prune\.epochs is 0; a study"):
+        study(small, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("cut", [0.15, 0.6])
 def test_ratios_are_scaled_to_a_cut(config, tmp_path, cut):
     config.ascent.increment = 0.5

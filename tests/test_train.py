@@ -13,6 +13,7 @@ from PIL import Image
 
 from dynprune_jax import plots
 from dynprune_jax.build import Run
+from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.data.sources import Split
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.step_cost import step_cost
@@ -98,6 +99,15 @@ def test_the_same_command_again_changes_nothing(config, workdir):
     assert read_metrics(workdir) == metrics
 
 
+def test_a_row_that_is_lost_is_made_again_and_takes_no_other_with_it(config, workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lost = next(line for line in lines if '"phase": "dense", "test_accuracy"' in line)
+    (copy / "metrics.jsonl").write_text("".join(line for line in lines if line != lost))
+    train_and_evaluate(config, copy)
+    assert sorted(map(str, rows(copy))) == sorted(map(str, rows(workdir)))
+
+
 def rows(workdir):
     """The metrics without what only this machine knows."""
     return [
@@ -125,8 +135,9 @@ def failing():
         (0, (Feed, "advance"), 14, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6),
         (4096, (Feed, "advance"), 11, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3),
         (0, (Run, "evaluate"), 2, raising(signal.SIGTERM), "SIGTERM; step 8 of 16", 8),
+        (4096, (Checkpoints, "save"), 2, raising(signal.SIGTERM), "step 8 of 8 of the dense", None),
     ],
-    ids=["error", "SIGTERM", "Ctrl-C", "SIGTERM in an evaluation"],
+    ids=["error", "SIGTERM", "Ctrl-C", "SIGTERM in an evaluation", "SIGTERM in the last save"],
 )
 def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
     config, tmp_path, monkeypatch, memory_limit_mb, method, call, end, outcome, saved
@@ -154,6 +165,9 @@ def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
     assert not (tmp_path / "cut" / "report.json").exists()
     if saved is not None:
         assert (tmp_path / "cut" / "checkpoints" / "prune" / str(saved)).is_dir()
+        unfinished = f"stands at step {saved} of 16 of its prune phase; finish it with --mode=train"
+        with pytest.raises(UserError, match=unfinished):
+            evaluate_workdir(config, tmp_path / "cut")
     resumed = train_and_evaluate(config, tmp_path / "cut")
     assert resumed["parameters_digest"] == whole["parameters_digest"]
     assert resumed["pruned"] == whole["pruned"]
@@ -371,8 +385,3 @@ def test_step_cost_times_both_steps(config, tmp_path):
     assert rows[0]["cost"] == 1.0
     assert all(row["median_ms"] > 0 and row["repeats"] == 3 for row in rows)
     assert json.loads((tmp_path / "b" / "step_cost.json").read_text()) == rows
-
-
-def test_an_unfinished_run_is_not_evaluated(config, workdir, tmp_path):
-    with pytest.raises(UserError, match="holds no trained network"):
-        evaluate_workdir(config, tmp_path)

@@ -19,8 +19,8 @@ def events(folder):
 
 
 def test_rows_go_to_both_files(tmp_path):
-    with Writers(tmp_path, 4) as writers:
-        writers.write(6, {"phase": "dense", "loss": 0.5, "ratio": None})
+    with Writers(tmp_path, "dense", 4) as writers:
+        writers.write(6, {"loss": 0.5, "ratio": None})
     assert read_metrics(tmp_path) == [{"step": 6, "phase": "dense", "loss": 0.5, "ratio": None}]
     _, begin, row = events(tmp_path)
     # TensorBoard drops what an earlier process wrote of step 5 and later.
@@ -29,12 +29,17 @@ def test_rows_go_to_both_files(tmp_path):
 
 
 def test_rows_after_the_step_to_go_on_from_are_taken_out(tmp_path):
-    with Writers(tmp_path, 0) as writers:
+    with Writers(tmp_path, "dense", 0) as writers:
         for step in (1, 2, 3):
             writers.write(step, {})
-    with Writers(tmp_path, 2) as writers:
+    with Writers(tmp_path, "prune", 3) as writers:
+        writers.write(4, {})
+    with Writers(tmp_path, "dense", 2) as writers:
         writers.write(3, {"again": 1})
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": 1}]
+    rows = [(row["step"], row["phase"], row.get("again")) for row in read_metrics(tmp_path)]
+    assert rows == [
+        (1, "dense", None), (2, "dense", None), (4, "prune", None), (3, "dense", 1)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ def test_a_full_disk_is_an_error_at_once(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Writers(tmp_path, 0) as writers:
+    with Writers(tmp_path, "dense", 0) as writers:
         with monkeypatch.context() as disk:
             disk.setattr(os, "fsync", full)
             with pytest.raises(OSError, match="No space left on device"):

@@ -194,12 +194,16 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
             f" {config.prune.start!r}; --mode=static prunes a dense network: it needs epochs, and"
             " a start from dense or checkpoint"
         )
+    shares = _shares(run)
     dense, timings = train_dense(run)
     assert dense is not None  # checked above
     model: Any = run.dense.bind(dense)
     model.eval()
     image = run.one_image
-    ratios = _ratios(run, model, image, run.mac_reduction())
+    try:
+        ratios = allot(model, image, run.mac_reduction(), shares)
+    except ValueError as error:
+        raise UserError(f"config.static.allotment: {error}") from error
     small = remove_filters(model, CRITERIA[config.static.criterion](model, run), ratios)
     small.train()
     network = Network(small)
@@ -237,20 +241,17 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
-def _ratios(run: Run, model: Any, image: Any, target: float) -> dict[str, Any]:
-    shares = {link.name: 1.0 for link in links(model)}
-    if run.config.static.allotment == "gate":
-        given = run.config.gate.channel_ratio
-        if not any(given):
-            raise UserError(
-                "config.static.allotment is 'gate' and config.gate.channel_ratio is"
-                f" {given}; give ratios, or choose uniform"
-            )
-        shares = {link.name: given[link.block] for link in links(model)}
-    try:
-        return allot(model, image, target, shares)
-    except ValueError as error:
-        raise UserError(f"config.static.allotment: {error}") from error
+def _shares(run: Run) -> dict[str, float]:
+    """What each convolution's filters lose, as the config allots it, up to a common factor."""
+    if run.config.static.allotment != "gate":
+        return {link.name: 1.0 for link in links(run.model)}
+    given = run.config.gate.channel_ratio
+    if not any(given):
+        raise UserError(
+            "config.static.allotment is 'gate' and config.gate.channel_ratio is"
+            f" {given}; give ratios, or choose uniform"
+        )
+    return {link.name: given[link.block] for link in links(run.model)}
 
 
 def _filters(link: Link) -> np.ndarray:

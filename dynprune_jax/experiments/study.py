@@ -2,7 +2,8 @@
 
 Every run is trained from its seed's dense network with the same schedule and budget, at the same
 cut. A finished run is one small JSON file and is not run again, so a study goes on where it was
-stopped, and several processes may share one over their seeds.
+stopped, and several processes may share one over their seeds. Its folder keeps the config, and is
+refused to another.
 """
 
 import bisect
@@ -14,6 +15,7 @@ import os
 import shlex
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import jax
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots
-from dynprune_jax.build import Run, make_folder
+from dynprune_jax.build import FREE_FIELDS, Run, check_workdir, make_folder
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.static import HIGHEST_RATIO, static
@@ -115,7 +117,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     where `config.gate.layers` cannot make it, every convolution gets a gate.
 
     Writes, in the work directory, `METHOD-CUT-seedSEED.json` for each run, `table.md`,
-    `curves.png` and `ablations.png`; the runs themselves are under `runs`.
+    `curves.png`, `ablations.png` and `config.json`; the runs themselves are under `runs`.
 
     Returns:
       The rows: the content of all the JSON files in the work directory.
@@ -136,7 +138,11 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     if jax.process_count() > 1:
         raise UserError(f"--mode=study is for one process, not {jax.process_count()}")
     folder = Path(workdir).expanduser()
+    if not config.prune.epochs:
+        raise UserError("config.prune.epochs is 0; a study trains pruned networks: it needs epochs")
+    check_workdir(config, folder, free=(*FREE_FIELDS, *_PATHS, "seed"))
     make_folder(folder)
+    write_json(folder / "config.json", json.loads(config.to_json()))
     grid = [(name, cut) for name in config.study.methods for cut in config.study.cuts]
     grid += [(name, config.study.ablation_cut) for name in config.study.ablations]
     for seed in config.study.seeds:
@@ -187,7 +193,8 @@ def at_cut(config: Config, cut: float) -> Config:
     for layers in dict.fromkeys((tuple(config.gate.layers), ("*",))):
         scaled = copy.deepcopy(config)
         scaled.gate.layers = layers
-        run = Run.open(scaled, "")
+        with tempfile.TemporaryDirectory() as nobodys:
+            run = Run.open(scaled, nobodys)
         if run.dynamic is None:
             break
         targets = {name: float(ratio) for name, ratio in run.dynamic.values(PruneRatio).items()}
