@@ -1,7 +1,6 @@
 """Figures: training curves, MACs by layer and by image, columns kept, sweeps, speedups.
 
-Each `*_figure` function draws and each `plot_*` function saves its figure as a PNG. A `plot_*`
-function returns whether it wrote the file: with nothing to show it writes none, returns False.
+Each function draws one figure, or returns None where it has nothing to show; `save` writes it.
 """
 
 import os
@@ -35,9 +34,10 @@ _RATIOS = (
 )
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> bool:
-    figure.savefig(path, format="png", dpi=130)
-    return True
+def save(figure: Figure | None, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as a PNG; nothing where there is none."""
+    if figure is not None:
+        figure.savefig(path, format="png", dpi=130)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -45,15 +45,21 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
     return [step for step, _ in found], [value for _, value in found]
 
 
-def training_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def training_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Draws accuracy (left axis) and mean prune ratio (right axis) over the steps.
 
     Args:
-      rows: as `plot_training`, at least one.
+      rows: the rows of metrics.jsonl, each with "step" and any of "train_accuracy" and
+        "test_accuracy" (fractions), "channel_ratio" and "column_ratio" (fractions removed, mean
+        over the gates) and "phase" ("dense" or "prune").
 
     Returns:
-      The figure; its right axis is left out where no row has a ratio.
+      The figure; its right axis is left out where no row has a ratio. None if no row holds an
+      accuracy or a ratio.
     """
+    keys = [key for key, *_ in _ACCURACIES + _RATIOS]
+    if not any(row.get(key) is not None for row in rows for key in keys):
+        return None
     rows = sorted(rows, key=lambda row: row["step"])
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.add_subplot()
@@ -103,24 +109,6 @@ def training_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_training(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Saves accuracy and mean prune ratio over the training steps.
-
-    Args:
-      rows: the rows of metrics.jsonl, each with "step" and any of "train_accuracy" and
-        "test_accuracy" (fractions), "channel_ratio" and "column_ratio" (fractions removed, mean
-        over the gates) and "phase" ("dense" or "prune").
-      path: the PNG to write.
-
-    Returns:
-      Whether the file was written; False if no row holds an accuracy or a ratio.
-    """
-    keys = [key for key, *_ in _ACCURACIES + _RATIOS]
-    if not any(row.get(key) is not None for row in rows for key in keys):
-        return False
-    return _save(training_figure(rows), path)
-
-
 def _gate_note(layer: Mapping[str, Any]) -> str:
     """Says what a layer's gate removes, in a few words."""
     ratios = (("channels", layer.get("channel_ratio")), ("columns", layer.get("column_ratio")))
@@ -128,15 +116,19 @@ def _gate_note(layer: Mapping[str, Any]) -> str:
     return ", ".join(parts) if parts else "no gate"
 
 
-def layer_macs_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
+def layer_macs_figure(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Draws each layer's MACs per image, dense and pruned, as horizontal bars.
 
     Args:
-      layers: as `plot_layer_macs`, at least one.
+      layers: the layers of report.json in the order of the network, each with "name",
+        "dense_macs", "macs", "executed_macs" (MACs per image) and "channel_ratio" and
+        "column_ratio" (fractions removed, None where there is no gate).
 
     Returns:
-      The figure, as high as the number of layers asks for.
+      The figure, as high as the number of layers asks for; None if there is none.
     """
+    if not layers:
+        return None
     names = [layer["name"] for layer in layers]
     dense, macs, executed = (
         np.array([layer[key] for layer in layers], np.float64) / 1e6
@@ -183,33 +175,20 @@ def layer_macs_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_layer_macs(layers: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Saves each layer's dense and pruned MACs per image as horizontal bars.
-
-    Args:
-      layers: the layers of report.json in the order of the network, each with "name",
-        "dense_macs", "macs", "executed_macs" (MACs per image) and "channel_ratio" and
-        "column_ratio" (fractions removed, None where there is no gate).
-      path: the PNG to write.
-
-    Returns:
-      Whether the file was written; False if there is no layer.
-    """
-    return bool(layers) and _save(layer_macs_figure(layers), path)
-
-
 def macs_distribution_figure(
     executed_macs: Int[np.ndarray, "examples"], dense_executed_macs: int | np.integer
-) -> Figure:
-    """Draws the histogram of the executed MACs per image.
+) -> Figure | None:
+    """Draws the histogram of the executed MACs per image beside the dense network's figure.
 
     Args:
-      executed_macs: as `plot_macs_distribution`, at least one.
-      dense_executed_macs: as `plot_macs_distribution`.
+      executed_macs: executed MACs of each image.
+      dense_executed_macs: executed MACs of one image with nothing pruned.
 
     Returns:
-      The figure, with the mean marked.
+      The figure, with the mean marked; None if there is no image.
     """
+    if not len(executed_macs):
+        return None
     millions = executed_macs / 1e6
     mean, dense = millions.mean(), int(dense_executed_macs) / 1e6
     low, high = millions.min(), millions.max()
@@ -240,26 +219,6 @@ def macs_distribution_figure(
     return figure
 
 
-def plot_macs_distribution(
-    executed_macs: Int[np.ndarray, "examples"],
-    dense_executed_macs: int | np.integer,
-    path: str | os.PathLike[str],
-) -> bool:
-    """Saves the histogram of the executed MACs per image beside the dense network's figure.
-
-    Args:
-      executed_macs: executed MACs of each image.
-      dense_executed_macs: executed MACs of one image with nothing pruned.
-      path: the PNG to write.
-
-    Returns:
-      Whether the file was written; False if there is no image.
-    """
-    if not len(executed_macs):
-        return False
-    return _save(macs_distribution_figure(executed_macs, dense_executed_macs), path)
-
-
 def _tint_skipped(
     image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "rows columns"]
 ) -> UInt8[np.ndarray, "height width 3"]:
@@ -277,16 +236,18 @@ def _tint_skipped(
 def kept_columns_figure(
     images: UInt8[np.ndarray, "batch height width channels"],
     masks: Mapping[str, Bool[np.ndarray, "batch _ _"]],
-) -> Figure:
+) -> Figure | None:
     """Draws a grid: per image, the image and then the columns that some layers keep of it.
 
     Args:
-      images: as `plot_kept_columns`, at least one.
-      masks: as `plot_kept_columns`, at least one.
+      images: grey (one channel) or RGB images, one row of the grid each.
+      masks: per layer, in the order of the network, the kept columns of its map of each image.
 
     Returns:
-      The figure, with at most six layers, evenly spread.
+      The figure, with at most six layers, evenly spread; None if there is no image or no mask.
     """
+    if not masks or not len(images):
+        return None
     if images.shape[-1] == 1:
         images = np.repeat(images, 3, axis=-1)
     names = list(masks)
@@ -311,33 +272,17 @@ def kept_columns_figure(
     return figure
 
 
-def plot_kept_columns(
-    images: UInt8[np.ndarray, "batch height width channels"],
-    masks: Mapping[str, Bool[np.ndarray, "batch _ _"]],
-    path: str | os.PathLike[str],
-) -> bool:
-    """Saves a grid of images with the columns that each layer skips darkened.
-
-    Args:
-      images: grey (one channel) or RGB images, one row of the grid each.
-      masks: per layer, in the order of the network, the kept columns of its map of each image.
-      path: the PNG to write.
-
-    Returns:
-      Whether the file was written; False if there is no image or no mask.
-    """
-    return bool(masks) and len(images) > 0 and _save(kept_columns_figure(images, masks), path)
-
-
-def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Draws accuracy over MAC reduction, one panel for each set of weights.
 
     Args:
-      rows: as `plot_sweep`, at least one.
+      rows: of sweep.json, each with "weights", "criterion", "mac_reduction", "accuracy".
 
     Returns:
-      The figure; one line for each criterion.
+      The figure, with one line for each criterion; None if there is no row.
     """
+    if not rows:
+        return None
     weights = list(dict.fromkeys(row["weights"] for row in rows))
     criteria = list(dict.fromkeys(row["criterion"] for row in rows))
     figure = Figure(figsize=(4.5 * len(weights), 4), layout="constrained")
@@ -365,31 +310,23 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Saves the accuracy over the MAC reduction for each set of weights and each criterion.
+def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure | None:
+    """Draws accuracy over MAC reduction for some methods of a study, mean and spread over seeds.
 
     Args:
-      rows: of sweep.json, each with "weights", "criterion", "mac_reduction", "accuracy".
-      path: the PNG to write.
+      rows: of a study, each with "method", "cut", "mac_reduction", "accuracy".
+      labels: of the methods to show, what each is called.
 
     Returns:
-      Whether the file was written; False if there is no row.
+      The figure; the dense network is a line across. None if there is no method to show.
     """
-    return bool(rows) and _save(sweep_figure(rows), path)
-
-
-def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
-    """Draws accuracy over MAC reduction for each method of a study, mean and spread over seeds.
-
-    Args:
-      rows: as `plot_curves`.
-      labels: as `plot_curves`.
-
-    Returns:
-      The figure; the dense network is a line across.
-    """
-    curves = _curves(rows)
+    curves: dict[str, dict[float, list[Any]]] = {}
+    for row in rows:
+        if row["method"] in labels and row["method"] != "dense":
+            curves.setdefault(row["method"], {}).setdefault(row["cut"], []).append(row)
     shown = [name for name in labels if name in curves]
+    if not shown:
+        return None
     side_by_side = 2 if all(len(labels[name]) < 60 for name in shown) else 1  # legend entries
     height = 4.5 + 0.2 * (1 + len(shown)) / side_by_side
     figure = Figure(figsize=(8.0, height), layout="constrained")
@@ -426,51 +363,29 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
     return figure
 
 
-def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, list[Any]]]:
-    """The rows of each method that was run at several cuts, by cut."""
-    found: dict[str, dict[float, list[Any]]] = {}
-    for row in rows:
-        if row["method"] != "dense":
-            found.setdefault(row["method"], {}).setdefault(row["cut"], []).append(row)
-    return {name: cuts for name, cuts in found.items() if len(cuts) > 1}
-
-
-def plot_curves(
-    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], labels: Mapping[str, str]
-) -> bool:
-    """Saves accuracy over MAC reduction for each method that a study ran at several cuts.
+def ablations_figure(
+    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], cut: float
+) -> Figure | None:
+    """Draws the accuracy of each method of a study at one cut.
 
     Args:
-      rows: of a study, each with "method", "cut", "mac_reduction", "accuracy".
-      path: the PNG to write.
+      rows: of a study, each with "method", "cut", "accuracy".
       labels: what each method is called.
+      cut: where they are compared.
 
     Returns:
-      Whether the file was written; False if no method was run at several cuts.
+      The figure: a bar for each method, in the order of the labels, a dot for each seed. None if
+      there is no method at that cut.
     """
-    return bool(_curves(rows)) and _save(curves_figure(rows, labels), path)
-
-
-def ablations_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
-    """Draws the accuracy of each method at the one cut of a study's ablations.
-
-    Args:
-      rows: as `plot_ablations`.
-      labels: as `plot_ablations`.
-
-    Returns:
-      The figure: a bar for each method, in the order of the labels, a dot for each seed.
-    """
-    (cut,) = {row["cut"] for row in _ablations(rows)}
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
     shown = {
-        labels[name]: [
-            r["accuracy"] for r in rows if r["method"] == name and r["cut"] in (cut, 0.0)
-        ]
+        labels[name]: [r["accuracy"] for r in rows if (r["method"], r["cut"]) == (name, cut)]
         for name in labels
         if name != "dense"
     }
     shown = {label: values for label, values in shown.items() if values}
+    if not shown:
+        return None
     # Room for the bars beside the longest label, whose letters take about .085 inches each.
     width = 4.0 + 0.085 * max(map(len, shown))
     figure = Figure(figsize=(width, 1.2 + 0.32 * len(shown)), layout="constrained")
@@ -500,39 +415,18 @@ def ablations_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str
     return figure
 
 
-def _ablations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of methods that were run at one cut only, at the cut of most of these."""
-    curves = _curves(rows)
-    single = {r["method"]: r["cut"] for r in rows if r["method"] not in ("dense", *curves)}
-    cut = statistics.mode(single.values()) if single else None
-    return [row for row in rows if row["method"] in single and row["cut"] == cut]
-
-
-def plot_ablations(
-    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], labels: Mapping[str, str]
-) -> bool:
-    """Saves the accuracy of all methods at the cut of a study's ablations.
-
-    Args:
-      rows: of a study, each with "method", "cut", "accuracy".
-      path: the PNG to write.
-      labels: what each method is called.
-
-    Returns:
-      Whether the file was written; False if no method was run at one cut only.
-    """
-    return bool(_ablations(rows)) and _save(ablations_figure(rows, labels), path)
-
-
-def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Draws the measured speedup over the MACs removed, beside the ideal and the break-even.
 
     Args:
-      rows: as `plot_speedup`, at least one.
+      rows: of benchmark.json, each with "network", "image_size", "dtype", "batch_size",
+        "mac_reduction" and "speedup".
 
     Returns:
-      The figure; one line for each batch size.
+      The figure, with one line for each batch size; None if there is no row.
     """
+    if not rows:
+        return None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     highest = max(max(row["mac_reduction"] for row in rows), 0.1)
@@ -557,30 +451,18 @@ def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_speedup(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Saves the measured speedup over the MACs removed.
-
-    Args:
-      rows: of benchmark.json, each with "network", "image_size", "dtype", "batch_size",
-        "mac_reduction" and "speedup".
-      path: the PNG to write.
-
-    Returns:
-      Whether the file was written; False if there is no row.
-    """
-    return bool(rows) and _save(speedup_figure(rows), path)
-
-
-def layer_times_figure(dense: Mapping[str, float], compact: Mapping[str, float]) -> Figure:
+def layer_times_figure(dense: Mapping[str, float], compact: Mapping[str, float]) -> Figure | None:
     """Draws the time of each layer, dense and compact, side by side.
 
     Args:
-      dense: as `plot_layer_times`, at least one layer.
-      compact: as `plot_layer_times`.
+      dense: milliseconds by layer name, in the order to show.
+      compact: the same of the pruned network.
 
     Returns:
-      The figure, as high as the number of layers asks for.
+      The figure, as high as the number of layers asks for; None if there is none.
     """
+    if not dense:
+        return None
     names = list(dense)
     figure = Figure(figsize=(8, 1.6 + 0.3 * len(names)), layout="constrained")
     axes = figure.add_subplot()
@@ -598,19 +480,3 @@ def layer_times_figure(dense: Mapping[str, float], compact: Mapping[str, float])
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def plot_layer_times(
-    dense: Mapping[str, float], compact: Mapping[str, float], path: str | os.PathLike[str]
-) -> bool:
-    """Saves the time of each layer, dense and compact.
-
-    Args:
-      dense: milliseconds by layer name, in the order to show.
-      compact: the same of the pruned network.
-      path: the PNG to write.
-
-    Returns:
-      Whether the file was written; False if there is no layer.
-    """
-    return bool(dense) and _save(layer_times_figure(dense, compact), path)

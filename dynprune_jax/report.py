@@ -152,11 +152,11 @@ def _layers(result: Evaluation, network: Network | None) -> list[dict[str, Any]]
 
 def _draw(run: Run, report: dict[str, Any], shown: Evaluation, final: Values) -> None:
     folder = run.workdir
-    plots.plot_training(read_metrics(folder), folder / "training.png")
-    plots.plot_layer_macs(report["layers"], folder / "layer_macs.png")
-    plots.plot_macs_distribution(
-        shown.usage.executed_macs,
-        shown.usage.dense_executed_macs,
+    usage = shown.usage
+    plots.save(plots.training_figure(read_metrics(folder)), folder / "training.png")
+    plots.save(plots.layer_macs_figure(report["layers"]), folder / "layer_macs.png")
+    plots.save(
+        plots.macs_distribution_figure(usage.executed_macs, usage.dense_executed_macs),
         folder / "macs_distribution.png",
     )
     if run.dynamic is not None:
@@ -165,7 +165,7 @@ def _draw(run: Run, report: dict[str, Any], shown: Evaluation, final: Values) ->
         images, _ = run.dataset.test.read(pictured)
         masks = kept_columns(run, run.dynamic, final, images)
         seen = center_crop(jnp.asarray(images), run.config.data.image_size)
-        plots.plot_kept_columns(np.asarray(seen), masks, folder / "kept_columns.png")
+        plots.save(plots.kept_columns_figure(np.asarray(seen), masks), folder / "kept_columns.png")
 
 
 def kept_columns(

@@ -78,7 +78,7 @@ def test_training_draws_every_series_and_tells_the_phases_apart(tmp_path):
     (shade,) = left.patches
     assert shade.get_extents().transformed(left.transData.inverted()).x0 == pytest.approx(1000)
 
-    assert plots.plot_training(rows, tmp_path / "training.png")
+    plots.save(plots.training_figure(rows), tmp_path / "training.png")
     check_png(tmp_path / "training.png")
 
 
@@ -93,13 +93,13 @@ def test_training_without_a_column_gate_or_without_pruning(tmp_path):
 
     bare = [{"step": row["step"], "train_accuracy": 0.5} for row in training_rows()]
     assert len(plots.training_figure(bare).axes) == 1
-    assert plots.plot_training(bare[:1], tmp_path / "one.png")
+    plots.save(plots.training_figure(bare[:1]), tmp_path / "one.png")
     check_png(tmp_path / "one.png")
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 0, "train_loss": 1.0}]])
 def test_training_with_nothing_to_show_writes_nothing(rows, tmp_path):
-    assert not plots.plot_training(rows, tmp_path / "no.png")
+    assert plots.training_figure(rows) is None
     assert not (tmp_path / "no.png").exists()
 
 
@@ -116,12 +116,12 @@ def test_layer_macs_draws_two_bars_a_layer(count, tmp_path):
     assert bottom > top  # the first layer is drawn on top
     assert axes.texts[0].get_text() == "no gate"
 
-    assert plots.plot_layer_macs(layers, tmp_path / "layers.png")
+    plots.save(plots.layer_macs_figure(layers), tmp_path / "layers.png")
     check_png(tmp_path / "layers.png")
 
 
 def test_layer_macs_of_no_layer_writes_nothing(tmp_path):
-    assert not plots.plot_layer_macs([], tmp_path / "no.png")
+    assert plots.layer_macs_figure([]) is None
     assert not (tmp_path / "no.png").exists()
 
 
@@ -138,18 +138,20 @@ def test_macs_distribution_counts_every_image_once(spread, tmp_path):
     assert "dense 300.0 M" in axes.get_title()
     assert "(60.0% removed)" in axes.get_title()
 
-    assert plots.plot_macs_distribution(macs, np.int64(300_000_000), tmp_path / "macs.png")
+    plots.save(plots.macs_distribution_figure(macs, np.int64(300_000_000)), tmp_path / "macs.png")
     check_png(tmp_path / "macs.png")
 
 
 @pytest.mark.parametrize("value", [0, 1, 10**15])
 def test_macs_distribution_of_one_image(value, tmp_path):
-    assert plots.plot_macs_distribution(np.array([value], np.int64), 10**15, tmp_path / "a.png")
+    plots.save(
+        plots.macs_distribution_figure(np.array([value], np.int64), 10**15), tmp_path / "a.png"
+    )
     check_png(tmp_path / "a.png")
 
 
 def test_macs_distribution_of_no_image_writes_nothing(tmp_path):
-    assert not plots.plot_macs_distribution(np.zeros(0, np.int64), 1, tmp_path / "no.png")
+    assert plots.macs_distribution_figure(np.zeros(0, np.int64), 1) is None
     assert not (tmp_path / "no.png").exists()
 
 
@@ -173,7 +175,7 @@ def test_kept_columns_darkens_what_is_skipped(channels, tmp_path):
         np.testing.assert_array_equal((second == (150, 0, 110)).all(axis=-1), skipped)
         np.testing.assert_array_equal(second[~skipped], images[1][~skipped])
 
-    assert plots.plot_kept_columns(images, {"conv": mask}, tmp_path / "kept.png")
+    plots.save(plots.kept_columns_figure(images, {"conv": mask}), tmp_path / "kept.png")
     check_png(tmp_path / "kept.png")
 
 
@@ -194,8 +196,8 @@ def test_kept_columns_takes_a_map_finer_than_the_image():
 
 def test_kept_columns_with_nothing_to_show_writes_nothing(tmp_path):
     images = np.zeros((2, 8, 8, 1), np.uint8)
-    assert not plots.plot_kept_columns(images, {}, tmp_path / "no.png")
-    assert not plots.plot_kept_columns(images[:0], kept_masks(1, 0), tmp_path / "no.png")
+    assert plots.kept_columns_figure(images, {}) is None
+    assert plots.kept_columns_figure(images[:0], kept_masks(1, 0)) is None
     assert not (tmp_path / "no.png").exists()
 
 
@@ -223,8 +225,8 @@ def test_sweep_draws_a_line_for_each_criterion_in_a_panel_for_each_set_of_weight
         for line in axes.lines:
             np.testing.assert_array_equal(line.get_xdata(), [0.0, 0.25, 0.5])
             np.testing.assert_array_equal(line.get_ydata(), [1.0, 0.75, 0.5])
-    assert plots.plot_sweep(rows, tmp_path / "sweep.png")
-    assert not plots.plot_sweep([], tmp_path / "none.png")
+    plots.save(plots.sweep_figure(rows), tmp_path / "sweep.png")
+    assert plots.sweep_figure([]) is None
     assert not (tmp_path / "none.png").exists()
 
 
@@ -248,8 +250,8 @@ def test_speedup_draws_a_line_for_each_batch_beside_the_ideal(tmp_path):
     for line in lines:
         np.testing.assert_array_equal(line.get_xdata(), [0.0, 0.5])
         np.testing.assert_array_equal(line.get_ydata(), [1.0, 1.5])
-    assert plots.plot_speedup(rows, tmp_path / "speedup.png")
-    assert not plots.plot_speedup([], tmp_path / "none.png")
+    plots.save(plots.speedup_figure(rows), tmp_path / "speedup.png")
+    assert plots.speedup_figure([]) is None
 
 
 def test_layer_times_draws_two_bars_a_layer(tmp_path):
@@ -257,5 +259,5 @@ def test_layer_times_draws_two_bars_a_layer(tmp_path):
     (axes,) = plots.layer_times_figure(dense, compact).axes
     assert [bar.get_width() for bar in axes.patches] == [2.0, 1.0, 1.5, 0.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
-    assert plots.plot_layer_times(dense, compact, tmp_path / "layers.png")
-    assert not plots.plot_layer_times({}, {}, tmp_path / "none.png")
+    plots.save(plots.layer_times_figure(dense, compact), tmp_path / "layers.png")
+    assert plots.layer_times_figure({}, {}) is None

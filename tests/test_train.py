@@ -135,7 +135,7 @@ def failing():
         (0, (Feed, "advance"), 14, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6),
         (4096, (Feed, "advance"), 11, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3),
         (0, (Run, "evaluate"), 2, raising(signal.SIGTERM), "SIGTERM; step 8 of 16", 8),
-        (4096, (Checkpoints, "save"), 2, raising(signal.SIGTERM), "step 8 of 8 of the dense", None),
+        (4096, (Checkpoints, "save"), 1, raising(signal.SIGTERM), "step 8 of 8 of the dense", None),
     ],
     ids=["error", "SIGTERM", "Ctrl-C", "SIGTERM in an evaluation", "SIGTERM in the last save"],
 )
@@ -282,7 +282,7 @@ def test_pictures_show_what_the_network_sees(config, tmp_path, monkeypatch):
     config.data.stored_size = 12
     shown = []
     monkeypatch.setattr(
-        plots, "plot_kept_columns", lambda images, masks, path: shown.append((images, masks))
+        plots, "kept_columns_figure", lambda images, masks: shown.append((images, masks))
     )
     train_and_evaluate(config, tmp_path)
     images, masks = shown[0]

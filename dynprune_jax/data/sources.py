@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, SupportsIndex, TypedDict
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -28,15 +28,8 @@ SUBSET_SEED = 0
 HELD_OUT_SEED = 1
 
 
-class Example(TypedDict):
-    """One image, `(side, side, channels)` uint8, and its label."""
-
-    image: UInt8[np.ndarray, "side side channels"]
-    label: np.int32
-
-
 class Split:
-    """Random access to one split; a data source in grain's sense.
+    """Random access to one split.
 
     Args:
         name: the split's name, for messages.
@@ -70,10 +63,6 @@ class Split:
     def __repr__(self) -> str:
         return f"Split({self.name!r}, {len(self)} images of {self.side}x{self.side})"
 
-    def __getitem__(self, index: SupportsIndex) -> Example:
-        images, labels = self.read([index.__index__()])
-        return {"image": images[0], "label": labels[0]}
-
     def read(
         self, indices: Sequence[int] | Int[np.ndarray, " batch"]
     ) -> tuple[UInt8[np.ndarray, "batch side side channels"], Int32[np.ndarray, " batch"]]:
@@ -92,13 +81,13 @@ class Split:
                 images[row] = decode_square(record["image"], self.side, self.channels)
             except UndecodableImageError as error:
                 raise UserError(
-                    f"{self._place(int(indices[row]), record)}: the image cannot be decoded "
+                    f"{self._place(keys[row], record)}: the image cannot be decoded "
                     f"({error}); repair its source and prepare the data set again"
                 ) from error
             label = int(record["label"])
             if label < 0:
                 raise UserError(
-                    f"{self._place(int(indices[row]), record)} has no label; choose a labelled "
+                    f"{self._place(keys[row], record)} has no label; choose a labelled "
                     "split with config.data.train_split or config.data.test_split"
                 )
             labels[row] = label if self._relabel is None else self._relabel[label]

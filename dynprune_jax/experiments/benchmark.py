@@ -90,7 +90,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
             rows.append(bench.row(_at(config, ratio)))
         rows.append(bench.row(config, controls=True))
         write_json(folder / "benchmark.json", rows)
-    plots.plot_speedup(rows, folder / "speedup.png")
+    plots.save(plots.speedup_figure(rows), folder / "speedup.png")
     _print_tables(rows, console)
     return rows
 
@@ -147,9 +147,8 @@ class _Bench:
             ways["static"] = self._compile(
                 compact(static, self._images, plan=self._plan("static", static))
             )
-            plots.plot_layer_times(
-                self._dense_plan.fastest,
-                plan.fastest,
+            plots.save(
+                plots.layer_times_figure(self._dense_plan.fastest, plan.fastest),
                 self._folder / f"layer_times_batch_{len(self._images)}.png",
             )
         seconds = _time(ways, self._config.benchmark.repeats)

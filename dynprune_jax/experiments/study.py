@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots
@@ -157,10 +158,28 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     rows = read_rows(folder)
     text = "\n\n".join(tables(rows)) + "\n"
     write_text(folder / "table.md", text)
-    plots.plot_curves(rows, folder / "curves.png", labels(rows))
-    plots.plot_ablations(rows, folder / "ablations.png", labels(rows))
+    for name, figure in figures(rows).items():
+        plots.save(figure, folder / f"{name}.png")
     screen().print(text, highlight=False, soft_wrap=True)
     return rows
+
+
+def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure | None]:
+    """A study as pictures: `curves` of the first table of `tables`, `ablations` of the second."""
+    names, (curves, one) = labels(rows), _arranged(rows)
+    return {
+        "curves": plots.curves_figure(rows, {name: names[name] for name in ("dense", *curves)}),
+        "ablations": None if one is None else plots.ablations_figure(rows, names, one),
+    }
+
+
+def _arranged(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], float | None]:
+    """Which methods are shown over their cuts, and the one cut at which all are compared."""
+    names = [name for name in labels(rows) if name != "dense"]
+    cuts_of = {name: {r["cut"] for r in rows if r["method"] == name} for name in names}
+    ones = [min(cuts) for cuts in cuts_of.values() if len(cuts) == 1]
+    one = statistics.mode(ones) if ones else None
+    return [name for name in names if cuts_of[name] - {one}], one
 
 
 def labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -230,10 +249,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = labels(rows)
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
     cuts = sorted({row["cut"] for row in rows if row["method"] != "dense"})
-    cuts_of = {name: {r["cut"] for r in rows if r["method"] == name} for name in names}
-    ones = [min(cuts_of[name]) for name in names if len(cuts_of[name]) == 1 and name != "dense"]
-    one = statistics.mode(ones) if ones else None
-    curves = [name for name in names if name != "dense" and cuts_of[name] - {one}]
+    curves, one = _arranged(rows)
     found = []
     if curves:
         lines = [
@@ -274,7 +290,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in curves or names:
         if {"dense", "distillation"} & {*name.split("+")} or find_method(name).run is static:
             continue
-        for cut in sorted(cuts_of[name]):
+        for cut in sorted({row["cut"] for row in rows if row["method"] == name}):
             cells = [_cell(_accuracies(rows, name, cut))]
             others = [
                 row.get("accuracy_by_other_criteria", {}) for row in rows if _is(row, name, cut)

@@ -55,7 +55,7 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                 )
     write_json(run.workdir / "sweep.json", rows)
     if processes.leads():
-        plots.plot_sweep(rows, run.workdir / "sweep.png")
+        plots.save(plots.sweep_figure(rows), run.workdir / "sweep.png")
     _print_table(rows, config)
     return rows
 
