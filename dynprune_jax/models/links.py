@@ -37,6 +37,9 @@ def links(model: Any) -> list[Link]:
 
     Of a VGG every convolution; of a residual network those inside a unit, because what leaves a
     unit is added to what entered it.
+
+    Raises:
+      ValueError: for a model without any.
     """
     names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
     found = [

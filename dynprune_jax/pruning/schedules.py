@@ -1,5 +1,6 @@
 """Schedules of the prune ratios: functions of the step, as Optax's are."""
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -45,7 +46,4 @@ def ascent_steps(
     target: float, *, interval_steps: int, warmup: float = 0.1, increment: float = 0.05
 ) -> int:
     """The first step at which `ratio_ascent` with these arguments has reached its target."""
-    step = 0
-    while warmup + increment * (step // interval_steps) < target - 1e-6:
-        step += interval_steps
-    return step
+    return max(0, math.ceil((target - 1e-6 - warmup) / increment)) * interval_steps
