@@ -131,12 +131,13 @@ def test_the_table_of_times_is_what_was_measured():
 
 
 def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
-    rows = [*speed("cifar10_vgg16_predicted")[0], *speed("cifar10_vgg16_predicted_again")[0]]
-    found = sorted(f"{row['speedup']:.2f}×" for row in rows if row["batch_size"] == 1)
-    assert "it was {}, and {} and {} in".format(*found) in PAGES
-    first = [row for row in rows if row["batch_size"] == 1]
+    shown = [r for r in speed("cifar10_vgg16_predicted")[0] if r["batch_size"] == 1]
+    again = speed("cifar10_vgg16_predicted_again")[0]
+    found = [f"{row['speedup']:.2f}×" for row in shown]
+    found += sorted(f"{row['speedup']:.2f}×" for row in again)
+    assert "it was {}, and {}, {} and {} in [three runs".format(*found) in PAGES
     for whose, key in (("dense network's", "fastest_dense_ms"), ("compact one's", "compact_ms")):
-        times = [row[key] for row in first]
+        times = [row[key] for row in (*shown, *again)]
         assert whose in PAGES
         assert f"({min(times):.1f} to {max(times):.1f} ms)" in PAGES
 
