@@ -53,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
       argv: the command line, the program's name first.
 
     Returns:
-      The exit code: 0, 2 after a mistake of the user's or a failure of the disk, or 143 or 130
-      if the run was stopped by SIGTERM or by Ctrl-C.
+      The exit code: 0, 2 after a mistake of the user's, a failure of the disk or where there is
+      not enough memory, or 143 or 130 if the run was stopped by SIGTERM or by Ctrl-C.
     """
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors it raises too
     if {"--help", "-h", "-help"} & set(argv):
@@ -74,8 +74,9 @@ def main(argv: Sequence[str]) -> int:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and _NO_MEMORY not in str(error):
             raise
+        said = f" ({str(error).splitlines()[0]:.200})" if str(error) else ""
         return _say(
-            f"out of memory ({str(error).strip().splitlines()[0]:.200}); lower config.batch_size,"
+            f"out of memory{said}; lower config.batch_size,"
             " config.eval_batch_size, config.data.memory_limit_mb, config.data.image_size or"
             " config.width",
             2,

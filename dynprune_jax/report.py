@@ -21,8 +21,8 @@ from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.data.augment import center_crop
 from dynprune_jax.evaluate import Evaluation
 from dynprune_jax.pruning.attention import CRITERIA
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
-from dynprune_jax.pruning.surgery import dynamic_layers
 from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import read_metrics, screen, write_json
 
@@ -132,7 +132,7 @@ def _told_of_training(run: Run) -> dict[str, Any]:
 
 
 def _layers(result: Evaluation, network: Network | None) -> list[dict[str, Any]]:
-    gates = {} if network is None else dynamic_layers(network.bind())
+    ratios = {} if network is None else network.values(PruneRatio)
     rows = []
     for layer in result.usage.layers:
         row = {
@@ -144,8 +144,8 @@ def _layers(result: Evaluation, network: Network | None) -> list[dict[str, Any]]
             "gate_operations": layer.gate_operations,
         }
         for axis in ("channel_ratio", "column_ratio", "feature_ratio"):
-            ratio = getattr(gates.get(layer.name), axis, None)
-            row[axis] = None if ratio is None else round(float(ratio[...]), 6)
+            ratio = ratios.get(f"{layer.name}/{axis}")
+            row[axis] = None if ratio is None else round(float(ratio), 6)
         rows.append(row)
     return rows
 

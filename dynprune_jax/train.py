@@ -403,11 +403,10 @@ def _next(step: int, every: int) -> int:
 
 
 def _mean(ratios: Values) -> dict[str, float | None]:
-    """The mean ratio over the choices on each axis; None where none is made on that axis."""
+    """The mean ratio over the gates on each axis; None where no gate is on that axis."""
     means = {}
-    choices = {"channel_ratio": ("channel_ratio", "feature_ratio"), "column_ratio": "column_ratio"}
-    for axis, names in choices.items():
-        values = [float(value) for name, value in ratios.items() if name.endswith(names)]
+    for axis in ("channel_ratio", "column_ratio"):
+        values = [float(value) for name, value in ratios.items() if name.endswith(axis)]
         means[axis] = float(np.mean(values)) if values else None
     return means
 

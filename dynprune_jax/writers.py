@@ -48,6 +48,9 @@ class Writers:
         self._board = EventsWriter(str(folder / "tensorboard" / "events"))
         begin = _EVENT.SessionLog(status=_EVENT.SessionLog.START)  # takes later rows out
         self._event(self._board, step + 1, session_log=begin)
+        for row in rows:
+            if row["step"] > step:  # of another phase
+                self._show(self._board, row)
 
     def __enter__(self) -> "Writers":
         return self
@@ -61,14 +64,18 @@ class Writers:
         """Appends one row; TensorBoard gets its numbers."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"step": step, "phase": self._phase, **row}) + "\n")
+        row = {"step": step, "phase": self._phase, **row}
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        self._show(self._board, row)
+
+    def _show(self, board: EventsWriter, row: dict[str, Any]) -> None:
         values = [
             _SUMMARY.Summary.Value(tag=name, simple_value=value)
             for name, value in row.items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and name != "step"
         ]
-        self._event(self._board, step, summary=_SUMMARY.Summary(value=values))
+        self._event(board, row["step"], summary=_SUMMARY.Summary(value=values))
 
     def _event(self, board: EventsWriter, step: int, **content: Any) -> None:
         # The time is only shown; nothing depends on it.

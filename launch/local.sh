@@ -20,7 +20,13 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(
 environment=("JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$processes")
 
 pids=()
-for ((i = 0; i < processes; i++)); do
+signals=0
+stop() {
+  signals=$((signals + 1))
+  kill "${pids[@]}" 2>/dev/null || true
+}
+trap stop INT TERM
+for ((i = 0; i < processes && !signals; i++)); do
   command=(env "${environment[@]}" "JAX_PROCESS_ID=$i" "JAX_LOCAL_DEVICE_IDS=$i"
     "$python" -m dynprune_jax.main "$@")
   if [[ $dry_run ]]; then
@@ -30,14 +36,13 @@ for ((i = 0; i < processes; i++)); do
     pids+=($!)
   fi
 done
-trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
+if ((signals)); then stop; fi # one may have been started meanwhile
 
 status=0
 for i in "${!pids[@]}"; do
-  ended=0
-  wait "${pids[i]}" || ended=$?
-  # A signal cuts a wait short, and the process may still be saving.
-  while kill -0 "${pids[i]}" 2>/dev/null; do
+  seen=-1
+  while ((seen != signals)); do # a signal cuts a wait short, and the process may still be saving
+    seen=$signals
     ended=0
     wait "${pids[i]}" || ended=$?
   done

@@ -229,17 +229,17 @@ class Called(nnx.Module):
         self.conv = nnx.Conv(8, 8, (3, 3), rngs=rngs)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
 
-    def __call__(self, x, double=False, how="norm"):
+    def __call__(self, x, double=False, how="norm", dtype=jnp.float32):
         x = self.conv(inputs=x)
         x = self.norm(use_running_average=None, x=x) if how == "norm" else x
-        return 2 * x if double else x
+        return 2 * x.astype(dtype) if double else x
 
 
 def test_a_model_may_be_called_with_more_than_arrays_and_by_names():
     model = dynprune_jax.make_dynamic(Called(nnx.Rngs(0)), 0.5)
     model.eval()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 5, 8)), jnp.float32)
-    for others in ((True, "norm"), (False, "none")):
+    for others in ((True, "norm", jnp.float32), (False, "none")):
         logits, usage = dynprune_jax.measure(model, x, *others)
         assert usage.mac_reduction == 0.5
         fast = dynprune_jax.compact(model, x, *others, plan=mixed_plan(model))

@@ -1,7 +1,9 @@
 """The scripts in launch/: what they print, refuse and start, with stand-ins for gcloud and srun."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -124,12 +126,17 @@ while true; do sleep .05; done
         env=environment(PYTHON=tmp_path / "python", SAVED=saved),
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    while len(list(tmp_path.glob("saved.begun*"))) < 2:
-        assert script.poll() is None
-        time.sleep(0.05)
-    script.terminate()
-    _, said = script.communicate(timeout=60)
+    try:
+        while len(list(tmp_path.glob("saved.begun*"))) < 2:
+            assert script.poll() is None
+            time.sleep(0.05)
+        script.terminate()
+        _, said = script.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
     assert script.returncode == 143
     assert [path.name for path in sorted(tmp_path.glob("saved[01]"))] == ["saved0", "saved1"]
     assert said.count("ended with status 143") == 2

@@ -265,6 +265,10 @@ def fill_the_memory(config, workdir):
     raise MemoryError("Unable to allocate 1.00 TiB")
 
 
+def fill_it_in_python(config, workdir):
+    raise MemoryError
+
+
 @pytest.mark.parametrize(
     ("end", "code", "line"),
     [
@@ -274,6 +278,7 @@ def fill_the_memory(config, workdir):
         (fill_the_disk, 2, "No space left on device: 'out/metrics.jsonl'; mend that"),
         (fill_the_device, 2, "Out of memory while trying to ...); lower config.batch_size"),
         (fill_the_memory, 2, "out of memory (Unable to allocate 1.00 TiB); lower"),
+        (fill_it_in_python, 2, "out of memory; lower config.batch_size"),
     ],
 )
 def test_what_stops_a_run_is_told_in_a_line(monkeypatch, tmp_path, capfd, end, code, line):

@@ -331,15 +331,22 @@ class Chain(nnx.Module):
         return self.reader(nnx.relu(self.norm(self.conv(x))))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 8])
-def test_a_grouped_reader_loses_nothing(groups):
-    """One of groups of several channels skips none: the wanted ones are spread over all."""
-    model = predict_channels(Chain(groups), 0.5, {"conv": ("norm", "reader")})
+class Other(nnx.Conv):
+    """It may compute something else."""
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, None])
+def test_a_reader_that_cannot_skip_single_channels_loses_nothing(groups):
+    """Of groups of several channels: the wanted ones are spread over all. Or not known to us."""
+    chain = Chain(groups or 1)
+    if groups is None:
+        chain.reader = Other(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    model = predict_channels(chain, 0.5, {"conv": ("norm", "reader")})
     model.eval()
     x = jax.random.normal(jax.random.key(0), (3, 6, 6, 8))
     logits, usage = measure(model, x)
     skips = groups in (1, 8)
-    np.testing.assert_array_equal(usage.layers[1].kept_channels, [4 if skips else 8] * 3)
+    assert usage.layers[1].kept_channels.tolist() == [4 if skips else 8] * 3
     if skips:
         model.reader.channel_ratio = PruneRatio(jnp.float32(0.0))
     np.testing.assert_array_equal(model(x), logits)
@@ -355,6 +362,7 @@ def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
     )
     nnx.update(expected, nnx.state(dynamic, nnx.Param))
     expected.eval()
+    dynamic = jax.tree.map(jnp.copy, dynamic)  # what follows what is not told by shared arrays
     set_ratios(dynamic, channel_ratio=blocks, column_ratio=0.6)
     np.testing.assert_array_equal(dynamic(images), expected(images))
     followers = {
@@ -363,7 +371,7 @@ def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
     }
     for axis, follower in followers.items():
         if axis == "column_ratio" or dynamic_layers(dynamic)[follower].feature_ratio is None:
-            with pytest.raises(ValueError, match=f"{axis} of {follower} cannot be set: it follows"):
+            with pytest.raises(ValueError, match=f"{axis} of {follower} cannot be set: .* follows"):
                 set_ratios(dynamic, **{axis: {follower: 0.9}})
 
 
@@ -383,7 +391,7 @@ def test_surgery_says_what_it_cannot_do():
     for link, wrong in (
         ({"conv": (norm, reader)}, "'conv', which is no Conv"),
         ({name: (reader, reader)}, f"'{reader}', which is no BatchNorm"),
-        ({name: (norm, "blocks")}, "'blocks', which is no Conv or Linear"),
+        ({name: (norm, "reader")}, "'reader', which is no Module"),
     ):
         with pytest.raises(ValueError, match=f"links names {wrong}"):
             predict_channels(model, {"*": 0.5}, link)

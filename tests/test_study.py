@@ -77,6 +77,11 @@ def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
     small.dense.learning_rate = 0.5
     with pytest.raises(UserError, match=r"of another config: config\.dense\.learning_rate is"):
         study(small, tmp_path / "study")
+    with pytest.raises(UserError, match="is a run's; give a study a folder of its own"):
+        study(small, elsewhere)
+    small.data.image_size = 1
+    with pytest.raises(UserError, match="image_size"):
+        study(small, tmp_path / "other")
     small.prune.epochs = 0
     with pytest.raises(UserError, match=r"config\.prune\.epochs is 0; a study"):
         study(small, tmp_path / "other")

@@ -114,7 +114,10 @@ def test_set_ratios_changes_the_masks_in_place(zoo, images):
     assert kept["blocks/0/conv2"] == 8
     for column_ratio, message in (
         (0.5, "column_ratio cannot be set: no layer has a gate on that axis"),
-        ({"blocks/0/conv1": 0.5}, "column_ratio of blocks/0/conv1 cannot be set: it has no gate"),
+        (
+            {"blocks/0/conv1": 0.5},
+            "column_ratio of blocks/0/conv1 cannot be set: it has no gate",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             set_ratios(model, channel_ratio=0.7, column_ratio=column_ratio)

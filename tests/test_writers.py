@@ -36,6 +36,10 @@ def test_rows_after_the_step_to_go_on_from_are_taken_out(tmp_path):
         writers.write(4, {})
     with Writers(tmp_path, "dense", 2) as writers:
         writers.write(3, {"again": 1})
+    # TensorBoard drops what was told of a later step, so that is told again.
+    *_, begin, kept, again = events(tmp_path)
+    assert begin.session_log.status == SessionLog.START
+    assert (kept.step, again.step) == (4, 3)
     rows = [(row["step"], row["phase"], row.get("again")) for row in read_metrics(tmp_path)]
     assert rows == [
         (1, "dense", None), (2, "dense", None), (4, "prune", None), (3, "dense", 1)

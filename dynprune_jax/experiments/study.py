@@ -141,9 +141,14 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     folder = Path(workdir).expanduser()
     if not config.prune.epochs:
         raise UserError("config.prune.epochs is 0; a study trains pruned networks: it needs epochs")
+    if (folder / "checkpoints").exists():
+        raise UserError(f"--workdir={folder} is a run's; give a study a folder of its own")
     check_workdir(config, folder, free=(*FREE_FIELDS, *_PATHS, "seed"))
+    with tempfile.TemporaryDirectory() as nobodys:
+        Run.open(config, nobodys)  # a mistake leaves nothing behind
     make_folder(folder)
-    write_json(folder / "config.json", json.loads(config.to_json()))
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", json.loads(config.to_json()))
     grid = [(name, cut) for name in config.study.methods for cut in config.study.cuts]
     grid += [(name, config.study.ablation_cut) for name in config.study.ablations]
     for seed in config.study.seeds:

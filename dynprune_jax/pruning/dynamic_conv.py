@@ -197,6 +197,9 @@ class DynamicConv(nnx.Conv):
             self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(conv.kernel[...])))
         if feature_ratio is not None or wants_columns:
             self.handover = nnx.static(Handover())
+        # Whose choice it follows, told by that convolution's handover; `set_ratios` sets both.
+        self.channels_of: Any = nnx.static(None)
+        self.columns_of: Any = nnx.static(None)
         self.channel_group = channel_group
         self.column_patch = column_patch
         self.follows_features = follows_features

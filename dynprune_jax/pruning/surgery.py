@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -89,7 +89,8 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
     """
     graph, state = nnx.split(model)
     leaves, structure = jax.tree.flatten((state, inputs))
-    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+    kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
 
     def function(*arrays: Any) -> Any:
         new = list(leaves)
@@ -119,7 +120,7 @@ def make_dynamic(
 
     The model that is given keeps its structure. The result shares its parameters: the same
     `nnx.Param` objects under the same paths, so training one trains both. Build the optimizer
-    after the surgery. A convolution that is dynamic already gets a new gate.
+    after the surgery. A convolution with a gate by attention already gets a new one.
 
     Args:
       model: any NNX model, with `nnx.Conv` layers in attributes, `nnx.List`, `nnx.Dict` or
@@ -147,8 +148,9 @@ def make_dynamic(
 
     Raises:
       ValueError: for a pattern that matches no chosen layer, a sequence that does not fit the
-        blocks, a ratio out of [0, 1), no ratio at all, or `column_blocks` that name no such
-        layers, have several column ratios, or a convolution without one between others.
+        blocks, a ratio out of [0, 1), no ratio at all, `column_blocks` that name no such
+        layers, have several column ratios, or a convolution without one between others, or for a
+        convolution with a predicted gate, or one that reads what such a gate has chosen.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if channel_ratio is None and column_ratio is None:
@@ -214,7 +216,7 @@ def predict_channels(
 
     Raises:
       ValueError: as in `make_dynamic`, for links that name no such layers, and for a grouped
-        convolution.
+        convolution whose outputs would be chosen.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     patterns = (layers,) if isinstance(layers, str) else layers
@@ -223,14 +225,15 @@ def predict_channels(
     chosen = dict.fromkeys(name for p in patterns for name in _matches(p, list(links)))
     feature = _ratio_of_each(model, list(chosen), channel_ratio, "channel_ratio")
     feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
-    modules = _modules(model)
+    convs, modules = conv_layers(model), _modules(model)
     readers = {}
     for name in feature:
         norm, reader = links[name]
-        kinds = (nnx.Conv, nnx.BatchNorm, nnx.Conv | nnx.Linear)
-        _check_kinds(modules, "links", zip((name, norm, reader), kinds, strict=True))
-        conv: Any = modules[reader]  # one that keeps or skips whole groups would lose channels
-        if isinstance(conv, nnx.Conv) and conv.feature_group_count in (1, conv.in_features):
+        _check_kind("links", convs, name, nnx.Conv)
+        _check_kind("links", modules, norm, nnx.BatchNorm)
+        _check_kind("links", modules, reader, nnx.Module)
+        conv = convs.get(reader)  # one that keeps or skips whole groups would lose channels
+        if conv is not None and conv.feature_group_count in (1, conv.in_features):
             readers[reader] = name
     column = {}
     if column_ratio is not None:
@@ -243,7 +246,6 @@ def predict_channels(
         norms={name: links[name][0] for name in feature},
         readers=readers,
         blocks=column_blocks,
-        follows_features=True,
         salience_scales=salience_scales,
         statistic=statistic,
         criterion=criterion,
@@ -277,11 +279,11 @@ def _with_gates(
     """
     norms = dict(norms)
     chooses: dict[str, str] = {}  # of each convolution in a block, the first in that block
-    modules = _modules(model)
+    convs, modules = conv_layers(model), _modules(model)
     for block in blocks:
         for name, norm in block:
-            kinds = [(name, nnx.Conv), (norm, nnx.BatchNorm)]
-            _check_kinds(modules, "column_blocks", kinds)
+            _check_kind("column_blocks", convs, name, nnx.Conv)
+            _check_kind("column_blocks", modules, norm, nnx.BatchNorm)
         gated = [column.get(name) is not None for name, _ in block]
         members = list(itertools.compress(block, gated))
         if True in gated and False in gated[gated.index(True) :][: len(members)]:
@@ -297,7 +299,7 @@ def _with_gates(
         chooses |= {name: members[0][0] for name, _ in members}
         norms |= dict(members)
     new: dict[str, Any] = {}
-    for name, conv in conv_layers(model).items():
+    for name, conv in convs.items():
         ratios = [of.get(name) for of in (channel, column, feature)]
         if any(ratio is not None for ratio in ratios):
             if isinstance(conv, DynamicConv) and (
@@ -312,15 +314,15 @@ def _with_gates(
                 channel_ratio=ratios[0],
                 column_ratio=ratios[1],
                 feature_ratio=ratios[2],
+                follows_features=name in readers,
                 follows_columns=chooses.get(name, name) != name,
                 wants_columns=name in chooses,
                 **gate,
             )
-    # One choice has one ratio, the same variable wherever it is read.
     for name, chooser in readers.items():
-        new[name].channel_ratio = new[chooser].feature_ratio
+        new[name].channels_of = nnx.static(new[chooser].handover)
     for name, chooser in chooses.items():
-        new[name].column_ratio = new[chooser].column_ratio
+        new[name].columns_of = nnx.static(new[chooser].handover)
     for name, norm in norms.items():
         new[norm] = GatedNorm(modules[norm], new[name])
     return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model)
@@ -330,13 +332,11 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
     return {path_name(path): module for path, module in nnx.iter_modules(model)}
 
 
-def _check_kinds(
-    modules: Mapping[str, nnx.Module], field: str, kinds: Iterable[tuple[str, Any]]
+def _check_kind(
+    field: str, modules: Mapping[str, nnx.Module], name: str, kind: type[nnx.Module]
 ) -> None:
-    for name, kind in kinds:
-        if not isinstance(modules.get(name), kind):
-            kind = " or ".join(one.__name__ for one in getattr(kind, "__args__", (kind,)))
-            raise ValueError(f"{field} names {name!r}, which is no {kind}")
+    if not isinstance(modules.get(name), kind):
+        raise ValueError(f"{field} names {name!r}, which is no {kind.__name__}")
 
 
 def set_ratios(
@@ -363,23 +363,37 @@ def set_ratios(
     for axis, ratios in (("channel_ratio", channel_ratio), ("column_ratio", column_ratio)):
         if ratios is None:
             continue
-        own: dict[str, Any] = {}
-        for name, gate in gates.items():
-            predicted = axis == "channel_ratio" and gate.feature_ratio is not None
-            variable = gate.feature_ratio if predicted else getattr(gate, axis)
-            why = "" if variable is not None else "it has no gate on that axis"
-            if gate.follows_columns if axis == "column_ratio" else gate.follows_features:
-                why = "" if predicted else "it follows what is chosen before it"
-            if not why:
-                own[name] = variable
-            elif isinstance(ratios, Mapping) and name in ratios:
-                raise ValueError(f"{axis} of {name} cannot be set: {why}")
+        own = _choices(gates, axis)
+        for name in gates.keys() - own.keys():
+            if isinstance(ratios, Mapping) and name in ratios:
+                raise ValueError(
+                    f"{axis} of {name} cannot be set: it has no gate on that axis, or one that"
+                    " follows what is chosen before it"
+                )
         if not own:
             raise ValueError(f"{axis} cannot be set: no layer has a gate on that axis")
         spelled = _ratio_of_each(model, list(own), ratios, axis)
-        changes += [(own[name], ratio) for name, ratio in spelled.items() if ratio is not None]
+        for name, ratio in spelled.items():
+            if ratio is not None:
+                changes += [(variable, ratio) for variable in own[name]]
     for variable, ratio in changes:  # all of them, or none
         variable[...] = jnp.asarray(ratio, jnp.float32)
+
+
+def _choices(gates: Mapping[str, DynamicConv], axis: str) -> dict[str, list[Any]]:
+    """The ratios of each choice, its own and its followers', by the name of who makes it."""
+    found = {}
+    for name, gate in gates.items():
+        if axis == "column_ratio":
+            of, ratio = "columns_of", None if gate.follows_columns else gate.column_ratio
+        else:
+            of, ratio = "channels_of", None if gate.follows_features else gate.channel_ratio
+            ratio = ratio if gate.feature_ratio is None else gate.feature_ratio
+        if ratio is not None:
+            followers = [g for g in gates.values() if getattr(g, of) is not None and g is not gate]
+            followers = [g for g in followers if getattr(g, of) is getattr(gate, "handover", None)]
+            found[name] = [ratio, *(getattr(g, axis) for g in followers)]
+    return found
 
 
 def _select(model: nnx.Module, layers: Layers) -> list[str]:
