@@ -116,6 +116,11 @@ def rows(workdir):
     ]
 
 
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
 def raising(number):
     def stop():
         signal.raise_signal(number)
@@ -140,14 +145,15 @@ def failing():
     ids=["error", "SIGTERM", "Ctrl-C", "SIGTERM in an evaluation", "SIGTERM in the last save"],
 )
 def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
-    config, tmp_path, monkeypatch, memory_limit_mb, method, call, end, outcome, saved
+    config, tmp_path, whole_runs, monkeypatch, memory_limit_mb, method, call, end, outcome, saved
 ):
     config.data.memory_limit_mb = memory_limit_mb
     config.data.crop_padding = 1
     config.gate.drop_probability = 0.8
     config.checkpoint_every_epochs = 1
     config.log_every_steps = 5  # not where the run is cut off
-    whole = train_and_evaluate(config, tmp_path / "whole")
+    undisturbed = whole_runs / str(memory_limit_mb)  # once for all that are cut off
+    whole = train_and_evaluate(config, undisturbed)
     calls = itertools.count(1)
     original = getattr(*method)
 
@@ -171,7 +177,7 @@ def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
     resumed = train_and_evaluate(config, tmp_path / "cut")
     assert resumed["parameters_digest"] == whole["parameters_digest"]
     assert resumed["pruned"] == whole["pruned"]
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "cut") == rows(undisturbed)
 
 
 def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tmp_path):
