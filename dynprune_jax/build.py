@@ -55,7 +55,7 @@ FREE_FIELDS = (
     "benchmark.ratios",
 )
 # Files may be moved: a run whose config.json is changed to say so is still the same.
-_PLACES = ("data.path", "prune.checkpoint")
+PLACES = ("data.path", "prune.checkpoint")
 _COUNTED_IMAGES = 16
 
 
@@ -275,8 +275,7 @@ class Run:
           UserError: if it cannot be written, or if it is not the same for all processes.
         """
         self.make_workdir()
-        if not (self.workdir / "config.json").exists():
-            write_json(self.workdir / "config.json", _as_json(self.config))
+        keep_config(self.config, self.workdir)
         processes.wait_for_all("config.json")
         if not (self.workdir / "config.json").exists():
             raise UserError(
@@ -295,7 +294,7 @@ class Run:
         told = {
             f"config.{name}": value
             for name, value in fields.items()
-            if name not in (*FREE_FIELDS, *_PLACES)
+            if name not in (*FREE_FIELDS, *PLACES)
         }
         return {"phase": phase, **told}
 
@@ -508,6 +507,12 @@ def _build_both(
 
 def _as_json(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json())
+
+
+def keep_config(config: Config, workdir: Path) -> None:
+    """Writes what `check_workdir` compares with, config.json, if it is not there."""
+    if not (workdir / "config.json").exists():
+        write_json(workdir / "config.json", _as_json(config))
 
 
 def check_workdir(config: Config, workdir: Path, free: Sequence[str] = FREE_FIELDS) -> None:

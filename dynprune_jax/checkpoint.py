@@ -25,6 +25,8 @@ from jaxtyping import PyTree
 from dynprune_jax import processes
 from dynprune_jax.errors import UserError
 
+_KEPT = 2  # of the newest steps
+
 
 def leaf_digests(tree: PyTree) -> dict[str, str]:
     """Dtype, shape and SHA-256 of every leaf, by its path: `float32[3,8] 9f86d0...`."""
@@ -57,9 +59,6 @@ def _head(leaf: Any) -> str:
 
 def _json_digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-_KEPT = 2  # of the newest steps
 
 
 class _DamageError(Exception):

@@ -112,7 +112,7 @@ def test_layer_macs_draws_two_bars_a_layer(count, tmp_path):
     layers = report_layers(count)
     (axes,) = plots.layer_macs_figure(layers).axes
     assert len(axes.patches) == 2 * count
-    widths = [bar.get_width() for bar in axes.patches]  # type: ignore[attr-defined]
+    widths = [bar.get_width() for bar in axes.patches]
     np.testing.assert_allclose(widths[:count], [x["dense_macs"] / 1e6 for x in layers])
     np.testing.assert_allclose(widths[count:], [x["macs"] / 1e6 for x in layers])
     assert [x.get_text() for x in axes.get_yticklabels()] == [x["name"] for x in layers]
@@ -133,7 +133,7 @@ def test_macs_distribution_counts_every_image_once(spread, tmp_path):
     noise = np.random.default_rng(0).normal(size=500)
     macs = (120_000_000 + spread * noise).astype(np.int64)
     (axes,) = plots.macs_distribution_figure(macs, 300_000_000).axes
-    assert sum(bar.get_height() for bar in axes.patches) == 500  # type: ignore[attr-defined]
+    assert sum(bar.get_height() for bar in axes.patches) == 500
     (mean,) = axes.lines
     assert np.asarray(mean.get_xdata(), float)[0] == pytest.approx(macs.mean() / 1e6)
     low, high = axes.get_xlim()

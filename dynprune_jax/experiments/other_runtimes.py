@@ -63,7 +63,7 @@ def other_runtimes(
     except NotImplementedError as error:
         return {}, [*notes, f"PyTorch and ONNX Runtime left out: {error}"]
 
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]  optional
 
     torch.set_num_threads(threads)
     planes = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -92,7 +92,7 @@ def _line(error: Exception) -> str:
 
 
 def _in_torch(network: Any, planes: Any) -> Callable[[], np.ndarray]:
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]  optional
 
     def logits() -> np.ndarray:
         with torch.inference_mode():
@@ -102,7 +102,7 @@ def _in_torch(network: Any, planes: Any) -> Callable[[], np.ndarray]:
 
 
 def _in_onnxruntime(network: Any, planes: Any, threads: int) -> Callable[[], np.ndarray]:
-    import onnxruntime  # pyright: ignore[reportMissingImports]
+    import onnxruntime  # pyright: ignore[reportMissingImports]  optional
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -124,7 +124,7 @@ def _in_onnxruntime(network: Any, planes: Any, threads: int) -> Callable[[], np.
 
 def _export(network: Any, planes: Any, path: str) -> None:
     """Writes the network as ONNX, for images of this shape only."""
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]  optional
 
     def export(**kind: Any) -> None:
         torch.onnx.export(network, (planes,), path, verbose=False, **kind)
@@ -145,8 +145,8 @@ def _torch_network(model: nnx.Module) -> Any:
     Raises:
       NotImplementedError: for a model, a unit or a layer that is not one of the package's own.
     """
-    import torch  # pyright: ignore[reportMissingImports]
-    from torch import nn  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]  optional
+    from torch import nn  # pyright: ignore[reportMissingImports]  optional
 
     class Residual(nn.Module):
         """The relu of a branch plus a shortcut."""

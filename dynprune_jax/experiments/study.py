@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots
-from dynprune_jax.build import FREE_FIELDS, Run, check_workdir, make_folder
+from dynprune_jax.build import FREE_FIELDS, PLACES, Run, check_workdir, keep_config, make_folder
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.static import HIGHEST_RATIO, static
@@ -88,7 +88,7 @@ METHODS = {
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
 _NOT_MEASURED = "not measured"
-_PATHS = ("data.path", "data.archive", "data.data_dir", "prune.checkpoint")  # of one machine
+_PATHS = (*PLACES, "data.archive", "data.data_dir")  # of one machine
 
 
 def find_method(name: str) -> Method:
@@ -143,12 +143,11 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         raise UserError("config.prune.epochs is 0; a study trains pruned networks: it needs epochs")
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={folder} is a run's; give a study a folder of its own")
-    check_workdir(config, folder, free=(*FREE_FIELDS, *_PATHS, "seed"))
+    check_workdir(config, folder, free=(*FREE_FIELDS, *PLACES, "seed"))
     with tempfile.TemporaryDirectory() as nobodys:
         Run.open(config, nobodys)  # a mistake leaves nothing behind
     make_folder(folder)
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", json.loads(config.to_json()))
+    keep_config(config, folder)
     grid = [(name, cut) for name in config.study.methods for cut in config.study.cuts]
     grid += [(name, config.study.ablation_cut) for name in config.study.ablations]
     for seed in config.study.seeds:

@@ -83,6 +83,10 @@ def _intercept(layer: nnx.Module, name: str, call: Callable[..., Any]) -> None:
 def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], list[Any]]:
     """The call of a model as a function of arrays, to be traced.
 
+    Args:
+      model: any NNX model.
+      *inputs: what it is called with: arrays or their shapes, in pytrees, and anything else.
+
     Returns:
       function: of the arrays; what else the model holds and is called with is part of it.
       arrays: the model's variables and the arrays, or shapes of arrays, among the inputs.
