@@ -76,19 +76,19 @@ class CompactConv(DynamicConv):
         if self.feature_ratio is not None and native.why_not() is None:
             self.salience_kernel = nnx.Param(kernel_panels(self.salience_kernel[...][None, None]))
 
-    def weigh(self, means: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+    def weigh(self, sums: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
         """The linear layer of the salience; rows for channels of nothing but 0 are not read."""
         if self.salience_kernel[...].ndim == 2:
-            return super().weigh(means)
-        maps = means.reshape(-1, 1, 1, means.shape[-1])
+            return super().weigh(sums)
+        maps = sums.reshape(-1, 1, 1, sums.shape[-1])
         y = native.kept_conv(
             maps,
             self.salience_kernel[...],
-            Masks(maps[:, 0, 0] != 0.0),
+            Masks(maps[:, 0, 0] > 0.0),
             Geometry(1, 1, kernel=(1, 1)),
             features=self.out_features,
         )
-        return y.reshape(*means.shape[:-1], -1)
+        return y.reshape(*sums.shape[:-1], -1)
 
     def kept_count(self, ratio: float | None, n: int) -> int:
         """How many of `n` are kept; all of them without a gate."""

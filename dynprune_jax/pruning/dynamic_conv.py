@@ -252,13 +252,14 @@ class DynamicConv(nnx.Conv):
         The means are divided by the square root of their number, so that a step of training changes
         the saliences by their kernel about as much as by their bias, whatever their number.
         """
-        means = jnp.mean(jnp.abs(x), axis=(-3, -2), dtype=jnp.float32) * x.shape[-1] ** -0.5
-        bias = self.salience_bias[...].reshape((1,) * (means.ndim - 1) + (-1,))
-        return nnx.relu(self.weigh(means) + bias)
+        sums = channel_attention(x, magnitude)
+        height, width, channels = x.shape[-3:]
+        bias = self.salience_bias[...].reshape((1,) * (sums.ndim - 1) + (-1,))
+        return nnx.relu(self.weigh(sums) / (height * width * channels**0.5) + bias)
 
-    def weigh(self, means: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+    def weigh(self, sums: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
         """The linear layer of the salience, without its bias."""
-        return means @ self.salience_kernel[...]
+        return sums @ self.salience_kernel[...]
 
     def choose(
         self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None
