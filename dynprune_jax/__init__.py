@@ -5,11 +5,13 @@ from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
+from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.macs import LayerUsage, Usage
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.plan import Plan, measure_plan
+from dynprune_jax.pruning.ratios import set_ratios
 from dynprune_jax.pruning.schedules import ratio_ascent
-from dynprune_jax.pruning.surgery import dynamic_layers, make_dynamic, predict_channels, set_ratios
+from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 
 __all__ = [
     "DynamicConv",

@@ -13,7 +13,7 @@ from flax.nnx import traversals
 from jaxtyping import Array, Float, Int, PyTree
 
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.pruning.surgery import path_name
+from dynprune_jax.pruning.layers import path_name
 
 Values = Mapping[str, Any]
 Batch = tuple[Float[Array, "batch height width channels"], Int[Array, " batch"]]

@@ -15,8 +15,8 @@ from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.forms import Form, possible
+from dynprune_jax.pruning.layers import conv_layers
 from dynprune_jax.pruning.plan import Plan, measure_plan
-from dynprune_jax.pruning.surgery import conv_layers
 
 
 def trained(name, **kwargs):

@@ -8,7 +8,7 @@ from flax import nnx
 from dynprune_jax import config as config_lib
 from dynprune_jax.build import build_dynamic, build_model
 from dynprune_jax.experiments.study import find_method, with_fields
-from dynprune_jax.pruning.surgery import dynamic_layers
+from dynprune_jax.pruning.layers import dynamic_layers
 
 FILES = sorted(CONFIGS.glob("*.py"))
 CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "imagenet100": (100, 3)}

@@ -12,13 +12,10 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Handover, PruneRatio
+from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.masks import Masks
-from dynprune_jax.pruning.surgery import (
-    dynamic_layers,
-    make_dynamic,
-    predict_channels,
-    set_ratios,
-)
+from dynprune_jax.pruning.ratios import set_ratios
+from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 from dynprune_jax.train import train_and_evaluate
 from dynprune_jax.train_step import Network
 

@@ -6,7 +6,9 @@ from flax import nnx
 
 import dynprune_jax
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.surgery import dynamic_layers, make_dynamic, set_ratios
+from dynprune_jax.pruning.layers import dynamic_layers
+from dynprune_jax.pruning.ratios import set_ratios
+from dynprune_jax.pruning.surgery import make_dynamic
 
 
 class Block(nnx.Module):
@@ -160,6 +162,7 @@ def test_a_new_gate_is_as_at_test_time_until_the_model_trains(zoo, images):
         ({"channel_ratio": 0.5, "layers": "conv9"}, "'conv9' matches none.*blocks/0/conv"),
         ({"channel_ratio": 0.5, "layers": lambda *_: False}, "selects no convolution"),
         ({}, "give channel_ratio, column_ratio or both"),
+        ({"channel_ratio": 0.5, "channel_group": 512}, "channel_group is 512.* nothing would be"),
     ],
 )
 def test_mistakes_are_refused(zoo, kwargs, message):

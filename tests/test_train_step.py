@@ -9,7 +9,7 @@ from dynprune_jax.models import vgg_digits
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.pruning.surgery import path_name
+from dynprune_jax.pruning.layers import path_name
 from dynprune_jax.train_step import Network, TrainState, train_step
 
 

@@ -28,9 +28,9 @@ from dynprune_jax.experiments.study import with_fields
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
+from dynprune_jax.pruning.layers import conv_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
-from dynprune_jax.pruning.surgery import conv_layers
 from dynprune_jax.train_step import Network
 from dynprune_jax.writers import progress_bar, screen, write_json
 

@@ -24,8 +24,8 @@ from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.models.links import Link, links
+from dynprune_jax.pruning.layers import intercept
 from dynprune_jax.pruning.measure import dense_macs
-from dynprune_jax.pruning.surgery import intercept
 from dynprune_jax.report import provenance
 from dynprune_jax.train import run_phase, train_dense
 from dynprune_jax.train_step import Network, Values

@@ -3,16 +3,14 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flax import nnx
 
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import fold_batch_norms
+from dynprune_jax.pruning.layers import Model, conv_layers, path_name
 from dynprune_jax.pruning.plan import Plan, measure_plan
-from dynprune_jax.pruning.surgery import conv_layers, path_name
-
-Model = TypeVar("Model", bound=nnx.Module)
 
 
 def compact(

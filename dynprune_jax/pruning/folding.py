@@ -1,16 +1,21 @@
 """Batch normalization folded into the convolution in front of it, for inference."""
 
 from collections import Counter
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.pruning.surgery import as_function, conv_layers, intercept, path_name
-
-Model = TypeVar("Model", bound=nnx.Module)
+from dynprune_jax.pruning.layers import (
+    Model,
+    all_modules,
+    as_function,
+    conv_layers,
+    intercept,
+    path_name,
+)
 
 # What the calls of layers are named in a traced program: the mark, then the layer's name.
 _CONV, _NORM = "conv layer ", "norm layer "
@@ -52,7 +57,7 @@ def fold_batch_norms(model: Model, images: Any, *others: Any) -> Model:
     """
     model = nnx.clone(model)
     model.eval()
-    modules = {path_name(path): module for path, module in nnx.iter_modules(model)}
+    modules = all_modules(model)
     new: dict[str, nnx.Module] = {}
     for conv_name, norm_name in _pairs(model, images, *others):
         conv: Any = modules[conv_name]

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.layers import as_function, dynamic_layers, intercept
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
-from dynprune_jax.pruning.surgery import as_function, dynamic_layers, intercept
 
 
 def measure(

@@ -20,8 +20,8 @@ from dynprune_jax.pruning import native
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
+from dynprune_jax.pruning.layers import as_function, conv_layers, intercept
 from dynprune_jax.pruning.masks import Masks
-from dynprune_jax.pruning.surgery import as_function, conv_layers, intercept
 
 # After a first round, a form this much slower than the best is out.
 _HOPELESS = 1.5

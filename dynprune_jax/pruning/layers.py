@@ -1,0 +1,153 @@
+"""The layers of any NNX model: their names, which are meant by a pattern, and their calls."""
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+
+Layers = str | Sequence[str] | Callable[[str, nnx.Conv], bool]
+Model = TypeVar("Model", bound=nnx.Module)
+
+# A convolution with at most this many input channels sees the image (grey, RGB, RGBA).
+_IMAGE_CHANNELS = 4
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A layer's name: the keys on the way to it, joined, such as `blocks/1/layers/0/conv`."""
+    return "/".join(map(str, path))
+
+
+def all_modules(model: nnx.Module) -> dict[str, Any]:
+    """Every module of a model, by name."""
+    return {path_name(path): module for path, module in nnx.iter_modules(model)}
+
+
+def conv_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
+    """Every 2-D convolution that could get a gate, by name, in order."""
+    found = {
+        name: module
+        for name, module in all_modules(model).items()
+        if isinstance(module, nnx.Conv)
+        and type(module) in (nnx.Conv, DynamicConv)  # a subclass may compute something else
+        and len(module.kernel_size) == 2
+    }
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def dynamic_layers(model: nnx.Module) -> dict[str, DynamicConv]:
+    """Every dynamic convolution by name, in order."""
+    return {k: v for k, v in conv_layers(model).items() if isinstance(v, DynamicConv)}
+
+
+def intercept(
+    model: Model, kinds: type[nnx.Module] | tuple[type[nnx.Module], ...], call: Callable[..., Any]
+) -> Model:
+    """Returns a throw-away copy of a model in which the calls of some layers go through `call`.
+
+    Args:
+      model: it is left as it is.
+      kinds: of the layers.
+      call: gets the layer's name, the layer, its own `__call__`, and the arguments, those with a
+        place in their places. The layer stays an instance of its own class, so a model that looks
+        at it sees no difference.
+    """
+    copy = nnx.clone(model)
+    for path, layer in list(nnx.iter_modules(copy)):
+        if isinstance(layer, kinds):
+            _intercept(layer, path_name(path), call)
+    return copy
+
+
+def _intercept(layer: nnx.Module, name: str, call: Callable[..., Any]) -> None:
+    kind: Any = type(layer)
+
+    class Intercepted(kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            own: Any = super().__call__
+            given = inspect.signature(own).bind(*args, **kwargs)  # the map may come by its name
+            return call(name, self, own, *given.args, **given.kwargs)
+
+    layer.__class__ = Intercepted
+
+
+def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """The call of a model as a function of arrays, to be traced.
+
+    Args:
+      model: any NNX model.
+      *inputs: what it is called with: arrays or their shapes, in pytrees, and anything else.
+
+    Returns:
+      function: of the arrays; what else the model holds and is called with is part of it.
+      arrays: the model's variables and the arrays, or shapes of arrays, among the inputs.
+    """
+    graph, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten((state, inputs))
+    kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
+
+    def function(*arrays: Any) -> Any:
+        new = list(leaves)
+        for i, array in zip(traced, arrays, strict=True):
+            new[i] = array
+        state, inputs = jax.tree.unflatten(structure, new)
+        return nnx.merge(graph, state)(*inputs)
+
+    return function, [leaves[i] for i in traced]
+
+
+def select(model: nnx.Module, layers: Layers) -> list[str]:
+    """The names of the convolutions that `layers` asks for, in order.
+
+    Args:
+      model: any NNX model.
+      layers: patterns of names, or a function of a name and a convolution. A pattern with a
+        wildcard leaves out what sees the image; its full name, or a function, may choose that too.
+
+    Raises:
+      ValueError: where that is none.
+    """
+    convs = conv_layers(model)
+    inner = [name for name, conv in convs.items() if conv.in_features > _IMAGE_CHANNELS]
+    if callable(layers):
+        chosen = {name for name, conv in convs.items() if layers(name, conv)}
+        if not chosen:
+            raise ValueError("the function given as layers selects no convolution")
+    else:
+        patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+        named = [pattern for pattern in patterns if pattern in convs]
+        if not named and not inner:
+            raise ValueError(
+                f"{type(model).__name__} has no 2-D nnx.Conv with more than {_IMAGE_CHANNELS}"
+                " input channels"
+            )
+        chosen = set(named).union(*(matches(p, inner) for p in patterns if p not in named))
+    return [name for name in convs if name in chosen]
+
+
+def matches(pattern: str, names: Sequence[str]) -> list[str]:
+    """Those of the names that a pattern, as in `fnmatch`, matches.
+
+    Raises:
+      ValueError: where that is none.
+    """
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+        raise ValueError(
+            f"the layer pattern {pattern!r} matches none of the {len(names)} convolutions"
+            + (f"; one of them is {close[0]!r}" if close else "")
+        )
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorts `blocks/10` after `blocks/9`."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split("/")]

@@ -1,0 +1,123 @@
+"""Prune ratios: spelled out for each layer, and set in place."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.layers import dynamic_layers, matches
+
+# One number; one for each block; or one for each pattern of layer names. All are checked by value.
+Ratios = float | np.generic | np.ndarray | Array | Sequence[Any] | Mapping[str, Any] | None
+
+
+def set_ratios(
+    model: nnx.Module, channel_ratio: Ratios = None, column_ratio: Ratios = None
+) -> None:
+    """Sets the prune ratios of a dynamic model's gates, in place; None leaves an axis as it is.
+
+    The ratios are variables, so a function that takes the model's state as an argument is not
+    compiled again.
+
+    Args:
+      model: a model from `make_dynamic` or `predict_channels`.
+      channel_ratio: as in the function that it is from: predicted gates are named by the
+        convolution that makes the outputs, and what reads them follows.
+      column_ratio: as in `make_dynamic`; of a block that shares its columns the first convolution
+        has the ratio, and the others follow.
+
+    Raises:
+      ValueError: as in `make_dynamic`, where no layer has a gate on that axis, and where one is
+        named that has none or follows.
+    """
+    gates = dynamic_layers(model)
+    changes = []
+    for axis, ratios in (("channel_ratio", channel_ratio), ("column_ratio", column_ratio)):
+        if ratios is None:
+            continue
+        own = _choices(gates, axis)
+        for name in gates.keys() - own.keys():
+            if isinstance(ratios, Mapping) and name in ratios:
+                raise ValueError(
+                    f"{axis} of {name} cannot be set: it has no gate on that axis, or one that"
+                    " follows what is chosen before it"
+                )
+        if not own:
+            raise ValueError(f"{axis} cannot be set: no layer has a gate on that axis")
+        spelled = ratio_of_each(model, list(own), ratios, axis)
+        for name, ratio in spelled.items():
+            if ratio is not None:
+                changes += [(variable, ratio) for variable in own[name]]
+    for variable, ratio in changes:  # all of them, or none
+        variable[...] = jnp.asarray(ratio, jnp.float32)
+
+
+def _choices(gates: Mapping[str, DynamicConv], axis: str) -> dict[str, list[Any]]:
+    """The ratios of each choice, its own and its followers', by the name of who makes it."""
+    found = {}
+    for name, gate in gates.items():
+        if axis == "column_ratio":
+            of, ratio = "columns_of", None if gate.follows_columns else gate.column_ratio
+        else:
+            of, ratio = "channels_of", None if gate.follows_features else gate.channel_ratio
+            ratio = ratio if gate.feature_ratio is None else gate.feature_ratio
+        if ratio is not None:
+            followers = [g for g in gates.values() if getattr(g, of) is not None and g is not gate]
+            followers = [g for g in followers if getattr(g, of) is getattr(gate, "handover", None)]
+            found[name] = [ratio, *(getattr(g, axis) for g in followers)]
+    return found
+
+
+def ratio_of_each(
+    model: nnx.Module, names: Sequence[str], ratios: Any, field: str
+) -> dict[str, float | None]:
+    """Spells ratios out: one number, one for each block, or one for each pattern of names.
+
+    Args:
+      model: whose `blocks` a sequence is of.
+      names: of the layers.
+      ratios: see `make_dynamic`.
+      field: what errors call them.
+
+    Returns:
+      The ratio of each layer; None for one that has none.
+
+    Raises:
+      ValueError: see `make_dynamic`.
+    """
+    if ratios is None:
+        return dict.fromkeys(names)
+    if np.ndim(ratios) == 0 and not isinstance(ratios, Mapping):
+        ratios = {"*": ratios}
+    if not isinstance(ratios, Mapping):
+        blocks = len(getattr(model, "blocks", ()))
+        if len(ratios) != blocks:
+            raise ValueError(
+                f"{field} has {len(ratios)} values; this model has {blocks} blocks"
+                + ("" if blocks else ", so give one number or a mapping of layer patterns")
+            )
+        # A ratio of 0 may meet a block of which no layer is chosen.
+        ratios = {
+            f"blocks/{i}/*": ratio
+            for i, ratio in enumerate(ratios)
+            if ratio != 0 or any(name.startswith(f"blocks/{i}/") for name in names)
+        }
+    spelled: dict[str, float | None] = dict.fromkeys(names)
+    for pattern, ratio in ratios.items():
+        number = _checked(ratio, f"{field} for {pattern}")
+        for name in matches(pattern, names):
+            spelled[name] = number
+    return spelled
+
+
+def _checked(ratio: Any, field: str) -> float:
+    try:
+        if isinstance(ratio, str | bool) or not 0.0 <= ratio < 1.0:
+            raise ValueError
+        return float(ratio)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field} is {ratio!r}; it must be a number in [0, 1)") from error
