@@ -11,7 +11,9 @@ from dynprune_jax import compact, measure, models
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
+from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Handover, PruneRatio
+from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.ratios import set_ratios
@@ -78,6 +80,14 @@ def test_a_unit_is_the_slow_reference():
             y = (y * norm.scale[f] + norm.bias[f]) * salience[f]
             expected[..., f] = np.maximum(y, 0)
         np.testing.assert_allclose(found[image], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_is_not_skipped():
+    _, dynamic, _ = predicted("vgg")
+    conv = dynamic.blocks[0].layers[1].conv
+    x = jnp.ones((1, 8, 8, 8)).at[0, 3, 4, 5].set(jnp.nan)
+    for layer in (conv, CompactConv(conv, Form())):
+        assert np.isnan(layer.salience(x)).all()
 
 
 @pytest.mark.parametrize("name", ["vgg", "resnet20"])

@@ -136,7 +136,7 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
     (first,) = [row["speedup"] for row in shown]
     others = [row["speedup"] for row in again]
     assert len(others) == 7
-    assert f"it was {first:.2f}×, and in [seven runs after it" in PAGES
+    assert f"it was {first:.2f}×, and in [seven other runs" in PAGES
     spread = (min(others), max(others), statistics.median(others))
     assert "between {:.2f}× and {:.2f}×, with a median of {:.2f}×".format(*spread) in PAGES
     for whose, key in (("dense network's", "fastest_dense_ms"), ("compact one's", "compact_ms")):
@@ -152,6 +152,8 @@ def test_the_price_of_choosing_anew_is_what_was_measured():
     for way in ("random_masks_ms", "static_ms"):
         more = [100 * (row[way] / row["compact_ms"] - 1) for row in rows]
         assert f"between {-min(more):.0f} % less and {max(more):.0f} % more" in text
+    memory = [row["compact_memory_mb"] / row["dense_memory_mb"] for row in rows]
+    assert f"{min(memory):.2f} to {max(memory):.2f} times the dense one's" in text
 
 
 @pytest.mark.parametrize(

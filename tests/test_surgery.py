@@ -162,12 +162,28 @@ def test_a_new_gate_is_as_at_test_time_until_the_model_trains(zoo, images):
         ({"channel_ratio": 0.5, "layers": "conv9"}, "'conv9' matches none.*blocks/0/conv"),
         ({"channel_ratio": 0.5, "layers": lambda *_: False}, "selects no convolution"),
         ({}, "give channel_ratio, column_ratio or both"),
-        ({"channel_ratio": 0.5, "channel_group": 512}, "channel_group is 512.* nothing would be"),
+        (
+            {"channel_ratio": 0.5, "channel_group": 8, "layers": "blocks/*"},
+            "channel_group is 8, .* at most 8: no channel would be skipped",
+        ),
     ],
 )
 def test_mistakes_are_refused(zoo, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_dynamic(zoo, **kwargs)
+
+
+def test_a_large_channel_group_is_refused_only_where_nothing_would_be_skipped(zoo):
+    def skips(**kwargs):
+        return {
+            name
+            for name, gate in dynamic_layers(make_dynamic(zoo, **kwargs)).items()
+            if gate.column_ratio is not None or gate.group_size(gate.in_features) < gate.in_features
+        }
+
+    assert "blocks/0/conv1" in skips(channel_ratio=0.5, channel_group=7, layers="blocks/*")
+    assert skips(channel_ratio=0.5, channel_group=512) == {"named/depthwise"}
+    assert "blocks/0/conv1" in skips(column_ratio=0.5, channel_group=512)
 
 
 def test_a_model_without_convolutions_is_refused():

@@ -84,7 +84,7 @@ class CompactConv(DynamicConv):
         y = native.kept_conv(
             maps,
             self.salience_kernel[...],
-            Masks(maps[:, 0, 0] > 0.0),
+            Masks(maps[:, 0, 0] != 0.0),  # NaN is something
             Geometry(1, 1, kernel=(1, 1)),
             features=self.out_features,
         )
@@ -104,7 +104,7 @@ class CompactConv(DynamicConv):
         if self.follows_features and self.form.compiled:
             # Whatever is not zero: no more than the count that is kept, and perhaps less.
             masks = super().choose(shape, None, column_scores)
-            present = jnp.repeat(channel_scores > 0.0, self.group_size(shape[-1]), axis=-1)
+            present = jnp.repeat(channel_scores != 0.0, self.group_size(shape[-1]), axis=-1)
             return dataclasses.replace(masks, channels=present)
         masks = super().choose(shape, channel_scores, column_scores)
         if self.form.compiled or channel_scores.size > _FEW:

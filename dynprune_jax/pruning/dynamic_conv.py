@@ -249,8 +249,9 @@ class DynamicConv(nnx.Conv):
     ) -> Float[Array, "*batch features"]:
         """What the output channels are expected to matter, at least 0 (arXiv 1810.05331, eq. 8).
 
-        The means are divided by the square root of their number, so that a step of training changes
-        the saliences by their kernel about as much as by their bias, whatever their number.
+        Divided by the square root of the channels, the means change the saliences by their kernel
+        in a step of training about as much as by their bias, whatever the number of channels. Sums
+        are weighed, and the result is scaled: a gate that follows another takes the same sums.
         """
         sums = channel_attention(x, magnitude)
         height, width, channels = x.shape[-3:]

@@ -12,6 +12,7 @@ from flax import nnx
 
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 
+# A pattern of layer names, several, or a function of the name and the convolution.
 Layers = str | Sequence[str] | Callable[[str, nnx.Conv], bool]
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -59,9 +60,9 @@ def intercept(
         at it sees no difference.
     """
     copy = nnx.clone(model)
-    for path, layer in list(nnx.iter_modules(copy)):
+    for name, layer in all_modules(copy).items():
         if isinstance(layer, kinds):
-            _intercept(layer, path_name(path), call)
+            _intercept(layer, name, call)
     return copy
 
 
@@ -112,7 +113,7 @@ def select(model: nnx.Module, layers: Layers) -> list[str]:
         wildcard leaves out what sees the image; its full name, or a function, may choose that too.
 
     Raises:
-      ValueError: where that is none.
+      ValueError: where a pattern matches none, or the function chooses none.
     """
     convs = conv_layers(model)
     inner = [name for name, conv in convs.items() if conv.in_features > _IMAGE_CHANNELS]

@@ -80,14 +80,15 @@ def ratio_of_each(
     Args:
       model: whose `blocks` a sequence is of.
       names: of the layers.
-      ratios: see `make_dynamic`.
+      ratios: see `Ratios`; of patterns that match the same layer the last counts.
       field: what errors call them.
 
     Returns:
       The ratio of each layer; None for one that has none.
 
     Raises:
-      ValueError: see `make_dynamic`.
+      ValueError: for a pattern that matches none of the names, a sequence that does not fit the
+        blocks, and a ratio that is no number in [0, 1).
     """
     if ratios is None:
         return dict.fromkeys(names)

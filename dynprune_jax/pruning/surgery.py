@@ -13,6 +13,7 @@ from dynprune_jax.pruning.layers import (
     Model,
     all_modules,
     conv_layers,
+    dynamic_layers,
     matches,
     path_name,
     select,
@@ -71,8 +72,8 @@ def make_dynamic(
       ValueError: for a pattern that matches no chosen layer, a sequence that does not fit the
         blocks, a ratio out of [0, 1), no ratio at all, `column_blocks` that name no such
         layers, have several column ratios, or a convolution without one between others, for a
-        `channel_group` that no layer has two of, or for a convolution with a predicted gate, or
-        one that reads what such a gate has chosen.
+        `channel_group` of at least as many channels as any of the gated layers has, or for a
+        convolution with a predicted gate, or one that reads what such a gate has chosen.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if channel_ratio is None and column_ratio is None:
@@ -80,15 +81,7 @@ def make_dynamic(
     chosen = select(model, layers)
     channel = ratio_of_each(model, chosen, channel_ratio, "channel_ratio")
     column = ratio_of_each(model, chosen, column_ratio, "column_ratio")
-    convs = conv_layers(model)
-    gated = [convs[name] for name, ratio in channel.items() if ratio is not None]
-    widths = [c.in_features for c in gated if c.feature_group_count == 1]  # others: their own
-    if channel_group > 1 and widths and channel_group >= max(widths):
-        raise ValueError(
-            f"channel_group is {channel_group}, but no convolution with a gate on channels has"
-            f" more than {max(widths)} of them: nothing would be skipped"
-        )
-    return _with_gates(
+    dynamic = _with_gates(
         model,
         channel,
         column,
@@ -100,6 +93,17 @@ def make_dynamic(
         drop_probability=drop_probability,
         rngs=rngs,
     )
+    gates = [gate for gate in dynamic_layers(dynamic).values() if gate.channel_ratio is not None]
+    if (
+        channel_group > 1
+        and gates
+        and all(g.group_size(g.in_features) == g.in_features for g in gates)
+    ):
+        raise ValueError(
+            f"channel_group is {channel_group}, and the convolutions with a gate on channels have"
+            f" at most {max(gate.in_features for gate in gates)}: no channel would be skipped"
+        )
+    return dynamic
 
 
 def predict_channels(
