@@ -298,7 +298,8 @@ def test_the_claims_on_imagenette_are_what_its_runs_say():
         f"Random columns leave {accuracy('columns', 0.4, 'random', both):.0f} %",
         f"Predicted channels lose {lost('predicted', 0.4):.1f} points at a cut of 40 %",
         f"by L1 norms {lost('l1', 0.4):.1f};",
-        f"at 55 % {lost('predicted', 0.55):.1f} and {lost('l1', 0.55):.1f}, two seeds each: **lev",
+        f"at 55 % {lost('predicted', 0.55):.1f} and {lost('l1', 0.55):.1f}, two seeds each: "
+        "**level**",
         f"({accuracy('predicted', 0.4, 'shared', both):.1f} % with one choice for a batch)",
         f"the block they lose {lost('predicted+block_columns', 0.4, (0,)):.1f} at 40 % (seed 0).",
         f"seed 0, whose dense network reached {accuracy('dense', 0.0):.2f}",
