@@ -16,7 +16,7 @@ def get_config():
     config = cifar_config()
     config.model = "resnet56"
     config.data.name = "cifar10"
-    config.gate.channel_ratio = (0.3, 0.3, 0.6)
+    config.gate.channel_ratio = (0.4, 0.5, 0.6)
     config.gate.column_ratio = (0.6, 0.6, 0.6)
     config.gate.layers = ("blocks/*/conv2",)
     config.optim.weight_decay = 2e-4
@@ -31,7 +31,7 @@ def get_config():
         "geometric_median",
         "random_filters",
     )
-    config.study.cuts = (0.37, 0.5, 0.6)
+    config.study.cuts = (0.37, 0.5, 0.62)
     config.study.ablations = (
         "channels",
         "columns",
