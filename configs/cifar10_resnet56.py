@@ -5,8 +5,11 @@ Command: python -m dynprune_jax.main --config=configs/cifar10_resnet56.py --work
     (--mode=study for all methods, cuts and seeds; on a GPU add --config.dtype=bfloat16)
     (with the data set as class folders, add --config.data.name=class_folders
     --config.data.path=DIR; with the official archive, --config.data.archive=FILE)
-Hardware and time: one data-centre GPU, not measured.
-Result: not measured. The schedule is the one chosen for VGG16 on CIFAR-10.
+Hardware and time: one H100; the dense network 8 minutes beside three others, a run with predicted
+    gates 12 among seven.
+Result: dense 94.2 %; by predicted gates on channels, with a teacher, 93.8 and 92.9 % with 37 and
+    62 % of the MACs removed, by static pruning with one 93.4 % with 62 % (one seed). The schedule
+    is the one chosen for VGG16.
 """
 
 from dynprune_jax.config import cifar_config
@@ -23,10 +26,10 @@ def get_config():
 
     config.study.methods = (
         "attention",
-        "predicted",
-        "predicted+distillation",
+        "predicted+channels",
+        "predicted+channels+distillation",
         "l1",
-        "l1+distillation",
+        "l1+as_predicted+channels+distillation",
         "taylor",
         "geometric_median",
         "random_filters",
