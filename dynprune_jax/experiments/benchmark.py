@@ -28,7 +28,7 @@ from dynprune_jax.experiments.study import with_fields
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
-from dynprune_jax.pruning.layers import conv_layers
+from dynprune_jax.pruning.layers import conv_layers, dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
 from dynprune_jax.train_step import Network
@@ -131,7 +131,7 @@ class _Bench:
 
     def row(self, config: Config, controls: bool = False) -> dict[str, Any]:
         """Measures one setting of ratios; with the controls and the other runtimes or without."""
-        dynamic = build_dynamic(config, self._model)
+        dynamic = _choosing(build_dynamic(config, self._model))
         dynamic.eval()
         usage = _usage(dynamic, self._images[:1])
         name = f"{usage.mac_reduction:.3f}"
@@ -141,7 +141,7 @@ class _Bench:
         ways["compact"] = self._compile(compact(dynamic, self._images, plan=plan))
         extra: dict[str, Any] = {}
         if controls:
-            random = build_dynamic(config, self._model, criterion="random")
+            random = _choosing(build_dynamic(config, self._model, criterion="random"))
             ways["random masks"] = self._compile(compact(random, self._images, plan=plan))
             static, extra["static_mac_reduction"] = self._static(usage)
             ways["static"] = self._compile(
@@ -321,6 +321,15 @@ def _trained_or_fresh(config: Config, folder: Path) -> nnx.Module:
         return network.bind({k: v for k, v in values.items() if k in network.weights})
     classes, channels = _SETS.get(config.data.name, (10, 3))
     return build_model(config, classes, channels)
+
+
+def _choosing(model: nnx.Module) -> nnx.Module:
+    """Draws the kernels of predicted gates, so that these depend on the input; they start at 0."""
+    for i, layer in enumerate(dynamic_layers(model).values()):
+        if layer.feature_ratio is not None:
+            shape = layer.salience_kernel.shape
+            layer.salience_kernel[...] = 0.1 * jax.random.normal(jax.random.key(i), shape)
+    return model
 
 
 def _usage(model: nnx.Module, images: jax.Array) -> Any:

@@ -21,9 +21,6 @@ from dynprune_jax.pruning.attention import (
 )
 from dynprune_jax.pruning.masks import Masks
 
-# Small beside the biases, 1 on average, so that a trained network starts nearly as it was.
-_SALIENCE_INIT = nnx.initializers.normal(0.1)
-
 
 class PruneRatio(nnx.Variable):
     """The prune ratio of one gate on one axis: a float32 scalar in [0, 1), free to be traced."""
@@ -115,8 +112,8 @@ class DynamicConv(nnx.Conv):
     the mean magnitude of each channel of the input to a salience of each output channel; those
     with the highest are wanted, and a `GatedNorm` behind scales them by it and sets the others
     to zero. Its parameters, `salience_kernel` and `salience_bias`, are trained with the network.
-    They start with what a static pruning would go by: the salience of a channel is near the L1
-    norm of its filter, over the layer's mean (Li et al. 2016, arXiv 1608.08710).
+    They start with what a static pruning would go by: the salience of a channel is the L1 norm
+    of its filter, over the layer's mean (Li et al. 2016, arXiv 1608.08710), whatever the input.
     With `wants_columns` it wants its output at the columns that it keeps of its input, and no
     other; a `GatedNorm` sets those to zero too.
 
@@ -192,8 +189,8 @@ class DynamicConv(nnx.Conv):
             if self.feature_group_count > 1:
                 raise ValueError("a grouped convolution cannot choose its output channels")
             shape = (self.in_features, self.out_features)
-            kernel = _SALIENCE_INIT(rngs(), shape, jnp.float32)
-            self.salience_kernel = nnx.Param(kernel)
+            # Not drawn: in a narrow layer filters differ by less than what a draw would add.
+            self.salience_kernel = nnx.Param(jnp.zeros(shape, jnp.float32))
             self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(conv.kernel[...])))
         if feature_ratio is not None or wants_columns:
             self.handover = nnx.static(Handover())
