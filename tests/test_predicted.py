@@ -8,8 +8,9 @@ from flax import nnx
 from test_compact import mixed_plan
 
 from dynprune_jax import compact, measure, models
+from dynprune_jax.build import build_dynamic
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.benchmark import _trained_or_fresh
+from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Handover, PruneRatio
@@ -419,9 +420,18 @@ def test_a_run_with_predicted_gates(config, tmp_path):
     again = train_and_evaluate(config, tmp_path / "run")
     assert again["parameters_digest"] == report["parameters_digest"]
     assert again["pruned"] == report["pruned"]
-    # A benchmark takes the trained weights; no time depends on the gates' own.
-    trained = Network(_trained_or_fresh(config, tmp_path / "run")).weights
-    assert trained.keys() == Network(models.vgg_digits(10, rngs=nnx.Rngs(0))).weights.keys()
+    # A benchmark takes the trained weights, and draws the gates' own.
+    trained = _trained_or_fresh(config, tmp_path / "run")
+    weights = Network(trained).weights
+    assert weights.keys() == Network(models.vgg_digits(10, rngs=nnx.Rngs(0))).weights.keys()
+    fresh = build_dynamic(config, trained)
+    fresh.eval()
+    images = jax.random.uniform(jax.random.key(0), (8, 16, 16, 1))
+    for gates, alike in ((fresh, True), (_choosing(fresh), False)):
+        kept = [layer.masks.features for layer in measure(gates, images)[1].layers]
+        apart = [np.asarray(k != k[:1]).any() for k in kept if k is not None]
+        assert len(apart) == 7
+        assert any(apart) != alike
     config.gate.channel_group = 2
     with pytest.raises(UserError, match=r"config\.gate\.channel_group is 2"):
         train_and_evaluate(config, tmp_path / "other")

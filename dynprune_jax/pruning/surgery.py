@@ -125,9 +125,10 @@ def predict_channels(
     Feature Boosting and Suppression (Gao et al. 2018, arXiv 1810.05331): see `DynamicConv`. The
     convolution that reads the outputs skips the same channels, so a kept share counts squared.
 
-    The gates start from the model's weights: a trained model answers as before, nearly and at
-    ratio 0, and skips what static pruning by L1 norms would remove. For that the batch norms behind
-    get scales and biases of their own; all other parameters are shared with the given model.
+    The gates start from the model's weights: at ratio 0 a trained model answers as before, but for
+    rounding; above, until it is trained, it skips for every input what static pruning by L1 norms
+    would remove. For that the batch norms behind get scales and biases of their own; all other
+    parameters are shared with the given model.
 
     Args:
       model: any NNX model.
@@ -145,7 +146,7 @@ def predict_channels(
       statistic: as in `make_dynamic`, for columns.
       criterion: ranks saliences and column attention.
       drop_probability: as in `make_dynamic`.
-      rngs: seeds the new parameters, the random criterion and stochastic dropout.
+      rngs: seeds the random criterion and stochastic dropout; `nnx.Rngs(0)` by default.
 
     Raises:
       ValueError: as in `make_dynamic`, for links that name no such layers, and for a grouped
