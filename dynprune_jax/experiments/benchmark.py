@@ -324,7 +324,7 @@ def _trained_or_fresh(config: Config, folder: Path) -> nnx.Module:
 
 
 def _choosing(model: nnx.Module) -> nnx.Module:
-    """Draws the kernels of predicted gates, so that these depend on the input; they start at 0."""
+    """Draws the kernels of predicted gates in place: fresh ones are 0 and ignore the input."""
     for i, layer in enumerate(dynamic_layers(model).values()):
         if layer.feature_ratio is not None:
             shape = layer.salience_kernel.shape
