@@ -138,7 +138,7 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
                 f" give a tuple of {blocks} ratios in [0, 1), or ()"
             )
         # A ratio of 0 needs no gate, and a gate not there costs nothing.
-        ratios[field] = {f"blocks/{i}/*": ratio for i, ratio in enumerate(given) if ratio} or None
+        ratios[field] = [ratio or None for ratio in given] if any(given) else None
     if not any(ratios.values()):
         return model
     try:

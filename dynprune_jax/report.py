@@ -3,6 +3,7 @@
 import json
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -100,7 +101,7 @@ def provenance(run: Run) -> dict[str, Any]:
             "test_examples": len(run.dataset.test),
             "held_out": run.config.data.held_out,  # not 0: these are no test examples
         },
-        "versions": _versions(),
+        "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 
@@ -113,14 +114,28 @@ def _command() -> str | None:
     return shlex.join(["python", "-m", "dynprune_jax.main", *sys.argv[1:]])
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """What a result was made with: Python, packages and, in a checkout, the commit."""
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # run from a checkout
-            versions[name] = "not installed"
-    return versions
+            found[name] = "not installed"
+    commit = checkout(Path(__file__).parent.parent)
+    return found if commit is None else found | {"commit": commit}
+
+
+def checkout(folder: Path) -> str | None:
+    """The commit that is checked out in a folder, with a + if files differ; None if none is."""
+    if not (folder / ".git").exists():  # git itself would look in the folders around it too
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):  # without git, or it may not read the folder
+        return None
+    return done.stdout.strip()
 
 
 def _told_of_training(run: Run) -> dict[str, Any]:

@@ -22,6 +22,22 @@ def reports(name):
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
+def accuracies(study, method, cut=0.0, control=None):
+    """Of each seed, in percent; `control`: with another choice than its own."""
+    return {
+        row["seed"]: 100
+        * (row["accuracy_by_other_criteria"][control] if control else row["accuracy"])
+        for row in read_rows(ROOT / "docs" / "results" / study)
+        if (row["method"], row["cut"]) == (method, cut)
+    }
+
+
+def accuracy(study, method, cut=0.0, control=None, seeds=(0, 1, 2)):
+    """The mean over these seeds, in percent."""
+    found = accuracies(study, method, cut, control)
+    return statistics.mean(found[seed] for seed in seeds)
+
+
 def mean_and_spread(values):
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
@@ -176,11 +192,13 @@ def test_a_study_s_tables_are_what_its_runs_say(name, count):
 
 
 def test_the_claim_on_the_digits_is_what_its_runs_say():
-    accuracies = {}
-    for row in read_rows(ROOT / "docs" / "results" / "digits_kinds"):
-        accuracies.setdefault((row["method"], row["cut"]), []).append(100 * row["accuracy"])
-    mean = {case: statistics.mean(values) for case, values in accuracies.items()}
-    lost = [mean["dense", 0.0] - mean[case] for case in mean if case[0].startswith("predicted")]
+    gated = [
+        (row["method"], row["cut"])
+        for row in read_rows(ROOT / "docs" / "results" / "digits_kinds")
+        if row["seed"] == 0 and row["method"].startswith("predicted")
+    ]
+    dense = accuracy("digits_kinds", "dense")
+    lost = [dense - accuracy("digits_kinds", *case) for case in gated]
     assert len(lost) == 4 * 3
     assert f"lose at most {max(lost):.1f} points up to a cut of 75 %" in PAGES
 
@@ -188,103 +206,82 @@ def test_the_claim_on_the_digits_is_what_its_runs_say():
 def test_the_study_s_claims_are_what_its_runs_say():
     rows = read_rows(ROOT / "docs" / "results" / "cifar10_vgg_small")
 
-    def accuracy(method, cut=0.55, seeds=(0, 1, 2), control=None):
-        chosen = [
-            row["accuracy_by_other_criteria"][control] if control else row["accuracy"]
-            for row in rows
-            if (row["method"], row["cut"]) == (method, cut) and row["seed"] in seeds
-        ]
-        assert len(chosen) == len(seeds)
-        return 100 * statistics.mean(chosen)
+    def of(method, cut=0.55, **which):
+        return accuracy("cifar10_vgg_small", method, cut, **which)
 
     def static(cut):
-        return max(accuracy("l1", cut), accuracy("taylor", cut))
+        return max(of("l1", cut), of("taylor", cut))
 
-    attention, random = accuracy("attention"), accuracy("random")
-    undropped = accuracy("no_dropout")
+    attention, random = of("attention"), of("random")
+    undropped = of("no_dropout")
     cuts = (0.55, 0.65, 0.75)
-    ahead = [accuracy("predicted", cut) - static(cut) for cut in (0.4, *cuts)]
-    distilled = [accuracy("predicted+distillation", cut) for cut in cuts]
-    static_distilled = [accuracy("l1+distillation", cut) for cut in cuts]
-    shared = [accuracy("predicted", cut, control="shared") for cut in cuts]
-    alone = [accuracy("predicted", cut) for cut in cuts]
+    ahead = [of("predicted", cut) - static(cut) for cut in (0.4, *cuts)]
+    distilled = [of("predicted+distillation", cut) for cut in cuts]
+    static_distilled = [of("l1+distillation", cut) for cut in cuts]
+    shared = [of("predicted", cut, control="shared") for cut in cuts]
+    alone = [of("predicted", cut) for cut in cuts]
     ranking, scaling = (
-        [accuracy(method, cut) for cut in (0.55, 0.75)]
-        for method in ("predicted+unscaled", "predicted")
+        [of(method, cut) for cut in (0.55, 0.75)] for method in ("predicted+unscaled", "predicted")
     )
-    once, anew = accuracy("block_columns", 0.65), accuracy("both", 0.65)
-    mixed = [accuracy("predicted+block_columns", cut) for cut in cuts]
-    taught = accuracy("predicted+block_columns+distillation", 0.65)
+    once, anew = of("block_columns", 0.65), of("both", 0.65)
+    mixed = [of("predicted+block_columns", cut) for cut in cuts]
+    taught = of("predicted+block_columns+distillation", 0.65)
     apart = [
-        own - accuracy("predicted+block_columns", cut, control="shared")
+        own - of("predicted+block_columns", cut, control="shared")
         for own, cut in zip(mixed, cuts, strict=True)
     ]
-    l2 = [accuracy("l2", seeds=(s,)) - accuracy("attention", seeds=(s,)) for s in range(3)]
+    l2 = [of("l2", seeds=(s,)) - of("attention", seeds=(s,)) for s in range(3)]
     reached = {row["method"]: 100 * row["mac_reduction"] for row in rows if row["cut"] == 0.55}
     each = "{:.1f}, {:.1f} and {:.1f} %"
     for claim in (
         f"by {min(ahead):.1f} to {max(ahead):.1f} points",
-        f"geometric median, {accuracy('geometric_median'):.1f} %, is where they are",
+        f"geometric median, {of('geometric_median'):.1f} %, is where they are",
         "cut came out at {l1:.1f} % where 55 % was asked for, theirs at {predicted:.1f} %".format(
             **reached
         ),
         f"share of the result is {attention - undropped:.0f} points",
         f"({attention:.1f} % against {undropped:.1f} %",
         f"trained for in the same way, {attention - random:.0f}.",
-        f"({accuracy('random_filters'):.1f} % at 55 %)",
+        f"({of('random_filters'):.1f} % at 55 %)",
         f"the predicted gates reach {each.format(*distilled)}",
         f"by L1 norms {each.format(*static_distilled)}",
         f"{each.format(*shared)} where each image chooses for itself {each.format(*alone)}",
-        f"they reach {accuracy('predicted+shared'):.1f} % at 55 %.",
+        f"they reach {of('predicted+shared'):.1f} % at 55 %.",
         "the gates reach {:.1f} and {:.1f} % at".format(*ranking),
         "that multiply give {:.1f} and {:.1f} %".format(*scaling),
         f"{once:.1f} % against {anew:.1f} %",
         f"({mixed[1]:.1f} % at the same cut, {taught:.1f} % with a teacher)",
         "takes {:.1f}, {:.1f} and {:.1f} points more".format(*apart),
-        f"Trained with one choice for each batch it is {accuracy('shared'):.1f} %",
-        f"the inverse choice {accuracy('inverse'):.1f} %; without ascent"
-        f" {accuracy('no_ascent'):.1f} %;",
-        f"only every second time {accuracy('stochastic'):.1f} %",
-        f"{accuracy('l2'):.1f} %, in each seed {min(l2):.1f} to {max(l2):.1f} points ahead",
-        f"the maximum is level ({accuracy('max'):.1f} %)",
+        f"Trained with one choice for each batch it is {of('shared'):.1f} %",
+        f"the inverse choice {of('inverse'):.1f} %; without ascent {of('no_ascent'):.1f} %;",
+        f"only every second time {of('stochastic'):.1f} %",
+        f"{of('l2'):.1f} %, in each seed {min(l2):.1f} to {max(l2):.1f} points ahead",
+        f"the maximum is level ({of('max'):.1f} %)",
     ):
         assert claim in PAGES, claim
 
 
 def test_the_claims_on_imagenette_are_what_its_runs_say():
-    rows = read_rows(ROOT / "docs" / "results" / "imagenette_resnet18_small")
-
-    def accuracy(method, cut, control=None, seeds=(0,)):
-        chosen = [
-            row["accuracy_by_other_criteria"][control] if control else row["accuracy"]
-            for row in rows
-            if (row["method"], row["cut"]) == (method, cut) and row["seed"] in seeds
-        ]
-        assert len(chosen) == len(seeds)
-        return 100 * statistics.mean(chosen)
+    def of(method, cut, control=None, seeds=(0,)):
+        return accuracy("imagenette_resnet18_small", method, cut, control, seeds)
 
     def lost(method, cut, seeds=(0, 1)):  # of the same seeds' dense networks
-        return accuracy("dense", 0.0, seeds=seeds) - accuracy(method, cut, seeds=seeds)
+        return of("dense", 0.0, seeds=seeds) - of(method, cut, seeds=seeds)
 
     both = (0, 1)
-    pairs = [
-        [accuracy(name, cut, seeds=both) for name in ("columns", "channels")] for cut in (0.4, 0.55)
-    ]
+    pairs = [[of(name, cut, seeds=both) for name in ("columns", "channels")] for cut in (0.4, 0.55)]
     ahead = [
-        accuracy("columns", cut, seeds=(seed,)) - accuracy("channels", cut, seeds=(seed,))
+        of("columns", cut, seeds=(seed,)) - of("channels", cut, seeds=(seed,))
         for cut in (0.4, 0.55)
         for seed in both
     ]
     apart = [
-        accuracy(name, 0.4, seeds=both) - accuracy(name, 0.4, "shared", both)
+        of(name, 0.4, seeds=both) - of(name, 0.4, "shared", both)
         for name in ("columns", "channels")
     ]
-    small = {}
-    for row in read_rows(ROOT / "docs" / "results" / "cifar10_vgg_small"):
-        small.setdefault((row["method"], row["cut"]), []).append(100 * row["accuracy"])
-    on_small = [statistics.mean(small[name, 0.55]) for name in ("columns", "attention")]
-    between = [accuracy(name, 0.4) for name in ("both", "block_columns")]
-    assert accuracy("channels", 0.4) < min(between) <= max(between) < accuracy("columns", 0.4)
+    on_small = [accuracy("cifar10_vgg_small", name, 0.55) for name in ("columns", "attention")]
+    between = [of(name, 0.4) for name in ("both", "block_columns")]
+    assert of("channels", 0.4) < min(between) <= max(between) < of("columns", 0.4)
     for claim in (
         "by attention {:.1f} against {:.1f} % at a cut of 40 %".format(*pairs[0]),
         "{:.1f} against {:.1f} % at 55 %, two seeds each".format(*pairs[1]),
@@ -294,31 +291,25 @@ def test_the_claims_on_imagenette_are_what_its_runs_say():
         "({:.1f} against {:.1f} %, ResNet-18 on 128²; two seeds)".format(*pairs[1]),
         "({:.1f} and {:.1f} % at 40 %, seed 0)".format(*between),
         "takes {:.0f} points from columns at 40 % and {:.0f} from channels".format(*apart),
-        f"Random columns leave {accuracy('columns', 0.4, 'random', both):.0f} %",
+        f"Random columns leave {of('columns', 0.4, 'random', both):.0f} %",
         f"Predicted channels lose {lost('predicted', 0.4):.1f} points at a cut of 40 %",
         f"by L1 norms {lost('l1', 0.4):.1f};",
         f"at 55 % {lost('predicted', 0.55):.1f} and {lost('l1', 0.55):.1f}, two seeds each: "
         "**level**",
-        f"({accuracy('predicted', 0.4, 'shared', both):.1f} % with one choice for a batch)",
+        f"({of('predicted', 0.4, 'shared', both):.1f} % with one choice for a batch)",
         f"the block they lose {lost('predicted+block_columns', 0.4, (0,)):.1f} at 40 % (seed 0).",
-        f"seed 0, whose dense network reached {accuracy('dense', 0.0):.2f}",
+        f"seed 0, whose dense network reached {of('dense', 0.0):.2f}",
     ):
         assert claim in PAGES, claim
 
 
 def test_the_claims_on_vgg16_are_what_its_runs_say():
     results = ROOT / "docs" / "results"
-    found = {}
-    for row in read_rows(results / "cifar10_vgg16"):
-        found.setdefault((row["method"], row["cut"]), {})[row["seed"]] = row
     cuts, seeds = (0.55, 0.65, 0.75), (0, 1, 2)
 
     def each(method, cut, control=None):
-        runs = [found[method, cut][seed] for seed in seeds]
-        return [
-            100 * (run["accuracy_by_other_criteria"][control] if control else run["accuracy"])
-            for run in runs
-        ]
+        found = accuracies("cifar10_vgg16", method, cut, control)
+        return [found[seed] for seed in seeds]
 
     def apart(one, other):
         return [a - b for a, b in zip(one, other, strict=True)]
@@ -335,7 +326,7 @@ def test_the_claims_on_vgg16_are_what_its_runs_say():
         for own, cut in zip(gates, cuts, strict=True)
     ]
     alone = [  # seed 0, at 55 and 65 %
-        100 * found[f"{method}+distillation", cut][0]["accuracy"]
+        accuracies("cifar10_vgg16", f"{method}+distillation", cut)[0]
         for method in ("l1+as_predicted", "random_filters+as_predicted", "predicted")
         for cut in cuts[:2]
     ]
@@ -395,11 +386,14 @@ def test_the_claims_on_vgg16_are_what_its_runs_say():
 
 
 def test_the_claims_on_resnet56_are_what_its_runs_say():
-    rows = read_rows(ROOT / "docs" / "results" / "cifar10_resnet56")
-    found = {(row["method"], row["cut"]): 100 * row["accuracy"] for row in rows}
-    dense = found["dense", 0.0]
-    lost = [dense - found["predicted+channels+distillation", cut] for cut in (0.37, 0.62)]
-    static = dense - found["l1+as_predicted+channels+distillation", 0.62]
+    name = "cifar10_resnet56"
+    dense = accuracy(name, "dense", seeds=(0,))
+    lost = [
+        dense - accuracy(name, "predicted+channels+distillation", cut, seeds=(0,))
+        for cut in (0.37, 0.62)
+    ]
+    static = dense - accuracy(name, "l1+as_predicted+channels+distillation", 0.62, seeds=(0,))
+    rows = read_rows(ROOT / "docs" / "results" / name)
     (mild,) = (row["mac_reduction"] for row in rows if row["cut"] == 0.37)
     assert f"where 37 % was asked for, {100 * mild:.1f} % is removed" in PAGES
     claim = f"lose {lost[0]:.2f} points at 37 % and {lost[1]:.2f} at 62 %, where we had set 0.2,"

@@ -31,6 +31,7 @@ from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import conv_layers, dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
+from dynprune_jax.report import versions
 from dynprune_jax.train_step import Network
 from dynprune_jax.writers import progress_bar, screen, write_json
 
@@ -164,7 +165,7 @@ class _Bench:
             "image_size": config.data.image_size,
             "dtype": config.dtype,
             "device": f"{_device()}, {available_cores()} cores",
-            "jax": jax.__version__,
+            "versions": versions(),
             "batch_size": len(self._images),
             "channel_ratio": list(config.gate.channel_ratio),
             "column_ratio": list(config.gate.column_ratio),
@@ -355,8 +356,9 @@ def _equal_width(config: Config, shape: tuple[int, ...], macs: float) -> float:
 def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> None:
     first = rows[0]
     table = rich.table.Table(
-        title=f"{first['network']}, {first['image_size']}² images, {first['dtype']}, jax"
-        f" {first['jax']}\n{first['device']}; milliseconds a batch; memory beside dense",
+        title=f"{first['network']}, {first['image_size']}² images, {first['dtype']},"
+        f" jax {first['versions']['jax']}\n{first['device']};"
+        " milliseconds a batch; memory beside dense",
         box=rich.box.SIMPLE_HEAD,
     )
     for column in ("batch", "cut", "dense", "compact", "img/s", "speedup", "ideal", "realised"):

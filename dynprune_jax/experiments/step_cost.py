@@ -13,6 +13,7 @@ from dynprune_jax.build import Run
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.plan import interleaved
+from dynprune_jax.report import versions
 from dynprune_jax.train import Feed
 from dynprune_jax.train_step import TrainState
 from dynprune_jax.writers import screen, write_json
@@ -55,6 +56,7 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
                 "batch_size": config.batch_size,
                 "dtype": config.dtype,
                 "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                "versions": versions(),
                 "repeats": len(times),
                 "median_ms": 1e3 * statistics.median(times),
                 "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]],

@@ -78,7 +78,7 @@ def ratio_of_each(
     """Spells ratios out: one number, one for each block, or one for each pattern of names.
 
     Args:
-      model: whose `blocks` a sequence is of.
+      model: whose `blocks` a sequence is of; None in it: no ratio in that block.
       names: of the layers.
       ratios: see `Ratios`; of patterns that match the same layer the last counts.
       field: what errors call them.
@@ -88,30 +88,42 @@ def ratio_of_each(
 
     Raises:
       ValueError: for a pattern that matches none of the names, a sequence that does not fit the
-        blocks, and a ratio that is no number in [0, 1).
+        blocks, a ratio other than 0 for a block without any of the names, and a ratio that is no
+        number in [0, 1).
     """
     if ratios is None:
         return dict.fromkeys(names)
     if np.ndim(ratios) == 0 and not isinstance(ratios, Mapping):
         ratios = {"*": ratios}
     if not isinstance(ratios, Mapping):
-        blocks = len(getattr(model, "blocks", ()))
-        if len(ratios) != blocks:
-            raise ValueError(
-                f"{field} has {len(ratios)} values; this model has {blocks} blocks"
-                + ("" if blocks else ", so give one number or a mapping of layer patterns")
-            )
-        # A ratio of 0 may meet a block of which no layer is chosen.
-        ratios = {
-            f"blocks/{i}/*": ratio
-            for i, ratio in enumerate(ratios)
-            if ratio != 0 or any(name.startswith(f"blocks/{i}/") for name in names)
-        }
+        return _ratio_of_blocks(model, names, ratios, field)
     spelled: dict[str, float | None] = dict.fromkeys(names)
     for pattern, ratio in ratios.items():
         number = _checked(ratio, f"{field} for {pattern}")
         for name in matches(pattern, names):
             spelled[name] = number
+    return spelled
+
+
+def _ratio_of_blocks(
+    model: nnx.Module, names: Sequence[str], ratios: Any, field: str
+) -> dict[str, float | None]:
+    blocks = len(getattr(model, "blocks", ()))
+    if len(ratios) != blocks:
+        raise ValueError(
+            f"{field} has {len(ratios)} values; this model has {blocks} blocks"
+            + ("" if blocks else ", so give one number or a mapping of layer patterns")
+        )
+    spelled: dict[str, float | None] = dict.fromkeys(names)
+    for i, ratio in enumerate(ratios):
+        number = None if ratio is None else _checked(ratio, f"{field} for block {i}")
+        inside = [name for name in names if name.startswith(f"blocks/{i}/")]
+        if number and not inside:
+            raise ValueError(
+                f"{field} for block {i} is {number:g}, and none of the convolutions chosen is in"
+                " that block: give 0 for it, or choose one there"
+            )
+        spelled |= dict.fromkeys(inside, number)
     return spelled
 
 

@@ -48,9 +48,9 @@ def make_dynamic(
       model: any NNX model, with `nnx.Conv` layers in attributes, `nnx.List`, `nnx.Dict` or
         `nnx.Sequential`.
       channel_ratio: prune ratio over channels, in [0, 1): one number for every gate; or a
-        sequence, one for each entry of `model.blocks`; or a mapping from patterns of layer
-        names to ratios, of which the last that matches counts (`{"*": 0.3, "blocks/4/*": 0.9}`).
-        None, or no match: no gate on channels.
+        sequence, one for each entry of `model.blocks`, None for no gate in it; or a mapping from
+        patterns of layer names to ratios, of which the last that matches counts
+        (`{"*": 0.3, "blocks/4/*": 0.9}`). None, or no match: no gate on channels.
       column_ratio: the same over columns.
       layers: which convolutions to gate: a pattern of layer names as in `fnmatch`
         (`"blocks/*/conv2"`), several of them, or a function of the name and the convolution.
@@ -76,11 +76,11 @@ def make_dynamic(
         convolution with a predicted gate, or one that reads what such a gate has chosen.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    if channel_ratio is None and column_ratio is None:
-        raise ValueError("give channel_ratio, column_ratio or both")
     chosen = select(model, layers)
     channel = ratio_of_each(model, chosen, channel_ratio, "channel_ratio")
     column = ratio_of_each(model, chosen, column_ratio, "column_ratio")
+    if not any(ratio is not None for ratio in (*channel.values(), *column.values())):
+        raise ValueError("give channel_ratio, column_ratio or both")
     dynamic = _with_gates(
         model,
         channel,

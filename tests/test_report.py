@@ -1,0 +1,27 @@
+import subprocess
+
+from dynprune_jax.report import checkout
+
+
+def test_the_commit_of_a_checkout_is_told_and_whether_files_differ(tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=n", "-c", "user.email=n@example.org")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    inside = tmp_path / "installed"
+    inside.mkdir()
+    (inside / "code.py").write_text("1\n", encoding="utf-8")
+    assert checkout(tmp_path) is None
+    git("init", "--quiet")
+    assert checkout(tmp_path) is None  # nothing is committed yet
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    commit = git("rev-parse", "HEAD")
+    told = checkout(tmp_path)
+    assert told
+    assert len(told) >= 7
+    assert commit.startswith(told)
+    assert checkout(inside) is None  # installed somewhere in another project
+    (inside / "code.py").write_text("2\n", encoding="utf-8")
+    assert checkout(tmp_path) == f"{told}+"
