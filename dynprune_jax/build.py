@@ -466,6 +466,7 @@ class Run:
             self.learning_rate(phase),
             momentum=self.config.optim.momentum,
             weight_decay=self.config.optim.weight_decay,
+            salience_rate=self.config.gate.salience_rate,
         )
 
     def learning_rate(self, phase: str) -> optax.Schedule:

@@ -75,6 +75,8 @@ def base_config() -> Config:
                 "kind": "attention",
                 # predicted: outputs are multiplied by their salience; or it only ranks them.
                 "salience_scales": True,
+                # predicted: the saliences' learning rate, beside that of all else.
+                "salience_rate": 1.0,
                 # Columns are chosen once a block (of a ResNet: a unit), for inputs and outputs.
                 "block_columns": False,
                 "layers": ("*",),  # patterns of layer names: which convolutions are gated
@@ -249,6 +251,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate.kind": _one_of(*KINDS),
     "gate.statistic": _one_of(*STATISTICS),
     "gate.criterion": _one_of(*CRITERIA),
+    "gate.salience_rate": _above(0.0),
     "gate.drop_probability": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
     "ascent.warmup": _in(0.0, 1.0),
     "ascent.increment": _above(0.0),

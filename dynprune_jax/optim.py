@@ -17,18 +17,23 @@ def learning_rate(peak: float, *, warmup_steps: int, total_steps: int) -> optax.
 
 
 def sgd(
-    schedule: optax.Schedule, *, momentum: float, weight_decay: float
+    schedule: optax.Schedule, *, momentum: float, weight_decay: float, salience_rate: float = 1.0
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent over a flat dictionary of parameters by name.
 
     Weight decay is added to the gradient of the kernels; biases and batch-norm scales are left
-    alone, as in He et al. 2018 (arXiv 1812.01187).
+    alone, as in He et al. 2018 (arXiv 1812.01187). The saliences of predicted gates learn at
+    `salience_rate` times the schedule.
     """
 
     def kernels(params: dict) -> dict:
         return {name: name.endswith("kernel") for name in params}
 
+    def saliences(params: dict) -> dict:
+        return {name: "salience_" in name.rpartition("/")[2] for name in params}
+
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=kernels),
         optax.sgd(schedule, momentum=momentum, nesterov=True),
+        optax.masked(optax.scale(salience_rate), saliences),
     )

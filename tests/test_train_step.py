@@ -6,10 +6,12 @@ from flax import nnx
 
 from dynprune_jax import make_dynamic
 from dynprune_jax.models import vgg_digits
+from dynprune_jax.models.links import links
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.layers import path_name
+from dynprune_jax.pruning.surgery import predict_channels
 from dynprune_jax.train_step import Network, TrainState, train_step
 
 
@@ -160,6 +162,24 @@ def test_only_kernels_decay():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     updates = jax.tree.map(lambda update: float(update[0]), updates)
     assert updates == {"a/kernel": -0.5, "a/bias": 0.0, "norm/scale": 0.0}
+
+
+def test_saliences_learn_at_their_own_rate():
+    dense = model()
+    reads = {link.name: (link.norm_name, link.reader_name) for link in links(dense)}
+    params = Network(predict_channels(dense, 0.5, reads)).values(nnx.Param)
+    gradients = jax.tree.map(jnp.ones_like, params)
+
+    def steps(**rate):
+        optimizer = sgd(lambda step: 0.5, momentum=0.9, weight_decay=1e-2, **rate)
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+    plain, slow = steps(), steps(salience_rate=0.1)
+    saliences = {name for name in params if name.endswith(("/salience_kernel", "/salience_bias"))}
+    assert len(saliences) == 2 * len(reads)
+    for name in params:
+        factor = 0.1 if name in saliences else 1.0
+        np.testing.assert_allclose(slow[name], factor * plain[name], rtol=1e-6)
 
 
 def test_distillation_is_hintons_loss():
