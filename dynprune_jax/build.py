@@ -466,7 +466,7 @@ class Run:
             self.learning_rate(phase),
             momentum=self.config.optim.momentum,
             weight_decay=self.config.optim.weight_decay,
-            salience_rate=self.config.gate.salience_rate,
+            salience_rate=self.config.gate.salience_rate if phase == "prune" else 1.0,
         )
 
     def learning_rate(self, phase: str) -> optax.Schedule:

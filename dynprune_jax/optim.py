@@ -32,8 +32,10 @@ def sgd(
     def saliences(params: dict) -> dict:
         return {name: "salience_" in name.rpartition("/")[2] for name in params}
 
-    return optax.chain(
+    parts = [
         optax.add_decayed_weights(weight_decay, mask=kernels),
         optax.sgd(schedule, momentum=momentum, nesterov=True),
-        optax.masked(optax.scale(salience_rate), saliences),
-    )
+    ]
+    if salience_rate != 1.0:  # a part more changes the tree that a checkpoint holds
+        parts.append(optax.masked(optax.scale(salience_rate), saliences))
+    return optax.chain(*parts)
