@@ -412,6 +412,7 @@ def test_a_run_with_predicted_gates(config, tmp_path):
     config.gate.kind = "predicted"
     config.gate.column_ratio = (0.0, 0.2, 0.0)
     config.gate.block_columns = True
+    config.gate.salience_rate = 0.5  # of this phase's optimizer alone
     report = train_and_evaluate(config, tmp_path / "run")
     # 7 convolutions at ratios .3, .4, .5 of both sides; columns of one block.
     assert 0.5 < report["pruned"]["mac_reduction"] < 0.7

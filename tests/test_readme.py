@@ -448,6 +448,25 @@ def test_the_start_of_predicted_gates_is_what_its_runs_say():
     )
 
 
+def test_the_claims_on_the_saliences_rate_are_what_its_runs_say():
+    gates, static = "predicted+channels+distillation", "l1+as_predicted+channels+distillation"
+    cases = {
+        "dense": accuracies("salience_rate/all", "dense"),
+        "static, L1 norm": accuracies("salience_rate/all", static, 0.62),
+        "predicted, saliences at the rate of all else": accuracies(
+            "salience_rate/all", gates, 0.62
+        ),
+        "predicted, at a tenth of it": accuracies("salience_rate/tenth", gates, 0.62),
+    }
+    for label, of in cases.items():
+        assert f"| {label} | {of[0]:.2f} | {of[1]:.2f} |" in PAGES
+    _, removed, fast, slow = cases.values()
+    better = [slow[seed] - fast[seed] for seed in (0, 1)]
+    behind = [removed[seed] - slow[seed] for seed in (0, 1)]
+    claim = "{:.2f} and {:.2f} points better, and {:.2f} and {:.2f} behind static pruning"
+    assert claim.format(*better, *behind) in PAGES
+
+
 def test_the_choice_of_vgg16_s_schedule_is_what_its_runs_say():
     runs = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
@@ -551,6 +570,7 @@ def test_the_command_of_a_result_makes_its_config(monkeypatch):
         "cifar10_vgg_small",
         "digits_kinds",
         "imagenette_resnet18_small",
+        "tenth",
     }
 
 
