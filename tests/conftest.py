@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,10 @@ _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# A job in the background of a script is started with Ctrl-C ignored; what obeys it is tested here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
