@@ -130,7 +130,16 @@ def checkout(folder: Path) -> str | None:
     """The commit that is checked out in a folder, with a + if files differ; None if none is."""
     if not (folder / ".git").exists():  # git itself would look in the folders around it too
         return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty=+"]
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--dirty=+",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):  # without git, or it may not read the folder

@@ -138,7 +138,7 @@ MISTAKES = {
     "test on what was trained on": (["--config.data.test_split=train"], "test on other images"),
     "layers without a ratio": (
         ["--config.gate.layers=('blocks/0/*',)"],
-        r"config.gate: channel_ratio for block 1 is 0.\d+, and none of the convolutions chosen",
+        r"config.gate: channel_ratio for block 1 is 0.\d+, and no convolution chosen for",
     ),
     "infinite learning rate": (["--config.dense.learning_rate=inf"], "a finite number greater"),
     "ratio of a word": (["--config.gate.channel_ratio=(.1,'a',.1)"], "channel_ratio"),

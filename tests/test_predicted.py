@@ -8,7 +8,7 @@ from flax import nnx
 from test_compact import mixed_plan
 
 from dynprune_jax import compact, measure, models
-from dynprune_jax.build import build_dynamic
+from dynprune_jax.build import Run, build_dynamic
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
@@ -412,7 +412,15 @@ def test_a_run_with_predicted_gates(config, tmp_path):
     config.gate.kind = "predicted"
     config.gate.column_ratio = (0.0, 0.2, 0.0)
     config.gate.block_columns = True
-    config.gate.salience_rate = 0.5  # of this phase's optimizer alone
+    config.gate.salience_rate = 0.5
+    run = Run.open(config, tmp_path / "run")
+    assert run.dynamic is not None
+    params = run.dynamic.values(nnx.Param)
+    parts = {
+        phase: len(jax.eval_shape(run.optimizer(phase).init, params))
+        for phase in ("dense", "prune")
+    }
+    assert parts["prune"] == parts["dense"] + 1  # dense checkpoints keep their tree
     report = train_and_evaluate(config, tmp_path / "run")
     # 7 convolutions at ratios .3, .4, .5 of both sides; columns of one block.
     assert 0.5 < report["pruned"]["mac_reduction"] < 0.7

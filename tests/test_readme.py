@@ -465,6 +465,11 @@ def test_the_claims_on_the_saliences_rate_are_what_its_runs_say():
     behind = [removed[seed] - slow[seed] for seed in (0, 1)]
     claim = "{:.2f} and {:.2f} points better, and {:.2f} and {:.2f} behind static pruning"
     assert claim.format(*better, *behind) in PAGES
+    assert f"they were {min(behind):.1f} to {max(behind):.1f} points behind it there" in PAGES
+    shared = accuracies("salience_rate/tenth", gates, 0.62, "shared")
+    lost = [slow[seed] - shared[seed] for seed in (0, 1)]
+    claim = "lose at most {:.2f} points, or gain up to {:.2f}."
+    assert claim.format(max(lost), -min(lost)) in PAGES
 
 
 def test_the_choice_of_vgg16_s_schedule_is_what_its_runs_say():

@@ -97,6 +97,8 @@ def test_ratios_by_number_by_block_and_by_pattern(zoo):
         "blocks/0/conv2": (0.1, None),
         "blocks/1/layers/0/conv2": (0.2, None),
     }
+    second = {"blocks/1/layers/0/conv1": (0.2, None), "blocks/1/layers/0/conv2": (0.2, None)}
+    assert ratios(make_dynamic(zoo, (None, 0.2))) == second
     mixed = make_dynamic(zoo, {"*": 0.3, "blocks/1/*": 0.6}, {"tail/*": 0.5})
     assert ratios(mixed)["blocks/0/conv1"] == (0.3, None)
     assert ratios(mixed)["blocks/1/layers/0/conv2"] == (0.6, None)
@@ -155,7 +157,7 @@ def test_a_new_gate_is_as_at_test_time_until_the_model_trains(zoo, images):
         ({"channel_ratio": "half"}, "channel_ratio for .* is 'half'"),
         (
             {"channel_ratio": (0.1, 0.2), "layers": "blocks/1/*"},
-            "channel_ratio for block 0 is 0.1, and none of the convolutions chosen is in that",
+            "channel_ratio for block 0 is 0.1, and no convolution chosen",
         ),
         ({"channel_ratio": (0.5,)}, "channel_ratio has 1 values; this model has 2 blocks"),
         ({"channel_ratio": {"block/*": 0.5}}, r"'block/\*' matches none of the 6 convolutions"),

@@ -25,8 +25,9 @@ def set_ratios(
 
     Args:
       model: a model from `make_dynamic` or `predict_channels`.
-      channel_ratio: as in the function that it is from: predicted gates are named by the
-        convolution that makes the outputs, and what reads them follows.
+      channel_ratio: as in the function that it is from, but None in a sequence leaves that block
+        as it is: predicted gates are named by the convolution that makes the outputs, and what
+        reads them follows.
       column_ratio: as in `make_dynamic`; of a block that shares its columns the first convolution
         has the ratio, and the others follow.
 
@@ -120,8 +121,8 @@ def _ratio_of_blocks(
         inside = [name for name in names if name.startswith(f"blocks/{i}/")]
         if number and not inside:
             raise ValueError(
-                f"{field} for block {i} is {number:g}, and none of the convolutions chosen is in"
-                " that block: give 0 for it, or choose one there"
+                f"{field} for block {i} is {number:g}, and no convolution chosen for such a gate"
+                " is in that block: give 0 for it"
             )
         spelled |= dict.fromkeys(inside, number)
     return spelled
