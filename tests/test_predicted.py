@@ -393,6 +393,9 @@ def test_surgery_says_what_it_cannot_do():
     ):
         with pytest.raises(ValueError, match=r"blocks/0/layers/./conv has a predicted gate, or"):
             again()
+    for nothing in (None, (None, None, None)):
+        with pytest.raises(ValueError, match="give channel_ratio"):
+            predict_channels(model, nothing, reads(model))
     name = "blocks/0/layers/0/conv"
     norm, reader = reads(model)[name]
     for link, wrong in (

@@ -24,12 +24,17 @@ def reports(name):
 
 def accuracies(study, method, cut=0.0, control=None):
     """Of each seed, in percent; `control`: with another choice than its own."""
-    return {
-        row["seed"]: 100
-        * (row["accuracy_by_other_criteria"][control] if control else row["accuracy"])
+    rows = [
+        row
         for row in read_rows(ROOT / "docs" / "results" / study)
         if (row["method"], row["cut"]) == (method, cut)
+    ]
+    found = {
+        row["seed"]: row["accuracy_by_other_criteria"][control] if control else row["accuracy"]
+        for row in rows
     }
+    assert len(found) == len(rows)
+    return {seed: 100 * value for seed, value in found.items()}
 
 
 def accuracy(study, method, cut=0.0, control=None, seeds=(0, 1, 2)):

@@ -79,8 +79,6 @@ def make_dynamic(
     chosen = select(model, layers)
     channel = ratio_of_each(model, chosen, channel_ratio, "channel_ratio")
     column = ratio_of_each(model, chosen, column_ratio, "column_ratio")
-    if not any(ratio is not None for ratio in (*channel.values(), *column.values())):
-        raise ValueError("give channel_ratio, column_ratio or both")
     dynamic = _with_gates(
         model,
         channel,
@@ -211,6 +209,9 @@ def _with_gates(
       blocks: see `make_dynamic`.
       **gate: what else a `DynamicConv` takes.
     """
+    ratios = itertools.chain(channel.values(), column.values(), feature.values())
+    if all(ratio is None for ratio in ratios):
+        raise ValueError("give channel_ratio, column_ratio or both")
     norms = dict(norms)
     chooses: dict[str, str] = {}  # of each convolution in a block, the first in that block
     convs, modules = conv_layers(model), all_modules(model)
