@@ -475,6 +475,12 @@ def test_the_claims_on_the_saliences_rate_are_what_its_runs_say():
     lost = [slow[seed] - shared[seed] for seed in (0, 1)]
     claim = "lose at most {:.2f} points, or gain up to {:.2f}."
     assert claim.format(max(lost), -min(lost)) in PAGES
+    slow, fast = (
+        [accuracies(f"salience_rate/vgg_small_{rate}", "predicted", 0.75)[s] for s in (0, 1)]
+        for rate in ("tenth", "all")
+    )
+    claim = "{:.2f} and {:.2f} % at a tenth, {:.2f} and {:.2f} % at the full rate"
+    assert claim.format(*slow, *fast) in PAGES
 
 
 def test_the_choice_of_vgg16_s_schedule_is_what_its_runs_say():
