@@ -339,6 +339,8 @@ def _check_combinations(config: Config) -> None:
                 )
     if not config.sweep.fractions:
         raise UserError("config.sweep.fractions is (); give at least one fraction")
+    if not config.study.seeds:
+        raise UserError("config.study.seeds is (); give at least one")
     if not config.benchmark.batch_sizes:
         raise UserError("config.benchmark.batch_sizes is (); give at least one")
     if config.dense.epochs + config.prune.epochs == 0:

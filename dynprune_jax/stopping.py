@@ -19,7 +19,7 @@ class Stopped(BaseException):  # as KeyboardInterrupt: nobody may take it for an
       message: one line.
     """
 
-    def __init__(self, number: int, message: str = "stopped; the same command goes on from here"):
+    def __init__(self, number: int, message: str = "stopped; start it again with the same command"):
         super().__init__(message)
         self.exit_code = 128 + number  # as shells and Slurm count: 143 for SIGTERM, 130 for SIGINT
 

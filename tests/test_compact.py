@@ -284,3 +284,56 @@ def test_mistakes_in_plans_are_told(small, tmp_path):
             dynprune_jax.compact(dynamic, x, plan=tmp_path / "plan.json")
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to keep the plan in"):
         dynprune_jax.compact(dynamic, x, plan=tmp_path / "nowhere" / "plan.json")
+
+
+def signed(maps, kernel, *args, **kwargs):
+    """A convolution with the signs of its kernel, as one that is quantised."""
+    return jax.lax.conv_general_dilated(maps, jnp.sign(kernel), *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        lambda rngs: nnx.Conv(8, 8, (3, 3), padding=[1, (2, 0)], rngs=rngs),
+        lambda rngs: nnx.Conv(8, 8, (3, 3), conv_general_dilated=signed, rngs=rngs),
+        lambda rngs: nnx.WeightNorm(nnx.Conv(8, 8, (3, 3), rngs=rngs), rngs=rngs),
+    ],
+    ids=["padding in a list", "a function of its own", "a kernel that a module around it rewrites"],
+)
+def test_unusual_convolutions_answer_as_before(conv):
+    model = nnx.Sequential(conv(nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    fill(model.layers[1].var, rng.uniform(0.2, 3.0, size=8))
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 8)), jnp.float32)
+    for network in (model, dynprune_jax.make_dynamic(model, 0.5, 0.25)):
+        network.eval()
+        expected = network(x)
+        for plan in (None, Plan({})):  # measured; every convolution as it is
+            fast = dynprune_jax.compact(network, x, plan=plan)
+            np.testing.assert_allclose(fast(x), expected, atol=2e-5)
+
+
+def test_a_plan_that_no_longer_fits_names_its_file(tmp_path):
+    model = nnx.Sequential(nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)))
+    Plan({"layers/0": Form("rows", channels=True)}).save(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match=r"layers/0: the form .* delete .*plan\.json\)"):
+        dynprune_jax.compact(model, jnp.ones((1, 6, 6, 8)), plan=tmp_path / "plan.json")
+
+
+def test_a_map_that_the_model_sows_is_left_as_it_was():
+    class Sowing(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0))
+            fill(self.norm.var, np.full(8, 4.0))
+
+        def __call__(self, x):
+            x = self.conv(x)
+            self.sow(nnx.Intermediate, "map", x)
+            return self.norm(x)
+
+    model, x = Sowing(), jnp.ones((2, 6, 6, 8))
+    fast = dynprune_jax.compact(model, x, plan=Plan({}))
+    run = nnx.capture(lambda model, x: model(x), nnx.Intermediate)
+    for one, other in zip(*(jax.tree.leaves(run(m, x)) for m in (model, fast)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

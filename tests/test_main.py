@@ -152,6 +152,7 @@ MISTAKES = {
         ["--config.benchmark.batch_sizes=(0,)"],
         r"batch_sizes is \(0,\).*at least",
     ),
+    "no seeds": (["--config.study.seeds=()"], r"study\.seeds is \(\); give at least one"),
     "no batch size": (["--config.benchmark.batch_sizes=()"], r"batch_sizes is \(\); give"),
     "timed ratio of 1": (["--config.benchmark.ratios=(1.0,)"], r"benchmark.ratios.*\[0.0, 1.0\)"),
     "drop probability of 2": (["--config.gate.drop_probability=2."], r"drop_probability.*\[0, 1\]"),

@@ -197,3 +197,38 @@ def test_the_products_of_a_gate_are_not_the_networks():
     _, usage = measure(model, jnp.ones((2, 16, 16, 256)))
     assert usage.dense_macs == 16 * 16 * 256 * 8
     np.testing.assert_array_equal(usage.macs, usage.dense_macs / 4)
+
+
+class Within(nnx.Module):
+    """A convolution that is called as `call` says; the model sows something of its own."""
+
+    def __init__(self, call, rngs):
+        self.conv = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+        self.call = nnx.static(call)
+
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "seen", x)
+        return self.call(self.conv, x)
+
+
+def scanned(conv, x):
+    axes = (nnx.StateAxes({...: None}), nnx.Carry)
+    return nnx.scan(lambda c, x: c(x), length=2, in_axes=axes, out_axes=nnx.Carry)(conv, x)
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat])
+def test_what_nnx_transforms_is_counted(transform):
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+    plain, within = (
+        make_dynamic(Within(call, nnx.Rngs(0)), 0.5, 0.25)
+        for call in (lambda conv, x: conv(x), transform(lambda conv, x: conv(x)))
+    )
+    for one, other in zip(*(measure(m, x)[1].layers for m in (plain, within)), strict=True):
+        np.testing.assert_array_equal(one.macs, other.macs)
+
+
+@pytest.mark.parametrize("call", [scanned, lambda c, x: jax.checkpoint(lambda x: c(x))(x)])
+def test_counts_that_do_not_leave_the_model_are_told(call):
+    model = make_dynamic(Within(call, nnx.Rngs(0)), 0.5)
+    with pytest.raises(ValueError, match="conv is called within a transformation"):
+        measure(model, jnp.ones((2, 6, 6, 8)))

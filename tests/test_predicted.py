@@ -321,9 +321,9 @@ def test_what_is_not_left_out_is_not_counted_as_left_out():
 
     for model in (Between(), Twice()):
         dynamic = predict_channels(model, 0.5, {"conv": ("norm", "head")})
-        for _ in range(2):
+        for call in (measure, measure, compact):
             with pytest.raises(ValueError, match="outputs that conv leaves out are not left out"):
-                measure(dynamic, jnp.ones((2, 4, 4, 8)))
+                call(dynamic, jnp.ones((2, 4, 4, 8)))
 
 
 class Chain(nnx.Module):
@@ -405,6 +405,16 @@ def test_surgery_says_what_it_cannot_do():
     ):
         with pytest.raises(ValueError, match=f"links names {wrong}"):
             predict_channels(model, {"*": 0.5}, link)
+    second = "blocks/0/layers/1/conv"
+    both = {name: (norm, second), second: (reads(model)[second][0], second)}
+    with pytest.raises(ValueError, match=f"'{second}' as what reads the outputs of both"):
+        predict_channels(model, 0.5, both)
+    both[second] = (norm, reads(model)[second][1])
+    with pytest.raises(ValueError, match=f"{norm} is named as the normalization of several"):
+        predict_channels(model, 0.5, both)
+    shared = make_dynamic(model, None, 0.5, column_blocks=[[(second, reads(model)[second][0])]])
+    with pytest.raises(ValueError, match=f"{second} .* or shares a choice of columns: make"):
+        make_dynamic(shared, 0.5, layers=second)
     conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a grouped convolution cannot choose"):
         DynamicConv(conv, feature_ratio=0.5, rngs=nnx.Rngs(0))

@@ -198,3 +198,30 @@ def test_a_lone_convolution_can_be_the_model(images):
     assert isinstance(make_dynamic(conv, 0.5), DynamicConv)
     x = jnp.ones((1, 4, 4, 8))
     np.testing.assert_array_equal(make_dynamic(conv, 0.0)(x), conv(x))
+
+
+def test_blocks_may_be_convolutions_themselves_and_need_an_order():
+    class Blocks(nnx.Module):
+        def __init__(self, blocks):
+            self.blocks = blocks
+
+    convs = [nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)) for _ in range(2)]
+    gates = dynamic_layers(make_dynamic(Blocks(nnx.List(convs)), (0.25, 0.5)))
+    assert {name: float(g.channel_ratio[...]) for name, g in gates.items()} == {
+        "blocks/0": 0.25,
+        "blocks/1": 0.5,
+    }
+    for blocks in (nnx.Sequential(*convs), nnx.Dict(first=convs[0], second=convs[1])):
+        with pytest.raises(ValueError, match="has 2 values; this model has 0 blocks"):
+            make_dynamic(Blocks(blocks), (0.25, 0.5))
+
+
+def test_stacked_layers_get_no_gate():
+    make = nnx.vmap(lambda key: nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(key)))
+    model = nnx.Dict(stacked=make(jax.random.split(jax.random.key(0), 3)))
+    with pytest.raises(ValueError, match=r"has no 2-D nnx\.Conv with more than 4"):
+        make_dynamic(model, 0.5)
+
+
+def test_an_empty_batch_passes(zoo):
+    assert make_dynamic(zoo, 0.5, 0.25)(jnp.zeros((0, 8, 8, 3))).shape == (0, 5)

@@ -5,11 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import fold_batch_norms
-from dynprune_jax.pruning.layers import Model, conv_layers, path_name
+from dynprune_jax.pruning.layers import (
+    Model,
+    as_function,
+    check_handovers,
+    clear_handovers,
+    path_name,
+    replaceable_layers,
+)
 from dynprune_jax.pruning.plan import Plan, measure_plan
 
 
@@ -37,26 +45,34 @@ def compact(
       progress: called after each layer is measured, see `measure_plan`.
 
     Raises:
-      ValueError: if the plan names a layer that the model does not have, or a form that a layer
+      ValueError: if what is wanted of a convolution's outputs does not reach its normalization; if
+        the plan names a layer that the model does not have, or a form that a layer
         cannot be executed in; if the file is not a plan.
       OSError: if there is no folder for the file; before anything is measured.
     """
     folded = fold_batch_norms(model, images, *others)
+    clear_handovers(folded)
+    function, arrays = as_function(folded, images, *others)
+    jax.eval_shape(function, *arrays)
+    check_handovers(folded)
+    cure = ""
     if not isinstance(plan, Plan):
         path = None if plan is None else Path(plan)
         if path is not None and path.exists():
             plan = Plan.load(path)
+            cure = f" (to have a plan measured anew, delete {path})"
         else:
             if path is not None and not path.parent.is_dir():
                 raise FileNotFoundError(f"there is no folder {path.parent} to keep the plan in")
             plan = measure_plan(folded, images, *others, progress=progress)
             if path is not None:
                 plan.save(path)
-    convs = conv_layers(folded)
+    convs = replaceable_layers(folded)
     for name in plan.forms:
         if name not in convs:
             raise ValueError(
                 f"the plan names {name!r}, which is none of the model's {len(convs)} convolutions"
+                + cure
             )
 
     def execute(path: tuple, node: Any) -> Any:
@@ -66,6 +82,6 @@ def compact(
         try:
             return CompactConv(node, plan.forms[name])
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{name}: {error}{cure}") from error
 
     return nnx.recursive_map(execute, folded)

@@ -13,7 +13,7 @@ from dynprune_jax.pruning import native
 from dynprune_jax.pruning.attention import attention
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, execute, layout, possible
-from dynprune_jax.pruning.geometry import REPEATING, Geometry, repeat_map
+from dynprune_jax.pruning.geometry import Geometry, repeat_map, repeats
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.native import kernel_panels
 
@@ -136,7 +136,7 @@ class CompactConv(DynamicConv):
         *batch, _, _, channels = x.shape
         outputs = masks
         x, masks = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), (x, masks))
-        if self.padding in REPEATING:
+        if repeats(self):
             x = repeat_map(self, Masks(None, masks.columns).apply(x))
             masks = dataclasses.replace(masks, columns=None)
         height, width = x.shape[1:3]

@@ -269,7 +269,8 @@ class DynamicConv(nnx.Conv):
             channels = jnp.repeat(channels, self.group_size(shape[-1]), axis=-1)
         if column_scores is not None:
             side = self.patch_side(*shape[-3:-1])
-            flat = column_scores.reshape(*column_scores.shape[:-2], -1)
+            rows, patches = column_scores.shape[-2:]
+            flat = column_scores.reshape(*column_scores.shape[:-2], rows * patches)
             columns = self._keep(flat, self.column_ratio, self.follows_columns)
             columns = columns.reshape(column_scores.shape)
             columns = jnp.repeat(jnp.repeat(columns, side, axis=-2), side, axis=-1)

@@ -12,9 +12,9 @@ from dynprune_jax.pruning.layers import (
     Model,
     all_modules,
     as_function,
-    conv_layers,
     intercept,
     path_name,
+    replaceable_layers,
 )
 
 # What the calls of layers are named in a traced program: the mark, then the layer's name.
@@ -86,7 +86,7 @@ def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
 
 def _pairs(model: nnx.Module, *inputs: Any) -> list[tuple[str, str]]:
     """The names of each convolution and the norm that alone reads it, from the traced program."""
-    convs = conv_layers(model)
+    convs = replaceable_layers(model)
 
     def mark(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer, nnx.Conv):

@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dynprune_jax.pruning import native
-from dynprune_jax.pruning.geometry import REPEATING, Geometry, pair
+from dynprune_jax.pruning.geometry import Geometry, pair, repeats
 from dynprune_jax.pruning.masks import Masks, kept_indices
 from dynprune_jax.pruning.native import kept_conv, kernel_pairs, kernel_panels
 
@@ -383,7 +383,7 @@ def possible(
     products = ["patches"]
     if pair(conv.strides)[0] == 1 and pair(conv.kernel_size)[0] > 1:
         products.append("rows")
-    columns = columns and conv.padding not in REPEATING
+    columns = columns and not repeats(conv)
     forms = [Form(), *map(Form, products), Form("native", channels=channels, columns=columns)]
     if channels:
         forms += [Form(product, channels=True) for product in ("conv", *products)]

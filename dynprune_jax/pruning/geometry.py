@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 # Paddings that repeat the map instead of adding zeros around it.
-REPEATING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+_REPEATING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Geometry:
         """
         kernel, strides = pair(conv.kernel_size), pair(conv.strides)
         dilation, padding = pair(conv.kernel_dilation), conv.padding
-        if padding in REPEATING:
+        if repeats(conv):
             padding = "VALID"
         if isinstance(padding, str):
             padding = lax.padtype_to_pads((height, width), _spans(conv), strides, padding)
@@ -81,12 +81,17 @@ class Geometry:
         )
 
 
+def repeats(conv: nnx.Conv) -> bool:
+    """Whether the padding repeats the map."""
+    return isinstance(conv.padding, str) and conv.padding in _REPEATING  # it may be a list
+
+
 def repeat_map(
     conv: nnx.Conv, x: Float[Array, "batch height width channels"]
 ) -> Float[Array, "batch padded_height padded_width channels"]:
     """Adds the padding that `CIRCULAR` and `REFLECT` mean, as `nnx.Conv` does."""
     sides = [((span - 1) // 2, span // 2) for span in _spans(conv)]
-    return jnp.pad(x, ((0, 0), *sides, (0, 0)), mode=REPEATING[str(conv.padding)])
+    return jnp.pad(x, ((0, 0), *sides, (0, 0)), mode=_REPEATING[str(conv.padding)])
 
 
 def _spans(conv: nnx.Conv) -> list[int]:

@@ -38,13 +38,50 @@ def conv_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
         if isinstance(module, nnx.Conv)
         and type(module) in (nnx.Conv, DynamicConv)  # a subclass may compute something else
         and len(module.kernel_size) == 2
+        and len(module.kernel.shape) == 4  # more are layers stacked by nnx.vmap
     }
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def replaceable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
+    """The convolutions that another execution may take the place of, by name, in order.
+
+    Not those that compute with a function of their own, nor those whose kernel a module around
+    them rewrites in every call.
+    """
+    around = [
+        f"{name}/"
+        for name, module in all_modules(model).items()
+        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm)
+    ]
+    return {
+        name: conv
+        for name, conv in conv_layers(model).items()
+        if conv.conv_general_dilated is jax.lax.conv_general_dilated
+        and not name.startswith(tuple(around))
+    }
 
 
 def dynamic_layers(model: nnx.Module) -> dict[str, DynamicConv]:
     """Every dynamic convolution by name, in order."""
     return {k: v for k, v in conv_layers(model).items() if isinstance(v, DynamicConv)}
+
+
+def clear_handovers(model: nnx.Module) -> None:
+    """Forgets what convolutions have left for their normalizations, before a model is called."""
+    for layer in dynamic_layers(model).values():
+        if layer.chooses_outputs:
+            layer.handover.clear()
+
+
+def check_handovers(model: nnx.Module) -> None:
+    """Raises ValueError where a call left what no normalization has taken."""
+    for name, layer in dynamic_layers(model).items():
+        if layer.chooses_outputs and layer.handover.waits:
+            raise ValueError(
+                f"the outputs that {name} leaves out are not left out: its normalization does not"
+                " read the convolution's own output, but something made of it"
+            )
 
 
 def intercept(
@@ -86,7 +123,8 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
       *inputs: what it is called with: arrays or their shapes, in pytrees, and anything else.
 
     Returns:
-      function: of the arrays; what else the model holds and is called with is part of it.
+      function: of the arrays; what else the model holds and is called with is part of it. It
+        returns the model's outputs and what it has sown: that is read by somebody too.
       arrays: the model's variables and the arrays, or shapes of arrays, among the inputs.
     """
     graph, state = nnx.split(model)
@@ -99,7 +137,8 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
         for i, array in zip(traced, arrays, strict=True):
             new[i] = array
         state, inputs = jax.tree.unflatten(structure, new)
-        return nnx.merge(graph, state)(*inputs)
+        run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
+        return run(nnx.merge(graph, state), *inputs)
 
     return function, [leaves[i] for i in traced]
 

@@ -1,6 +1,7 @@
 """Run a model and count, per input and per layer, what it computed."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.layers import as_function, dynamic_layers, intercept
+from dynprune_jax.pruning.layers import as_function, check_handovers, clear_handovers, intercept
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
 
@@ -33,18 +34,21 @@ def measure(
       usage: a `Usage`; `usage.macs` and `usage.executed_macs` have the shape `(batch,)`.
 
     Raises:
-      ValueError: if what is wanted did not reach the normalization, a layer sees another number of
+      ValueError: if what is wanted did not reach the normalization, a dynamic convolution is called
+        within a transformation that its counts do not leave, a layer sees another number of
         maps than there are images, or the model is compact: its masks are those of the dynamic
         model it was made from.
     """
     if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
         raise ValueError("this model is compact; measure the model that it was made from")
     clock = itertools.count().__next__
+    called: list[str] = []  # dynamic convolutions
 
     def count(name: str, layer: Any, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         """Sows the `LayerUsage` of each call of a layer."""
         place = {"name": name, "order": clock()}
         if isinstance(layer, DynamicConv):
+            called.append(name)
             masks = layer.masks(inputs)
             layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
             return layer.convolve(inputs, masks, *args, **kwargs)
@@ -54,20 +58,15 @@ def measure(
         layer.sow(nnx.Intermediate, "usage", usage(layer, inputs.shape, Masks(), **place))
         return call(inputs, *args, **kwargs)
 
-    for layer in dynamic_layers(model).values():
-        if layer.chooses_outputs:
-            layer.handover.clear()
+    clear_handovers(model)
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
     run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
     logits, sown = run(metered, images, *others)
-    for name, layer in dynamic_layers(model).items():
-        if layer.chooses_outputs and layer.handover.waits:
-            raise ValueError(
-                f"the outputs that {name} leaves out are not left out: its normalization does not"
-                " read the convolution's own output, but something made of it"
-            )
-    layers = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))
+    check_handovers(model)
+    leaves = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))
+    layers = [leaf for leaf in leaves if isinstance(leaf, LayerUsage)]  # a model may sow too
     layers = sorted(layers, key=lambda layer: layer.order)
+    _check_counted(called, layers)
     for layer in layers:
         if layer.kept_channels.shape != images.shape[:1]:
             raise ValueError(
@@ -83,6 +82,22 @@ def measure(
     )
     other = dense_macs(dense, images, *others) - known
     return logits, Usage(tuple(layers), other)
+
+
+def _check_counted(called: Sequence[str], layers: Sequence[LayerUsage]) -> None:
+    """Raises where what a dynamic convolution has counted did not get out of the model."""
+    lost = {*called} - {layer.name for layer in layers}
+    for layer in layers:
+        try:
+            _ = layer.kept_channels + 0  # of a trace that has ended no value can be used
+        except jax.errors.UnexpectedTracerError:
+            lost.add(layer.name)
+    if lost:
+        raise ValueError(
+            f"{min(lost)} is called within a transformation (such as jax.lax.scan, jax.checkpoint"
+            " or nnx.scan) that its counts do not leave; measure a model that calls it plainly, or"
+            " within nnx.jit or nnx.remat"
+        )
 
 
 def dense_macs(model: nnx.Module, images: Any, *others: Any) -> int:

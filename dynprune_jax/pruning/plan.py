@@ -20,7 +20,7 @@ from dynprune_jax.pruning import native
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
-from dynprune_jax.pruning.layers import as_function, conv_layers, intercept
+from dynprune_jax.pruning.layers import as_function, intercept, replaceable_layers
 from dynprune_jax.pruning.masks import Masks
 
 # After a first round, a form this much slower than the best is out.
@@ -173,7 +173,7 @@ def measure_plan(
       known: measurements of other networks on this device, to use and to add to.
       progress: called after each layer with how many are done, and how many there are.
     """
-    layers = conv_layers(model)
+    layers = replaceable_layers(model)
     shapes = _input_shapes(model, images, *others)
     plan = Plan(
         {},
@@ -198,7 +198,7 @@ def measure_plan(
 
 def _input_shapes(model: nnx.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """What each convolution sees, in the order of execution; the last call's, if several."""
-    layers = conv_layers(model)
+    layers = replaceable_layers(model)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
     def record(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:

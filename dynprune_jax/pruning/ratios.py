@@ -109,7 +109,8 @@ def ratio_of_each(
 def _ratio_of_blocks(
     model: nnx.Module, names: Sequence[str], ratios: Any, field: str
 ) -> dict[str, float | None]:
-    blocks = len(getattr(model, "blocks", ()))
+    found: Any = getattr(model, "blocks", ())
+    blocks = len(found) if isinstance(found, Sequence | nnx.List) else 0
     if len(ratios) != blocks:
         raise ValueError(
             f"{field} has {len(ratios)} values; this model has {blocks} blocks"
@@ -118,7 +119,7 @@ def _ratio_of_blocks(
     spelled: dict[str, float | None] = dict.fromkeys(names)
     for i, ratio in enumerate(ratios):
         number = None if ratio is None else _checked(ratio, f"{field} for block {i}")
-        inside = [name for name in names if name.startswith(f"blocks/{i}/")]
+        inside = [name for name in names if f"{name}/".startswith(f"blocks/{i}/")]
         if number and not inside:
             raise ValueError(
                 f"{field} for block {i} is {number:g}, and no convolution chosen for such a gate"

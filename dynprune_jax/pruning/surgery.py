@@ -73,7 +73,8 @@ def make_dynamic(
         blocks, a ratio out of [0, 1), no ratio at all, `column_blocks` that name no such
         layers, have several column ratios, or a convolution without one between others, for a
         `channel_group` of at least as many channels as any of the gated layers has, or for a
-        convolution with a predicted gate, or one that reads what such a gate has chosen.
+        convolution with a predicted gate, one that reads what such a gate has chosen, or one that
+        shares a choice of columns.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     chosen = select(model, layers)
@@ -147,8 +148,8 @@ def predict_channels(
       rngs: seeds the random criterion and stochastic dropout; `nnx.Rngs(0)` by default.
 
     Raises:
-      ValueError: as in `make_dynamic`, for links that name no such layers, and for a grouped
-        convolution whose outputs would be chosen.
+      ValueError: as in `make_dynamic`, for links that name no such layers, or one normalization or
+        one reader twice, and for a grouped convolution whose outputs would be chosen.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     patterns = (layers,) if isinstance(layers, str) else layers
@@ -166,6 +167,11 @@ def predict_channels(
         _check_kind("links", modules, reader, nnx.Module)
         conv = convs.get(reader)  # one that keeps or skips whole groups would lose channels
         if conv is not None and conv.feature_group_count in (1, conv.in_features):
+            if reader in readers:
+                raise ValueError(
+                    f"links has {reader!r} as what reads the outputs of both {readers[reader]!r}"
+                    f" and {name!r}: it could skip no channel that only one of them leaves out"
+                )
             readers[reader] = name
     column = {}
     if column_ratio is not None:
@@ -238,11 +244,11 @@ def _with_gates(
         ratios = [of.get(name) for of in (channel, column, feature)]
         if any(ratio is not None for ratio in ratios):
             if isinstance(conv, DynamicConv) and (
-                conv.feature_ratio is not None or conv.follows_features
+                conv.feature_ratio is not None or conv.follows_features or conv.wants_columns
             ):
                 raise ValueError(
-                    f"{name} has a predicted gate, or reads what one has chosen: make the gates"
-                    " of a plain model"
+                    f"{name} has a predicted gate, or reads what one has chosen, or shares a choice"
+                    " of columns: make the gates of a plain model"
                 )
             new[name] = DynamicConv(
                 conv,
@@ -259,6 +265,8 @@ def _with_gates(
     for name, chooser in chooses.items():
         new[name].columns_of = nnx.static(new[chooser].handover)
     for name, norm in norms.items():
+        if norm in new:
+            raise ValueError(f"{norm} is named as the normalization of several convolutions")
         new[norm] = GatedNorm(modules[norm], new[name])
     return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model)
 
