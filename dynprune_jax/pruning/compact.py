@@ -31,9 +31,10 @@ def compact(
     """Returns the model for inference: the same answers, to rounding, as fast as it goes here.
 
     Batch norms are folded into convolutions, and every convolution is executed in the form that
-    is the fastest on this device: compact where that pays, masked where it does not. A model
-    without gates becomes the fastest dense one. Ratios are fixed: to change them, set them on
-    the dynamic model and make it compact again. Compile it: `nnx.jit(fast)(images)`.
+    is the fastest on this device: compact where that pays, masked where it does not. One with a
+    `conv_general_dilated` of its own, or within `nnx.WeightNorm` or `nnx.SpectralNorm`, stays as it
+    is. A model without gates becomes the fastest dense one. Ratios are fixed: to change them, set
+    them on the dynamic model and make it compact again. Compile it: `nnx.jit(fast)(images)`.
 
     Args:
       model: any NNX model, usually from `make_dynamic`. It is left as it is.
@@ -46,8 +47,8 @@ def compact(
 
     Raises:
       ValueError: if what is wanted of a convolution's outputs does not reach its normalization; if
-        the plan names a layer that the model does not have, or a form that a layer
-        cannot be executed in; if the file is not a plan.
+        the plan names a layer that the model does not have, or a form that a layer cannot be
+        executed in; if the file is not a plan.
       OSError: if there is no folder for the file; before anything is measured.
     """
     folded = fold_batch_norms(model, images, *others)
