@@ -273,8 +273,8 @@ def fill_it_in_python(config, workdir):
 @pytest.mark.parametrize(
     ("end", "code", "line"),
     [
-        (interrupt, 130, "the same command goes on"),
-        (terminate, 143, "the same command goes on"),
+        (interrupt, 130, "start it again with the same command"),
+        (terminate, 143, "start it again with the same command"),
         (stop_in_the_loop, 143, "step 6 is saved, and the same command goes on"),
         (fill_the_disk, 2, "No space left on device: 'out/metrics.jsonl'; mend that"),
         (fill_the_device, 2, "Out of memory while trying to ...); lower config.batch_size"),
