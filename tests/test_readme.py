@@ -307,7 +307,7 @@ def test_the_claims_on_imagenette_are_what_its_runs_say():
         "**level**",
         f"({of('predicted', 0.4, 'shared', both):.1f} % with one choice for a batch)",
         f"the block they lose {lost('predicted+block_columns', 0.4, (0,)):.1f} at 40 % (seed 0).",
-        f"whose dense network reached {of('dense', 0.0):.2f}. Two rows",
+        f"whose dense network reached {of('dense', 0.0):.2f}. The table",
     ):
         assert claim in PAGES, claim
 

@@ -12,9 +12,8 @@ from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.layers import (
     Model,
+    all_handed_over,
     as_function,
-    check_handovers,
-    clear_handovers,
     path_name,
     replaceable_layers,
 )
@@ -52,10 +51,9 @@ def compact(
       OSError: if there is no folder for the file; before anything is measured.
     """
     folded = fold_batch_norms(model, images, *others)
-    clear_handovers(folded)
     function, arrays = as_function(folded, images, *others)
-    jax.eval_shape(function, *arrays)
-    check_handovers(folded)
+    with all_handed_over(folded):
+        jax.eval_shape(function, *arrays)
     cure = ""
     if not isinstance(plan, Plan):
         path = None if plan is None else Path(plan)
@@ -73,7 +71,7 @@ def compact(
         if name not in convs:
             raise ValueError(
                 f"the plan names {name!r}, which is none of the model's {len(convs)} convolutions"
-                + cure
+                f" that a form can execute{cure}"
             )
 
     def execute(path: tuple, node: Any) -> Any:

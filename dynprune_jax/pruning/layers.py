@@ -1,9 +1,10 @@
 """The layers of any NNX model: their names, which are meant by a pattern, and their calls."""
 
+import contextlib
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -67,17 +68,19 @@ def dynamic_layers(model: nnx.Module) -> dict[str, DynamicConv]:
     return {k: v for k, v in conv_layers(model).items() if isinstance(v, DynamicConv)}
 
 
-def clear_handovers(model: nnx.Module) -> None:
-    """Forgets what convolutions have left for their normalizations, before a model is called."""
-    for layer in dynamic_layers(model).values():
-        if layer.chooses_outputs:
-            layer.handover.clear()
+@contextlib.contextmanager
+def all_handed_over(model: nnx.Module) -> Iterator[None]:
+    """Around a call of a model: what is wanted of outputs must reach their normalizations.
 
-
-def check_handovers(model: nnx.Module) -> None:
-    """Raises ValueError where a call left what no normalization has taken."""
-    for name, layer in dynamic_layers(model).items():
-        if layer.chooses_outputs and layer.handover.waits:
+    Raises:
+      ValueError: where it has not.
+    """
+    choosers = {k: v for k, v in dynamic_layers(model).items() if v.chooses_outputs}
+    for layer in choosers.values():
+        layer.handover.clear()
+    yield
+    for name, layer in choosers.items():
+        if layer.handover.waits:
             raise ValueError(
                 f"the outputs that {name} leaves out are not left out: its normalization does not"
                 " read the convolution's own output, but something made of it"
@@ -115,6 +118,11 @@ def _intercept(layer: nnx.Module, name: str, call: Callable[..., Any]) -> None:
     layer.__class__ = Intercepted
 
 
+def call_and_capture(model: nnx.Module, *inputs: Any) -> tuple[Any, Any]:
+    """Calls a model; returns its outputs and all `nnx.Intermediate` that it has sown."""
+    return nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)(model, *inputs)
+
+
 def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], list[Any]]:
     """The call of a model as a function of arrays, to be traced.
 
@@ -137,8 +145,7 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
         for i, array in zip(traced, arrays, strict=True):
             new[i] = array
         state, inputs = jax.tree.unflatten(structure, new)
-        run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
-        return run(nnx.merge(graph, state), *inputs)
+        return call_and_capture(nnx.merge(graph, state), *inputs)
 
     return function, [leaves[i] for i in traced]
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.layers import as_function, check_handovers, clear_handovers, intercept
+from dynprune_jax.pruning.layers import all_handed_over, as_function, call_and_capture, intercept
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
 
@@ -42,13 +42,13 @@ def measure(
     if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
         raise ValueError("this model is compact; measure the model that it was made from")
     clock = itertools.count().__next__
-    called: list[str] = []  # dynamic convolutions
+    called: set[str] = set()  # dynamic convolutions
 
     def count(name: str, layer: Any, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         """Sows the `LayerUsage` of each call of a layer."""
         place = {"name": name, "order": clock()}
         if isinstance(layer, DynamicConv):
-            called.append(name)
+            called.add(name)
             masks = layer.masks(inputs)
             layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
             return layer.convolve(inputs, masks, *args, **kwargs)
@@ -58,11 +58,9 @@ def measure(
         layer.sow(nnx.Intermediate, "usage", usage(layer, inputs.shape, Masks(), **place))
         return call(inputs, *args, **kwargs)
 
-    clear_handovers(model)
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
-    run = nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)
-    logits, sown = run(metered, images, *others)
-    check_handovers(model)
+    with all_handed_over(model):
+        logits, sown = call_and_capture(metered, images, *others)
     leaves = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))
     layers = [leaf for leaf in leaves if isinstance(leaf, LayerUsage)]  # a model may sow too
     layers = sorted(layers, key=lambda layer: layer.order)
@@ -84,9 +82,9 @@ def measure(
     return logits, Usage(tuple(layers), other)
 
 
-def _check_counted(called: Sequence[str], layers: Sequence[LayerUsage]) -> None:
+def _check_counted(called: set[str], layers: Sequence[LayerUsage]) -> None:
     """Raises where what a dynamic convolution has counted did not get out of the model."""
-    lost = {*called} - {layer.name for layer in layers}
+    lost = called - {layer.name for layer in layers}
     for layer in layers:
         try:
             _ = layer.kept_channels + 0  # of a trace that has ended no value can be used
