@@ -134,6 +134,17 @@ def test_held_out_examples_are_of_the_training_split_and_not_trained_on(digits_d
     assert not images(data.test) & images(everything.test)
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train[:60%]", "train[60%:]"), ("test", "train"), ("train[9:]", "train[:9]")],
+)
+def test_splits_that_share_nothing_may_be_of_the_same_images(digits_dir, train, test):
+    data = load_dataset(
+        "digits", image_size=8, data_dir=digits_dir, train_split=train, test_split=test
+    )
+    assert {len(data.train), len(data.test)} in ({808, 539}, {450, 1347}, {1338, 9})
+
+
 def test_stored_size_is_the_side(digits_dir):
     data = load_dataset("digits", image_size=8, stored_size=10, data_dir=digits_dir)
     assert data.train.read([0])[0][0].shape == (10, 10, 1)
@@ -155,6 +166,11 @@ def test_data_dir_defaults_to_the_environment(digits_dir, monkeypatch):
         ({"held_out": 1347}, "config.data.held_out=1347: the training split holds 1347 examples"),
         ({"train_split": "trian"}, "config.data.train_split=trian: no such split of digits"),
         ({"test_split": "test[:0]"}, "config.data.test_split=test[:0]"),
+        (
+            {"train_split": "train[:60%]", "test_split": "train[800:900]+train[1000:]+test"},
+            "config.data.test_split=train[800:900]+train[1000:]+test: 8 of its examples are in"
+            " config.data.train_split=train[:60%]",
+        ),
         ({"path": "/some"}, "config.data.path=/some is only for config.data.name=class_folders"),
         ({"archive": "a.tar.gz"}, "config.data.archive=a.tar.gz is only for"),
     ],

@@ -210,7 +210,8 @@ def test_a_salience_is_taken_once_and_by_its_own_map_only():
     handover, y = Handover(), jnp.ones(2)
     wanted = Masks(salience=jnp.ones(1))
     handover.put(y, wanted)
-    assert handover.take(jnp.ones(2)) == Masks()
+    with pytest.raises(ValueError, match="not left out"):
+        handover.take(jnp.ones(2))
     assert handover.waits
     assert handover.take(y) is wanted
     assert handover.take(y) == Masks()
@@ -319,9 +320,22 @@ def test_what_is_not_left_out_is_not_counted_as_left_out():
             maps = self.conv(x), self.conv(2 * x)
             return self.head(sum(map(self.norm, maps)))
 
-    for model in (Between(), Twice()):
+    class Never(Between):
+        """The normalization is not called."""
+
+        def __call__(self, x):
+            return self.head(self.conv(x))
+
+    def call(model, x):
+        return model(x)
+
+    for model, calls in (
+        (Between(), (call, measure, measure, compact)),
+        (Twice(), (call, nnx.jit(call), measure, compact)),
+        (Never(), (measure, measure, compact)),
+    ):
         dynamic = predict_channels(model, 0.5, {"conv": ("norm", "head")})
-        for call in (measure, measure, compact):
+        for call in calls:
             with pytest.raises(ValueError, match="outputs that conv leaves out are not left out"):
                 call(dynamic, jnp.ones((2, 4, 4, 8)))
 

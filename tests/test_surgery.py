@@ -127,6 +127,9 @@ def test_set_ratios_changes_the_masks_in_place(zoo, images):
             set_ratios(model, channel_ratio=0.7, column_ratio=column_ratio)
     ratios = {float(gate.channel_ratio[...]) for gate in dynamic_layers(model).values()}
     assert ratios == {0.0, 0.5}  # a mistake changes nothing
+    plan = dynprune_jax.Plan({"blocks/0/conv1": dynprune_jax.Form()})
+    with pytest.raises(ValueError, match="ratios of a compact model are fixed"):
+        set_ratios(dynprune_jax.compact(model, images, plan=plan), 0.2)
 
 
 def test_numpy_and_jax_numbers_are_ratios_too(zoo):
@@ -160,6 +163,7 @@ def test_a_new_gate_is_as_at_test_time_until_the_model_trains(zoo, images):
             "channel_ratio for block 0 is 0.1, and no convolution chosen",
         ),
         ({"channel_ratio": (0.5,)}, "channel_ratio has 1 values; this model has 2 blocks"),
+        ({"channel_ratio": 0.5, "layers": ()}, r"layers is \(\); it must be a pattern"),
         ({"channel_ratio": {"block/*": 0.5}}, r"'block/\*' matches none of the 6 convolutions"),
         ({"channel_ratio": 0.5, "layers": "conv9"}, "'conv9' matches none.*blocks/0/conv"),
         ({"channel_ratio": 0.5, "layers": lambda *_: False}, "selects no convolution"),

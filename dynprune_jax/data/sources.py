@@ -193,7 +193,7 @@ def load_dataset(
         archive: the local archive of `cifar10` and `cifar100`; empty to download it.
         data_dir: the folder of prepared data; empty for `TFDS_DATA_DIR` or TFDS's default.
         train_split: the split to train on, in TFDS's notation (`train[:90%]`).
-        test_split: the split to test on.
+        test_split: the split to test on; no example of it may be in `train_split`.
         train_examples: if positive, use a fixed random subset of this many training examples.
         test_examples: the same of the test examples.
         held_out: if positive, the test split is left alone: a fixed random choice of that many
@@ -245,7 +245,23 @@ def load_dataset(
         train, test = _hold_out(train, held_out)
     else:
         test = open_split("test_split", test_split, "test_examples", test_examples)
+        shared = _shared_examples(builder.info.splits, train_split, test_split)
+        if shared:
+            raise UserError(
+                f"config.data.test_split={test_split}: {shared} of its examples are in"
+                f" config.data.train_split={train_split}; what is trained on is no test"
+            )
     return Dataset(name, class_names, channels, train, test)
+
+
+def _shared_examples(splits: Mapping[str, Any], first: str, second: str) -> int:
+    """How many examples two splits, in TFDS's notation, have in common."""
+    return sum(
+        max(0, min(a.skip + a.take, b.skip + b.take) - max(a.skip, b.skip))
+        for a in splits[first].file_instructions
+        for b in splits[second].file_instructions
+        if a.filename == b.filename
+    )
 
 
 def _hold_out(split: Split, examples: int) -> tuple[Split, Split]:

@@ -31,9 +31,13 @@ class Handover:
 
     It holds it between two calls of one forward pass, together with the very map that it
     belongs to, so that no other map can be taken for that one.
+
+    Attributes:
+      maker: the name of the convolution, for messages.
     """
 
     def __init__(self):
+        self.maker = "a convolution"
         self._held: tuple[Any, Masks] | None = None
         self._lost = False
 
@@ -43,11 +47,24 @@ class Handover:
         self._held = (y, masks)
 
     def take(self, y: Any) -> Masks:
-        """What was left for the map `y`, once; masks of nothing if none was."""
-        if self._held is None or self._held[0] is not y:
+        """What was left for the map `y`, once; masks of nothing if nothing was left.
+
+        Raises:
+          ValueError: if it was left for another map.
+        """
+        if self._held is None:
             return Masks()
+        if self._held[0] is not y:
+            raise self.error()
         masks, self._held = self._held[1], None
         return masks
+
+    def error(self) -> ValueError:
+        """What is wrong where something was left and the normalization cannot take it."""
+        return ValueError(
+            f"the outputs that {self.maker} leaves out are not left out: its normalization does not"
+            " read the convolution's own output, but something made of it"
+        )
 
     def clear(self) -> None:
         """Forgets what was left, and whether it was taken."""
@@ -90,7 +107,11 @@ class GatedNorm(nnx.BatchNorm):
         *,
         mask: Array | None = None,
     ) -> Float[Array, "*batch height width channels"]:
-        """Normalizes, then scales what is wanted and leaves out all else."""
+        """Normalizes, then scales what is wanted and leaves out all else.
+
+        Raises:
+          ValueError: if the map is not the one that the convolution has made.
+        """
         y = super().__call__(x, use_running_average, mask=mask)
         return self.handover.take(x).apply_to_output(y)
 

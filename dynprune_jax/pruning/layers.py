@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -75,16 +75,13 @@ def all_handed_over(model: nnx.Module) -> Iterator[None]:
     Raises:
       ValueError: where it has not.
     """
-    choosers = {k: v for k, v in dynamic_layers(model).items() if v.chooses_outputs}
-    for layer in choosers.values():
-        layer.handover.clear()
+    handovers = [v.handover for v in dynamic_layers(model).values() if v.chooses_outputs]
+    for handover in handovers:
+        handover.clear()
     yield
-    for name, layer in choosers.items():
-        if layer.handover.waits:
-            raise ValueError(
-                f"the outputs that {name} leaves out are not left out: its normalization does not"
-                " read the convolution's own output, but something made of it"
-            )
+    for handover in handovers:
+        if handover.waits:
+            raise handover.error()
 
 
 def intercept(
@@ -159,7 +156,7 @@ def select(model: nnx.Module, layers: Layers) -> list[str]:
         wildcard leaves out what sees the image; its full name, or a function, may choose that too.
 
     Raises:
-      ValueError: where a pattern matches none, or the function chooses none.
+      ValueError: where there is no pattern, one matches none, or the function chooses none.
     """
     convs = conv_layers(model)
     inner = [name for name, conv in convs.items() if conv.in_features > _IMAGE_CHANNELS]
@@ -168,7 +165,7 @@ def select(model: nnx.Module, layers: Layers) -> list[str]:
         if not chosen:
             raise ValueError("the function given as layers selects no convolution")
     else:
-        patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+        patterns = patterns_of(layers)
         named = [pattern for pattern in patterns if pattern in convs]
         if not named and not inner:
             raise ValueError(
@@ -179,12 +176,29 @@ def select(model: nnx.Module, layers: Layers) -> list[str]:
     return [name for name in convs if name in chosen]
 
 
+def patterns_of(layers: str | Iterable[str]) -> tuple[str, ...]:
+    """The patterns that were given, one or several.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    patterns = (layers,) if isinstance(layers, str) or not isinstance(layers, Iterable) else layers
+    patterns = tuple(patterns)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            f"layers is {layers!r}; it must be a pattern of layer names, such as '*', or several"
+        )
+    return patterns
+
+
 def matches(pattern: str, names: Sequence[str]) -> list[str]:
     """Those of the names that a pattern, as in `fnmatch`, matches.
 
     Raises:
-      ValueError: where that is none.
+      ValueError: where that is none, or it is no pattern.
     """
+    if not isinstance(pattern, str):
+        raise ValueError(f"{pattern!r} is no pattern of layer names, such as '*'")
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)

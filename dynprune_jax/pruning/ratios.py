@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.layers import dynamic_layers, matches
 
@@ -32,10 +33,15 @@ def set_ratios(
         has the ratio, and the others follow.
 
     Raises:
-      ValueError: as in `make_dynamic`, where no layer has a gate on that axis, and where one is
-        named that has none or follows.
+      ValueError: as in `make_dynamic`, where no layer has a gate on that axis, where one is
+        named that has none or follows, and for a compact model.
     """
     gates = dynamic_layers(model)
+    if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
+        raise ValueError(
+            "the ratios of a compact model are fixed: set them on the model that it was made from,"
+            " and make that compact"
+        )
     changes = []
     for axis, ratios in (("channel_ratio", channel_ratio), ("column_ratio", column_ratio)):
         if ratios is None:

@@ -16,6 +16,7 @@ from dynprune_jax.pruning.layers import (
     dynamic_layers,
     matches,
     path_name,
+    patterns_of,
     select,
 )
 from dynprune_jax.pruning.ratios import Ratios, ratio_of_each
@@ -152,10 +153,9 @@ def predict_channels(
         one reader twice, and for a grouped convolution whose outputs would be chosen.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    patterns = (layers,) if isinstance(layers, str) else layers
-    if callable(patterns):
+    if callable(layers):
         raise ValueError("layers must be patterns of names where channels are predicted")
-    chosen = dict.fromkeys(name for p in patterns for name in matches(p, list(links)))
+    chosen = dict.fromkeys(name for p in patterns_of(layers) for name in matches(p, list(links)))
     feature = ratio_of_each(model, list(chosen), channel_ratio, "channel_ratio")
     feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
     convs, modules = conv_layers(model), all_modules(model)
@@ -260,6 +260,8 @@ def _with_gates(
                 wants_columns=name in chooses,
                 **gate,
             )
+            if new[name].chooses_outputs:
+                new[name].handover.maker = name
     for name, chooser in readers.items():
         new[name].channels_of = nnx.static(new[chooser].handover)
     for name, chooser in chooses.items():
