@@ -3,8 +3,16 @@
 python -m dynprune_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]
                             [--config.FIELD=VALUE ...]
 
-MODE: train (the default, ends with the evaluation), evaluate, sweep, static, study, benchmark
-or step_cost.
+MODE  train      the dense network, then targeted dropout, then the evaluation (the default)
+      evaluate   a finished run again
+      sweep      a finished run over a curve of prune ratios, beside the controls
+      static     the dense network, then filters removed for good, at the dynamic one's MACs
+      study      methods, ablations and controls over seeds and cuts, as files, a table, figures
+      benchmark  inference, compact and dense, over batch sizes and prune ratios
+      step_cost  a training step, dynamic and dense
+
+FIELD  such as seed or gate.channel_ratio: dynprune_jax/config.py has them all, with what they
+       mean and their defaults.
 
 Exit codes: 0; 2 after a mistake, or where the machine fails; 143 after SIGTERM and 130 after
 Ctrl-C, when the step is ended and saved: the same command goes on from there.

@@ -16,7 +16,7 @@ from conftest import CONFIGS
 from PIL import Image
 
 from dynprune_jax import main as main_module
-from dynprune_jax.main import main
+from dynprune_jax.main import MODES, main
 from dynprune_jax.stopping import Stopped
 
 DIGITS = f"--config={CONFIGS / 'digits_vgg.py'}"
@@ -309,9 +309,11 @@ def test_one_command_line_leaves_nothing_for_the_next(tmp_path, capfd):
     assert "get_config" in capfd.readouterr().err
 
 
-def test_help_needs_nothing(capfd):
+def test_help_needs_nothing_and_tells_every_mode(capfd):
     assert main(["dynprune_jax", "--help"]) == 0
-    assert "--config=configs/NAME.py" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "--config=configs/NAME.py" in told
+    assert not [mode for mode in MODES if f"{mode:10} " not in told]
 
 
 def test_the_entry_point_trains_on_class_folders_in_a_process_of_its_own(tmp_path):
