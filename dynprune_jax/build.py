@@ -225,6 +225,8 @@ class Run:
         config_lib.check(config)
         folder = Path(workdir).expanduser()
         check_workdir(config, folder)
+        if any(folder.glob("runs/*-seed*")):
+            raise UserError(f"--workdir={folder} is a study's; give a run a folder of its own")
         # Before a data set is prepared, which can take minutes: does the model fit the config?
         nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3))
         dataset = build_dataset(config)
@@ -296,6 +298,9 @@ class Run:
             for name, value in fields.items()
             if name not in (*FREE_FIELDS, *PLACES)
         }
+        # Fields do not tell them where a folder has changed: then labels may mean other classes.
+        told["classes of the data"] = list(self.dataset.class_names)
+        told["number of training images"] = len(self.dataset.train)
         return {"phase": phase, **told}
 
     def phase_steps(self, phase: str) -> int:

@@ -271,9 +271,9 @@ class Checkpoints:
             here, there = self._of, of or {}
             for name in sorted(here.keys() | there.keys()):
                 if here.get(name) != there.get(name):
+                    saved, mine = (textwrap.shorten(repr(x.get(name)), 200) for x in (there, here))
                     raise UserError(
-                        f"{where} is of another run: {name} is {there.get(name)!r} there and"
-                        f" {here.get(name)!r} here"
+                        f"{where} is of another run: {name} is {saved} there and {mine} here"
                     )
 
 

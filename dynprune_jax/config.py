@@ -198,8 +198,12 @@ def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: low <= value < math.inf, f"it must be a finite number, at least {low}"
 
 
-def _above(low: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: low < value < math.inf, f"it must be a finite number greater than {low}"
+def _above(low: float, most: float = math.inf) -> tuple[Callable[[Any], bool], str]:
+    text = "a finite number greater than {}" if most == math.inf else "in ({}, {}]"
+    return (
+        lambda value: low < value <= most and value < math.inf,
+        f"it must be {text.format(low, most)}",
+    )
 
 
 def _in(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
@@ -232,10 +236,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "evaluate_every_epochs": _at_least(1),
     "checkpoint_every_epochs": _at_least(1),
     "model": _one_of(*sorted(models.__all__)),
-    "width": _above(0.0),
+    "width": _above(0.0, 1000.0),
     "data.name": (bool, "it must name a data set, such as digits"),
-    "data.image_size": _at_least(1),
-    "data.stored_size": _at_least(0),
+    "data.image_size": _in(1, 2**14),
+    "data.stored_size": _in(0, 2**14),
     "data.train_examples": _at_least(0),
     "data.test_examples": _at_least(0),
     "data.held_out": _at_least(0),
@@ -257,14 +261,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ascent.increment": _above(0.0),
     "ascent.interval_epochs": _above(0.0),
     "dense.epochs": _in(0, 100_000),
-    "dense.learning_rate": _above(0.0),
+    "dense.learning_rate": _above(0.0, 1000.0),
     "dense.warmup_epochs": _at_least(0.0),
     "prune.epochs": _in(0, 100_000),
-    "prune.learning_rate": _above(0.0),
+    "prune.learning_rate": _above(0.0, 1000.0),
     "prune.warmup_epochs": _at_least(0.0),
     "prune.start": _one_of(*STARTS),
     "prune.distillation": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
-    "prune.temperature": _above(0.0),
+    "prune.temperature": _above(0.0, 1000.0),
     "optim.momentum": _in(0.0, 1.0),
     "optim.weight_decay": _at_least(0.0),
     "optim.label_smoothing": _in(0.0, 1.0),
@@ -337,6 +341,12 @@ def _check_combinations(config: Config) -> None:
                     f"config.gate.{field} is {config.gate[field]}; with gates of the kind"
                     " predicted it must be 1"
                 )
+    patch, side = config.gate.column_patch, config.data.image_size
+    if any(config.gate.column_ratio) and patch >= side:
+        raise UserError(
+            f"config.gate.column_patch is {patch}; it must be less than config.data.image_size,"
+            f" {side}: of a map that is one patch no column is skipped"
+        )
     if not config.sweep.fractions:
         raise UserError("config.sweep.fractions is (); give at least one fraction")
     if not config.study.seeds:

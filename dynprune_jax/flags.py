@@ -76,7 +76,7 @@ def _attempt(parse: Callable[[], Any], where: str = "") -> Any:
     """Parses; a config file is a program, which may fail in any way, each made one line."""
     try:
         return parse()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if any(line.startswith("Traceback") for line in lines):
             lines = lines[-1:]

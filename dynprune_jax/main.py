@@ -49,8 +49,9 @@ MODES: dict[str, Callable[..., Any]] = {
     "step_cost": step_cost,
 }
 
-# What is wrong with the disk and not with this program.
+# What is wrong with the disk, or with what lies there, and not with this program.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_MACHINE_ERRORS += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
 
 
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _say(message: object, exit_code: int) -> int:
-    print(f"dynprune_jax: {message}", file=sys.stderr)
+    print("dynprune_jax:", " ".join(str(message).splitlines()), file=sys.stderr)
     return exit_code
 
 

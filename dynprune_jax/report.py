@@ -150,8 +150,10 @@ def checkout(folder: Path) -> str | None:
 def _told_of_training(run: Run) -> dict[str, Any]:
     try:
         old = json.loads((run.workdir / "report.json").read_text(encoding="utf-8"))
+        for timing in old["phases"].values():
+            _ = timing["images_per_second"] + timing["share_outside_step"]
         return {name: old[name] for name in ("command", "phases", "seconds")}
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not a report: nothing to keep
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not a report
         return {}
 
 

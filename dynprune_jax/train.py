@@ -213,7 +213,8 @@ def run_phase(
                 else:
                     timing.compilation += now - clock
                 clock = now
-                recent.append({key: float(value) for key, value in metrics.items()})
+                means = {key: float(value) for key, value in metrics.items()}
+                recent.append({**means, "steps": count})
                 _stop_if_not_finite(run, name, step, metrics)
                 screen.advance(count, config.batch_size, metrics)
                 if step % config.log_every_steps == 0 or step == total:
@@ -414,9 +415,14 @@ def _mean(ratios: Values) -> dict[str, float | None]:
 def _row(
     run: Run, name: str, recent: Sequence[Mapping[str, Any]], schedule: Any, step: int
 ) -> dict[str, Any]:
+    steps = [metrics["steps"] for metrics in recent]
+    loss, accuracy = (
+        float(np.average([metrics[key] for metrics in recent], weights=steps))
+        for key in ("loss", "accuracy")
+    )
     return {
-        "train_loss": float(np.mean([metrics["loss"] for metrics in recent])),
-        "train_accuracy": float(np.mean([metrics["accuracy"] for metrics in recent])),
+        "train_loss": loss,
+        "train_accuracy": accuracy,
         "learning_rate": float(np.asarray(run.learning_rate(name)(step - 1))),
         **_mean(schedule(jnp.asarray(step - 1))),
     }

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 import time
 from pathlib import Path
@@ -299,6 +300,21 @@ def test_a_changed_folder_is_prepared_anew_and_an_unchanged_one_is_not(folders, 
     np.testing.assert_array_equal(data.test.read([0])[0][0], changed)
     assert len(list(prepared.iterdir())) == 2
     assert first in list(prepared.iterdir())
+
+
+def test_a_folder_is_not_taken_for_another_that_looks_alike(folders, tmp_path):
+    """Of the same names, sizes and times, as an archive that tells no times leaves them."""
+    root, _ = folders
+    other = tmp_path / "elsewhere" / root.name
+    shutil.copytree(root, other)
+    changed = np.arange(108, dtype=np.uint8).reshape(6, 6, 3)
+    for place, pixels in ((root, changed), (other, changed[::-1])):
+        save(place / "test" / "cat" / "3.bmp", pixels)
+        for file in place.rglob("*.*"):
+            os.utime(file, ns=(1, 1))
+    for place, pixels in ((root, changed), (other, changed[::-1])):
+        data = open_folders(place, tmp_path)
+        np.testing.assert_array_equal(data.test.read([0])[0][0], pixels)
 
 
 def remove(folder):

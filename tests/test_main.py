@@ -71,6 +71,11 @@ def file_in_the_way(tmp_path):
     return []
 
 
+def study_folder(tmp_path):
+    (tmp_path / "out" / "runs" / "dense-seed0").mkdir(parents=True)
+    return []
+
+
 def checkpoints_without_config(tmp_path):
     (tmp_path / "out" / "checkpoints").mkdir(parents=True)
     return []
@@ -106,6 +111,10 @@ MISTAKES = {
         lambda tmp_path: broken_config(tmp_path, "def get_config():\n  return None"),
         "broken.py: .*(ConfigDict|NoneType)",
     ),
+    "config ends the program": (
+        lambda tmp_path: broken_config(tmp_path, "import sys\nsys.exit('no')"),
+        "broken.py: no",
+    ),
     "config with an argument it does not take": (
         [f"{DIGITS}:big"],
         r"digits_vgg.py:big: TypeError: get_config\(\) takes 0 positional",
@@ -117,6 +126,12 @@ MISTAKES = {
     "word for a number": (["--config.batch_size=many"], "config.batch_size=many"),
     "word in a tuple": (["--config.data.mean=('a',)"], "config.data.mean is .*'a'"),
     "batch of nothing": (["--config.batch_size=0"], "config.batch_size is 0; .*at least 1"),
+    "huge image": (["--config.data.image_size=99999999999"], r"image_size is 9+; .*\[1, 16384\)"),
+    "huge width": (["--config.width=1e300"], r"width is 1e\+300; it must be in \(0.0, 1000.0\]"),
+    "patch of everything": (
+        ["--config.gate.column_patch=16", "--config.gate.column_ratio=(.1,.1,.1)"],
+        "column_patch is 16; it must be less than config.data.image_size, 16",
+    ),
     "negative seed": (["--config.seed=-1"], "config.seed is -1"),
     "unknown dtype": (["--config.dtype=float16"], "'float16'; choose one of float32, bfloat16"),
     "unknown model": (["--config.model=vgg17"], "config.model is 'vgg17'; choose one of .*vgg16"),
@@ -140,7 +155,7 @@ MISTAKES = {
         ["--config.gate.layers=('blocks/0/*',)"],
         r"config.gate: channel_ratio for block 1 is 0.\d+, and no convolution chosen for",
     ),
-    "infinite learning rate": (["--config.dense.learning_rate=inf"], "a finite number greater"),
+    "infinite learning rate": (["--config.dense.learning_rate=inf"], r"in \(0.0, 1000.0\]"),
     "ratio of a word": (["--config.gate.channel_ratio=(.1,'a',.1)"], "channel_ratio"),
     "nothing to prune": (
         ["--config.gate.channel_ratio=(0.,0.,0.)", "--config.gate.column_ratio=()"],
@@ -192,6 +207,15 @@ MISTAKES = {
         ["--config.data.train_examples=9999"],
         "config.data.train_examples=9999",
     ),
+    "split that ends before it begins": (
+        ["--config.data.train_split=train[5:2]"],
+        r"train_split=train\[5:2\]: no such split",
+    ),
+    "tests among what is trained on": (
+        ["--config.data.test_split=train[:50%]"],
+        r"test_split=train\[:50%\]: 674 of its examples are in config.data.train_split=train",
+    ),
+    "name of two lines": (["--config.data.name=a\nb"], "config.data.name=a b: no data set"),
     "unknown split": (["--config.data.test_split=holdout"], "config.data.test_split=holdout"),
     "mean of another image": (["--config.data.mean=(.1,.2,.3)"], "config.data.mean has 3 values"),
     "image that pools to nothing": (
@@ -201,6 +225,7 @@ MISTAKES = {
     # work directories
     "workdir of another config": (other_run, "is of another config: config.batch_size is 7"),
     "workdir is a file": (file_in_the_way, "is a file; give a folder"),
+    "workdir of a study": (study_folder, "is a study's; give a run a folder of its own"),
     "workdir with stray checkpoints": (checkpoints_without_config, "no config.json"),
     "config.json is a folder": (folder_for_config, "config.json is not a config"),
     "workdir with an impossible name": ([f"--workdir={'x' * 300}"], "cannot be a folder"),

@@ -177,3 +177,13 @@ def test_what_cannot_be_pruned_statically_is_said(config, tmp_path, field, value
     with pytest.raises(UserError, match=message):
         static(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reduction_out_of_reach_is_said_before_anything_is_trained(config, tmp_path):
+    """Filters of what a block hands on stay, and with them more MACs than these gates leave."""
+    config.model = "resnet20"
+    config.ascent.warmup = 0.9
+    config.gate.channel_ratio = config.gate.column_ratio = (0.9, 0.9, 0.9)
+    with pytest.raises(UserError, match=r"config\.static\.allotment: no removal of filters takes"):
+        static(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -77,6 +77,9 @@ def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
     small.dense.learning_rate = 0.5
     with pytest.raises(UserError, match=r"of another config: config\.dense\.learning_rate is"):
         study(small, tmp_path / "study")
+    with pytest.raises(UserError, match="is of another config"):
+        study(small, elsewhere)
+    (elsewhere / "config.json").write_text(small.to_json())
     with pytest.raises(UserError, match="is a run's; give a study a folder of its own"):
         study(small, elsewhere)
     small.data.image_size = 1
@@ -86,6 +89,27 @@ def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"config\.prune\.epochs is 0; a study"):
         study(small, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_study_goes_on_past_a_run_that_fails(small, tmp_path, capfd):
+    small.study.methods, small.study.cuts = ("channels", "l1"), (0.2, 0.99)
+    small.study.ablations = ()
+    with pytest.raises(UserError, match=r"2 runs are missing, of channels-99-seed3, l1-99-seed3"):
+        study(small, tmp_path)
+    assert "channels-99-seed3: config.study: no factor" in capfd.readouterr().out
+    points = {(row["method"], row["cut"]) for row in study_lib.read_rows(tmp_path)}
+    assert points == {("dense", 0.0), ("channels", 0.2), ("l1", 0.2)}
+    assert "| static, L1 norm |" in (tmp_path / "table.md").read_text("utf-8")
+    with pytest.raises(UserError, match="is a study's; give a run a folder of its own"):
+        Run.open(small, tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"method": "l1", "cut"', "[]", '{"method": "l1", "cut": 0.2}'])
+def test_a_file_that_is_no_result_is_said(small, tmp_path, text):
+    (tmp_path / "l1-20-seed3.json").write_text(text)
+    with pytest.raises(UserError, match=r"l1-20-seed3\.json is no result of a study; delete it"):
+        study(small, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["l1-20-seed3.json"]
 
 
 @pytest.mark.parametrize("cut", [0.15, 0.6])
@@ -211,6 +235,8 @@ def test_methods_join(config):
     assert find_method("predicted+distillation").run is METHODS["predicted"].run
     with pytest.raises(UserError, match=r"l1\+taylor contradict each other in config.static"):
         find_method("l1+taylor")
+    with pytest.raises(UserError, match=r"as_gates needs one that removes filters, such as l1\+as"):
+        find_method("as_gates")
 
 
 def test_an_unknown_method_is_said(small, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from dynprune_jax import plots
+from dynprune_jax import build, plots
 from dynprune_jax.build import Run
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.data.sources import Split
@@ -237,6 +238,34 @@ def test_four_devices_train_as_one_does(config, tmp_path):
     # Sums over the batch are taken in another order: float32 rounding, grown over three steps.
     for name, value in one.values.items():
         np.testing.assert_allclose(four.values[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_of_metrics_weighs_every_step_alike(config, tmp_path):
+    """However many steps a dispatch does: here one and three, up to the row of step four."""
+    config.prune.epochs = 0
+    config.steps_per_dispatch = 3
+    losses = {}
+    for every in (1, 4):
+        config.log_every_steps = every
+        train_and_evaluate(config, tmp_path / str(every))
+        rows = read_metrics(tmp_path / str(every))
+        losses[every] = [row["train_loss"] for row in rows if "train_loss" in row]
+    expected = np.reshape(losses[1], (2, 4)).mean(axis=1)
+    np.testing.assert_allclose(losses[4], expected, rtol=1e-2)
+    assert np.std(losses[1]) > 0.1
+
+
+def test_a_folder_that_changed_under_a_run_is_refused(config, workdir, tmp_path, monkeypatch):
+    """Labels may mean other classes then, and steps and schedules other images."""
+    shutil.copytree(workdir, tmp_path / "run")
+    before = Run.open(config, tmp_path / "run").dataset
+    other = dataclasses.replace(before, class_names=("ten", *before.class_names[1:]))
+    fewer = dataclasses.replace(before, train=before.train.reordered(np.arange(127)))
+    for data, named in ((other, "classes of the data"), (fewer, "number of training images")):
+        monkeypatch.setattr(build, "load_dataset", lambda *_, data=data, **__: data)
+        for call in (train_and_evaluate, evaluate_workdir):
+            with pytest.raises(UserError, match=f"of another run: {named} is"):
+                call(config, tmp_path / "run")
 
 
 def test_several_steps_in_one_dispatch_are_the_same_steps(config, tmp_path):

@@ -67,7 +67,7 @@ def list_class_folders(path: str) -> Listing:
             "both must have the same classes"
         )
     names = tuple(sorted(train))
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(root)))
     files: dict[str, list[tuple[str, int]]] = {}
     for split, classes in found.items():
         files[split] = []
@@ -133,7 +133,8 @@ class ClassFolders(RecordBuilder, skip_registration=True):
 
     8-bit RGB files in PNG or JPEG are stored byte by byte; everything else (greyscale, palette,
     transparency, CMYK, other formats) becomes an RGB PNG. The name of the configuration holds
-    the listing's digest: a changed folder is prepared anew, an unchanged one is read again.
+    the listing's digest, of where the folder is and of every file's name, size and time: a
+    changed or moved folder is prepared anew, an unchanged one is read again.
 
     Args:
         path: the folder that holds `train` and `test` (or `val`).

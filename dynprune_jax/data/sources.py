@@ -223,8 +223,8 @@ def load_dataset(
         relabel, class_names = new_labels(class_names), class_wnids()
 
     def open_split(field: str, split: str, examples_field: str, examples: int) -> Split:
-        records = _open_records(name, builder, field, split)
-        indices = np.arange(len(records))
+        records, count = _open_records(name, builder, field, split)
+        indices = np.arange(count)
         if relabel is not None:
             stored = scan_labels(records, Path(builder.data_path), split)
             # A label of -1 marks an unlabelled image: of no class.
@@ -383,10 +383,13 @@ def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, 
     return (1 if found["image"].shape[-1] == 1 else 3), tuple(found["label"].names)
 
 
-def _open_records(name: str, builder: tfds.core.DatasetBuilder, field: str, split: str) -> Any:
-    """Opens a split's records, turning TFDS's exceptions into the user's."""
+def _open_records(
+    name: str, builder: tfds.core.DatasetBuilder, field: str, split: str
+) -> tuple[Any, int]:
+    """Opens a split's records and counts them, turning TFDS's exceptions into the user's."""
     try:
-        return encoded_records(builder, split)
+        records = encoded_records(builder, split)
+        return records, len(records)
     except NotImplementedError as error:
         raise UserError(
             f"config.data.name={name}: {builder.data_dir} is not in the array_record format; "

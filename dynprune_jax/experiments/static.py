@@ -194,16 +194,17 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
             f" {config.prune.start!r}; --mode=static prunes a dense network: it needs epochs, and"
             " a start from dense or checkpoint"
         )
-    shares = _shares(run)
-    dense, timings = train_dense(run)
-    assert dense is not None  # checked above
-    model: Any = run.dense.bind(dense)
-    model.eval()
     image = run.one_image
-    try:
-        ratios = allot(model, image, run.mac_reduction(), shares)
+    model: Any = run.dense.bind(run.dense.weights)
+    model.eval()
+    try:  # before anything is trained: no weights matter
+        ratios = allot(model, image, run.mac_reduction(), _shares(run))
     except ValueError as error:
         raise UserError(f"config.static.allotment: {error}") from error
+    dense, timings = train_dense(run)
+    assert dense is not None  # checked above
+    model = run.dense.bind(dense)
+    model.eval()
     small = remove_filters(model, CRITERIA[config.static.criterion](model, run), ratios)
     small.train()
     network = Network(small)

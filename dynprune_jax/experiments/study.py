@@ -87,6 +87,7 @@ METHODS = {
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
+_NEEDED = {"method", "cut", "seed", "accuracy", "mac_reduction"}  # of a result
 _NOT_MEASURED = "not measured"
 _PATHS = (*PLACES, "data.archive", "data.data_dir")  # of one machine
 
@@ -96,7 +97,7 @@ def find_method(name: str) -> Method:
 
     Raises:
       KeyError: for a name that is none of them.
-      UserError: for methods that contradict each other.
+      UserError: for methods that contradict each other, or allot filters and remove none.
     """
     parts = [METHODS[part] for part in name.split("+")]
     fields: dict[str, Any] = {}
@@ -106,6 +107,8 @@ def find_method(name: str) -> Method:
                 raise UserError(f"the methods {name} contradict each other in config.{field}")
         fields.update(part.fields)
     run = next((part.run for part in parts if part.run is static), train_and_evaluate)
+    if "static.allotment" in fields and run is not static:
+        raise UserError(f"the method {name} needs one that removes filters, such as l1+{name}")
     return Method(", ".join(part.label for part in parts), fields, run)
 
 
@@ -124,8 +127,9 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
       The rows: the content of all the JSON files in the work directory.
 
     Raises:
-      UserError: for a mistake in the config, the data or the work directory, or a cut that a
-        method's gates cannot make.
+      UserError: for a mistake in the config, the data or the work directory, before anything is
+        trained; at the end, with all else done, for runs that failed, such as one of a cut that
+        the method's gates cannot make.
     """
     config_lib.check(config)
     for field in ("methods", "ablations"):
@@ -141,15 +145,17 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     folder = Path(workdir).expanduser()
     if not config.prune.epochs:
         raise UserError("config.prune.epochs is 0; a study trains pruned networks: it needs epochs")
+    check_workdir(config, folder, free=(*FREE_FIELDS, *PLACES, "seed"))
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={folder} is a run's; give a study a folder of its own")
-    check_workdir(config, folder, free=(*FREE_FIELDS, *PLACES, "seed"))
+    read_rows(folder)
     with tempfile.TemporaryDirectory() as nobodys:
         Run.open(config, nobodys)  # a mistake leaves nothing behind
     make_folder(folder)
     keep_config(config, folder)
     grid = [(name, cut) for name in config.study.methods for cut in config.study.cuts]
     grid += [(name, config.study.ablation_cut) for name in config.study.ablations]
+    failed = {}
     for seed in config.study.seeds:
         dense = folder / "runs" / f"dense-seed{seed}"
         _run_once(folder / f"dense-seed{seed}.json", functools.partial(_dense, config, seed, dense))
@@ -158,13 +164,20 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
             pruned = functools.partial(
                 _pruned, config, name, cut, seed, dense, folder / "runs" / run
             )
-            _run_once(folder / f"{run}.json", pruned)
+            try:
+                _run_once(folder / f"{run}.json", pruned)
+            except UserError as error:  # of one method or cut: the others can be had
+                failed[run] = error
+                screen().print(f"{run}: {error}", highlight=False, markup=False, soft_wrap=True)
     rows = read_rows(folder)
     text = "\n\n".join(tables(rows)) + "\n"
     write_text(folder / "table.md", text)
     for name, figure in figures(rows).items():
         plots.save(figure, folder / f"{name}.png")
     screen().print(text, highlight=False, soft_wrap=True)
+    if failed:
+        run, error = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} runs are missing, of {', '.join(failed)}; {run}: {error}")
     return rows
 
 
@@ -199,8 +212,21 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The results in a study's folder, one for each run."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
+    """The results in a study's folder, one for each run.
+
+    Raises:
+      UserError: for a file that is none.
+    """
+    rows = []
+    for path in sorted(folder.glob("*-seed*.json")):
+        try:
+            row = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= _NEEDED:
+            raise UserError(f"{path} is no result of a study; delete it or move it away")
+        rows.append(row)
+    return rows
 
 
 def at_cut(config: Config, cut: float) -> Config:
