@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -225,7 +226,7 @@ class Run:
         config_lib.check(config)
         folder = Path(workdir).expanduser()
         check_workdir(config, folder)
-        if any(folder.glob("runs/*-seed*")):
+        if any(folder.glob("runs/dense-seed*")):
             raise UserError(f"--workdir={folder} is a study's; give a run a folder of its own")
         # Before a data set is prepared, which can take minutes: does the model fit the config?
         nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3))
@@ -299,7 +300,11 @@ class Run:
             if name not in (*FREE_FIELDS, *PLACES)
         }
         # Fields do not tell them where a folder has changed: then labels may mean other classes.
-        told["classes of the data"] = list(self.dataset.class_names)
+        names = ", ".join(self.dataset.class_names)
+        if len(names) > 200:
+            digest = hashlib.sha256(names.encode()).hexdigest()[:12]
+            names = f"{self.dataset.num_classes} whose names have the digest {digest}"
+        told["classes of the data"] = names
         told["number of training images"] = len(self.dataset.train)
         return {"phase": phase, **told}
 

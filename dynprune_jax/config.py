@@ -342,7 +342,7 @@ def _check_combinations(config: Config) -> None:
                     " predicted it must be 1"
                 )
     patch, side = config.gate.column_patch, config.data.image_size
-    if any(config.gate.column_ratio) and patch >= side:
+    if any(config.gate.column_ratio) and patch > 1 and patch >= side:
         raise UserError(
             f"config.gate.column_patch is {patch}; it must be less than config.data.image_size,"
             f" {side}: of a map that is one patch no column is skipped"

@@ -150,8 +150,9 @@ def checkout(folder: Path) -> str | None:
 def _told_of_training(run: Run) -> dict[str, Any]:
     try:
         old = json.loads((run.workdir / "report.json").read_text(encoding="utf-8"))
-        for timing in old["phases"].values():
-            _ = timing["images_per_second"] + timing["share_outside_step"]
+        told = {"images_per_second", "share_outside_step"}
+        if not all(timing.keys() >= told for timing in old["phases"].values()):
+            return {}
         return {name: old[name] for name in ("command", "phases", "seconds")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not a report
         return {}

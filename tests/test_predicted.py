@@ -469,3 +469,26 @@ def test_a_run_with_predicted_gates(config, tmp_path):
     config.gate.channel_group = 2
     with pytest.raises(UserError, match=r"config\.gate\.channel_group is 2"):
         train_and_evaluate(config, tmp_path / "other")
+
+
+def test_folding_minds_no_earlier_call_and_no_norm_of_another_kind():
+    class Own(nnx.BatchNorm):
+        """It computes something else."""
+
+        def __call__(self, x):
+            return 2.0 * super().__call__(x)
+
+    class Given(Chain):
+        """Its normalization is called with an argument."""
+
+        def __call__(self, x):
+            return self.reader(nnx.relu(self.norm(self.conv(x), use_running_average=True)))
+
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+    dynamic = predict_channels(Given(1), 0.5, {"conv": ("norm", "reader")})
+    dynamic.conv(x)  # by itself: nobody takes what it has left
+    np.testing.assert_allclose(compact(dynamic, x)(x), dynamic(x), rtol=1e-4, atol=1e-4)
+    model = Chain(1)
+    model.norm = Own(8, rngs=nnx.Rngs(0))
+    model.eval()
+    np.testing.assert_allclose(compact(model, x)(x), model(x), rtol=1e-4, atol=1e-4)

@@ -94,7 +94,7 @@ def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
 def test_a_study_goes_on_past_a_run_that_fails(small, tmp_path, capfd):
     small.study.methods, small.study.cuts = ("channels", "l1"), (0.2, 0.99)
     small.study.ablations = ()
-    with pytest.raises(UserError, match=r"2 runs are missing, of channels-99-seed3, l1-99-seed3"):
+    with pytest.raises(UserError, match=r"^not done: channels-99-seed3, l1-99-seed3; channels-99"):
         study(small, tmp_path)
     assert "channels-99-seed3: config.study: no factor" in capfd.readouterr().out
     points = {(row["method"], row["cut"]) for row in study_lib.read_rows(tmp_path)}
@@ -102,6 +102,22 @@ def test_a_study_goes_on_past_a_run_that_fails(small, tmp_path, capfd):
     assert "| static, L1 norm |" in (tmp_path / "table.md").read_text("utf-8")
     with pytest.raises(UserError, match="is a study's; give a run a folder of its own"):
         Run.open(small, tmp_path)
+
+
+def test_a_study_goes_on_with_the_next_seed(small, tmp_path, monkeypatch):
+    def train(config, name, *_):
+        if (config, name) == (small, 1):
+            raise UserError("the loss is nan")
+        return row("dense", 0.0, 0, 0.5) if isinstance(name, int) else row(name, 0.2, 0, 0.5)
+
+    monkeypatch.setattr(study_lib, "_dense", train)
+    monkeypatch.setattr(study_lib, "_pruned", train)
+    monkeypatch.setattr(study_lib, "figures", lambda _: {})
+    small.study.seeds, small.study.cuts, small.study.ablations = (0, 1, 2), (0.2,), ()
+    with pytest.raises(UserError, match=r"^not done: dense-seed1; dense-seed1: the loss is nan$"):
+        study(small, tmp_path)
+    found = {path.name for path in tmp_path.glob("*-seed*.json")}
+    assert found == {f"{name}-seed{seed}.json" for name in ("dense", "l1-20") for seed in (0, 2)}
 
 
 @pytest.mark.parametrize("text", ['{"method": "l1", "cut"', "[]", '{"method": "l1", "cut": 0.2}'])
@@ -154,6 +170,7 @@ def row(method, cut, seed, accuracy, untrained=0.1):
         "cut": cut,
         "seed": seed,
         "accuracy": accuracy,
+        "mac_reduction": cut,
         "accuracy_untrained": untrained,
         "executed_mac_reduction": cut,
         "accuracy_by_other_criteria": {"random": accuracy / 2, "inverse": 0.1},

@@ -67,11 +67,13 @@ def list_class_folders(path: str) -> Listing:
             "both must have the same classes"
         )
     names = tuple(sorted(train))
-    digest = hashlib.sha256(os.fsencode(os.path.realpath(root)))
+    digest = hashlib.sha256()
     files: dict[str, list[tuple[str, int]]] = {}
     for split, classes in found.items():
         files[split] = []
         for label, name in enumerate(names):
+            # Archives may tell no times, and images without compression are of one size.
+            digest.update(_content(os.path.join(root, min(classes[name])[0])))
             for relative, size, changed in sorted(classes[name]):
                 digest.update(os.fsencode(f"{relative}\0{size}\0{changed}\0"))
                 files[split].append((relative, label))
@@ -120,6 +122,14 @@ def _visible(folder: str) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
+def _content(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def _size_and_time(file: os.DirEntry[str]) -> tuple[int, int]:
     try:
         stat = file.stat()
@@ -133,8 +143,8 @@ class ClassFolders(RecordBuilder, skip_registration=True):
 
     8-bit RGB files in PNG or JPEG are stored byte by byte; everything else (greyscale, palette,
     transparency, CMYK, other formats) becomes an RGB PNG. The name of the configuration holds
-    the listing's digest, of where the folder is and of every file's name, size and time: a
-    changed or moved folder is prepared anew, an unchanged one is read again.
+    the listing's digest, of every file's name, size and time and of the first image of each
+    class: a changed folder is prepared anew, an unchanged one is read again.
 
     Args:
         path: the folder that holds `train` and `test` (or `val`).

@@ -7,6 +7,7 @@ refused to another.
 """
 
 import bisect
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -129,7 +130,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
       UserError: for a mistake in the config, the data or the work directory, before anything is
         trained; at the end, with all else done, for runs that failed, such as one of a cut that
-        the method's gates cannot make.
+        the method's gates cannot make, and those of a seed whose dense network failed.
     """
     config_lib.check(config)
     for field in ("methods", "ablations"):
@@ -158,17 +159,20 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     failed = {}
     for seed in config.study.seeds:
         dense = folder / "runs" / f"dense-seed{seed}"
-        _run_once(folder / f"dense-seed{seed}.json", functools.partial(_dense, config, seed, dense))
+        runs = {dense.name: functools.partial(_dense, config, seed, dense)}
         for name, cut in dict.fromkeys(grid):
             run = f"{name}-{cut * 100:g}-seed{seed}"
-            pruned = functools.partial(
+            runs[run] = functools.partial(
                 _pruned, config, name, cut, seed, dense, folder / "runs" / run
             )
+        for run, call in runs.items():
             try:
-                _run_once(folder / f"{run}.json", pruned)
-            except UserError as error:  # of one method or cut: the others can be had
+                _run_once(folder / f"{run}.json", call)
+            except UserError as error:  # of one method, cut or seed: the others can be had
                 failed[run] = error
                 screen().print(f"{run}: {error}", highlight=False, markup=False, soft_wrap=True)
+                if run == dense.name:
+                    break
     rows = read_rows(folder)
     text = "\n\n".join(tables(rows)) + "\n"
     write_text(folder / "table.md", text)
@@ -177,7 +181,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     screen().print(text, highlight=False, soft_wrap=True)
     if failed:
         run, error = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} runs are missing, of {', '.join(failed)}; {run}: {error}")
+        raise UserError(f"not done: {', '.join(failed)}; {run}: {error}")
     return rows
 
 
@@ -206,9 +210,11 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """
     order = {name: i for i, name in enumerate(METHODS)}
     names = {row["method"] for row in rows} - {"dense"}
-    names -= {name for name in names if not order.keys() >= {*name.split("+")}}
-    names = sorted(names, key=lambda name: [order[part] for part in name.split("+")])
-    return {"dense": "dense", **{name: find_method(name).label for name in names}}
+    found = {"dense": "dense"}
+    for name in sorted(names, key=lambda name: [order.get(part, -1) for part in name.split("+")]):
+        with contextlib.suppress(KeyError, UserError):
+            found[name] = find_method(name).label
+    return found
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -63,7 +63,8 @@ class Handover:
         """What is wrong where something was left and the normalization cannot take it."""
         return ValueError(
             f"the outputs that {self.maker} leaves out are not left out: its normalization does not"
-            " read the convolution's own output, but something made of it"
+            " read the convolution's own output, but something made of it, or reads it in another"
+            " nnx.jit or nnx.remat"
         )
 
     def clear(self) -> None:
@@ -112,8 +113,8 @@ class GatedNorm(nnx.BatchNorm):
         Raises:
           ValueError: if the map is not the one that the convolution has made.
         """
-        y = super().__call__(x, use_running_average, mask=mask)
-        return self.handover.take(x).apply_to_output(y)
+        wanted = self.handover.take(x)
+        return wanted.apply_to_output(super().__call__(x, use_running_average, mask=mask))
 
 
 class DynamicConv(nnx.Conv):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dynprune_jax.pruning.dynamic_conv import GatedNorm
 from dynprune_jax.pruning.layers import (
     Model,
     all_modules,
@@ -87,6 +88,7 @@ def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
 def _pairs(model: nnx.Module, *inputs: Any) -> list[tuple[str, str]]:
     """The names of each convolution and the norm that alone reads it, from the traced program."""
     convs = replaceable_layers(model)
+    norms = {k for k, v in all_modules(model).items() if type(v) in (nnx.BatchNorm, GatedNorm)}
 
     def mark(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer, nnx.Conv):
@@ -98,11 +100,14 @@ def _pairs(model: nnx.Module, *inputs: Any) -> list[tuple[str, str]]:
 
             conv.__name__ = _CONV + name
             return jax.jit(conv)(x)
-        if args or kwargs or not layer.use_running_average or layer.axis not in (-1, x.ndim - 1):
+        if name not in norms:  # it may compute something else
             return call(x, *args, **kwargs)
+        # A salience is of no matter either.
+        if args or kwargs or not layer.use_running_average or layer.axis not in (-1, x.ndim - 1):
+            return nnx.BatchNorm.__call__(layer, x, *args, **kwargs)
 
         def norm(x: Any) -> Any:
-            return nnx.BatchNorm.__call__(layer, x)  # a salience is of no matter either
+            return nnx.BatchNorm.__call__(layer, x)
 
         norm.__name__ = _NORM + name
         return jax.jit(norm)(x)
