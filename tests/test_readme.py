@@ -3,9 +3,12 @@ import re
 import shlex
 import statistics
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import dynprune_jax
 from dynprune_jax.config import check, flatten
 from dynprune_jax.experiments.study import find_method, read_rows, tables, with_fields
 from dynprune_jax.flags import parse
@@ -48,9 +51,14 @@ def mean_and_spread(values):
 
 
 def test_the_example_runs(capsys):
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert example
-    exec(compile(example[1], "README.md", "exec"), {})
+    use, train = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(use, "README.md", "exec"), names)
+    before = names["model"].blocks[4].layers[2].conv.kernel[...]
+    exec(compile(train, "README.md", "exec"), names)
+    gates = dynprune_jax.dynamic_layers(names["model"]).values()
+    assert {round(float(gate.channel_ratio[...]), 3) for gate in gates} == {0.1}
+    assert np.abs(names["model"].blocks[4].layers[2].conv.kernel[...] - before).max() > 0
     printed = capsys.readouterr().out
     assert "313201664" in printed  # dense MACs per image
     assert "'blocks/4/layers/2/conv': 52" in printed  # 512 - floor(0.9 * 512)
@@ -138,6 +146,9 @@ def speed(name):
 
 
 def test_the_table_of_times_is_what_was_measured():
+    realised = [row["realised"] for name in SPEED.values() for row in speed(name)[1]]
+    low, high = 100 * min(realised), 100 * max(realised)
+    assert f"reach {low:.0f} to {high:.0f} % of the ideal speedup" in README
     for label, name in SPEED.items():
         for row in speed(name)[1]:
             other = row["other_runtimes_ms"]
@@ -485,6 +496,30 @@ def test_the_claims_on_the_saliences_rate_are_what_its_runs_say():
     )
     claim = "{:.2f} and {:.2f} % at a tenth, {:.2f} and {:.2f} % at the full rate"
     assert claim.format(*slow, *fast) in PAGES
+
+
+def test_the_claims_on_today_s_start_on_imagenette_are_what_its_runs_say():
+    def of(method, cut=0.0, control=None, study="salience_start/imagenette_resnet18_zero"):
+        return [x for _, x in sorted(accuracies(study, method, cut, control).items())]
+
+    def told(values):
+        assert len(values) == 3
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+    dense = of("dense")
+    zero = {cut: of("predicted", cut) for cut in (0.4, 0.55)}
+    shared = [statistics.mean(of("predicted", cut, "shared")) for cut in zero]
+    above, below = (statistics.mean(found) - statistics.mean(dense) for found in zero.values())
+    slow = of("predicted", 0.55, study="salience_rate/imagenette_resnet18_tenth")
+    for claim in (
+        f"reach {told(zero[0.4])} % at a cut of 40 % and {told(zero[0.55])} % at 55 %, of dense"
+        f" networks of {told(dense)} % (seed",
+        f"{above:.2f} points above and {-below:.2f} below, and with one choice for a batch"
+        " {:.2f} and {:.2f} %".format(*shared),
+        "no direction: {:.2f}, {:.2f} and {:.2f} % at a tenth,".format(*slow),
+        " {:.2f}, {:.2f} and {:.2f} % at the full rate, from".format(*zero[0.55]),
+    ):
+        assert claim in PAGES, claim
 
 
 def test_the_choice_of_vgg16_s_schedule_is_what_its_runs_say():
