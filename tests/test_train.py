@@ -326,7 +326,7 @@ def test_pictures_show_what_the_network_sees(config, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
-    config.dense.learning_rate = 1e30
+    config.dense.learning_rate = 1000.0  # the highest that is allowed
     with pytest.raises(UserError, match=r"not finite|the loss is (nan|inf)"):
         train_and_evaluate(config, tmp_path)
 
