@@ -287,6 +287,17 @@ def test_the_claims_on_imagenette_are_what_its_runs_say():
     def lost(method, cut, seeds=(0, 1)):  # of the same seeds' dense networks
         return of("dense", 0.0, seeds=seeds) - of(method, cut, seeds=seeds)
 
+    several = "filters removed by L1 norms; channels alone, columns alone"
+    for label, method in (
+        ("channels and columns", "both"),
+        ("columns chosen once a block", "block_columns"),
+        ("predicted", "predicted"),
+        ("predicted, columns chosen once a block", "predicted+block_columns"),
+        *((several, name) for name in ("l1", "channels", "columns")),
+    ):
+        found = (accuracies("imagenette_resnet18_small", method, cut) for cut in (0.4, 0.55))
+        cells = [", ".join(map(str, sorted(seeds))) for seeds in found]
+        assert f"| {label} | {cells[0]} | {cells[1]} |".replace("  ", " ") in PAGES
     both, each = (0, 1), (0, 1, 2)
     columns, channels = (
         accuracies("imagenette_resnet18_small", n, 0.4) for n in ("columns", "channels")

@@ -251,7 +251,7 @@ def test_a_row_of_metrics_weighs_every_step_alike(config, tmp_path):
         rows = read_metrics(tmp_path / str(every))
         losses[every] = [row["train_loss"] for row in rows if "train_loss" in row]
     expected = np.reshape(losses[1], (2, 4)).mean(axis=1)
-    np.testing.assert_allclose(losses[4], expected, rtol=1e-2)
+    np.testing.assert_allclose(losses[4], expected, rtol=0.05)  # unweighted: 0.3 apart
     assert np.std(losses[1]) > 0.1
 
 

@@ -72,9 +72,10 @@ def list_class_folders(path: str) -> Listing:
     for split, classes in found.items():
         files[split] = []
         for label, name in enumerate(names):
+            images = sorted(classes[name])
             # Archives may tell no times, and images without compression are of one size.
-            digest.update(_content(os.path.join(root, min(classes[name])[0])))
-            for relative, size, changed in sorted(classes[name]):
+            digest.update(_content(os.path.join(root, images[0][0])))
+            for relative, size, changed in images:
                 digest.update(os.fsencode(f"{relative}\0{size}\0{changed}\0"))
                 files[split].append((relative, label))
     return Listing(root, names, files, digest.hexdigest())
