@@ -114,27 +114,31 @@ def remove_filters(model: Any, scores: Scores, ratios: dict[str, float]) -> Any:
       ratios: by convolution, the fraction of its filters to remove, in [0, 1).
     """
     small = nnx.clone(model)
+
+    def keep(owner: Any, name: str, cut: Callable[[np.ndarray], np.ndarray]) -> None:
+        # By NumPy, which compiles nothing: each of the many sizes would be a program of its own.
+        variable = getattr(owner, name)
+        if variable is not None:
+            setattr(owner, name, type(variable)(jnp.asarray(cut(np.asarray(variable[...])))))
+
     for link in links(small):
         n = link.conv.out_features
         count = max(n - int(ratios[link.name] * n + 1e-6), 1)
         kept = np.sort(np.argsort(-scores[link.name], kind="stable")[:count])
-        link.conv.kernel = nnx.Param(link.conv.kernel[...][..., kept])
-        if link.conv.bias is not None:
-            link.conv.bias = nnx.Param(link.conv.bias[...][kept])
-        link.conv.out_features = count
-        for name in ("scale", "bias", "mean", "var"):
-            variable: Any = getattr(link.norm, name)
-            setattr(link.norm, name, type(variable)(variable[...][kept]))
-        link.norm.num_features = count
-        kernel = link.reader.kernel[...]
+        for owner, names in (
+            (link.conv, ("kernel", "bias")),
+            (link.norm, ("scale", "bias", "mean", "var")),
+        ):
+            for name in names:
+                keep(owner, name, lambda value, kept=kept: value[..., kept])
+        link.conv.out_features = link.norm.num_features = count
         if isinstance(link.reader, nnx.Conv):
-            kernel = kernel[:, :, kept]
+            keep(link.reader, "kernel", lambda kernel, kept=kept: kernel[:, :, kept])
             link.reader.in_features = count
         else:  # a map laid out as one vector: its channels come last
-            kernel = kernel.reshape(-1, n, kernel.shape[-1])[:, kept]
-            link.reader.in_features = kernel.shape[0] * count
-            kernel = kernel.reshape(-1, kernel.shape[-1])
-        link.reader.kernel = nnx.Param(kernel)
+            rows = np.arange(link.reader.in_features).reshape(-1, n)[:, kept].ravel()
+            keep(link.reader, "kernel", lambda kernel, rows=rows: kernel[rows])
+            link.reader.in_features = len(rows)
     return small
 
 
