@@ -30,13 +30,13 @@ def test_every_config_is_valid_and_builds(path):
 def test_every_method_of_a_study_builds(path):
     config = runpy.run_path(str(path))["get_config"]()
     classes, channels = CLASSES.get(config.data.name, (1000, 3))
+    model = nnx.eval_shape(lambda: build_model(config, classes, channels))
     for name in {*config.study.methods, *config.study.ablations}:
         changed = with_fields(config, find_method(name).fields)
         config_lib.check(changed)
-        model = nnx.eval_shape(
-            lambda c=changed: build_dynamic(c, build_model(c, classes, channels))
-        )
-        assert dynamic_layers(model)
+        assert changed.model == config.model
+        dynamic = nnx.eval_shape(lambda dense, c=changed: build_dynamic(c, dense), model)
+        assert dynamic_layers(dynamic)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """From scores and a prune ratio to masks and indices: exact counts, ties to the lower index."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -86,6 +87,7 @@ def kept_count(ratio: float | Float[ArrayLike, ""], n: int) -> Int[Array, ""]:
     return jnp.maximum(n - jnp.floor(scaled).astype(jnp.int32), 1)
 
 
+@functools.partial(jax.jit, inline=True)  # one program where it is called alone, and not dozens
 def keep_highest(
     scores: Float[Array, "*batch n"], count: int | Int[Array, ""]
 ) -> Bool[Array, "*batch n"]:
@@ -175,6 +177,7 @@ def _running_count(mask: Bool[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     return counts.reshape(*batch, blocks.shape[-2] * _BLOCK)[..., :n]
 
 
+@functools.partial(jax.jit, static_argnames="count", inline=True)
 def kept_indices(
     mask: Bool[Array, "batch n"], count: int
 ) -> tuple[Int[Array, "batch {count}"], Int[Array, "batch n"]]:
