@@ -188,7 +188,7 @@ def test_a_salience_that_only_ranks_learns_too():
     np.testing.assert_array_equal(unit.conv.masks(images).salience, 1.0)
     salience = np.asarray(unit.conv.salience(images))[:, None, None, :]
     np.testing.assert_allclose(np.asarray(unit(images)) * salience, y, rtol=1e-4, atol=1e-6)
-    fast = compact(dynamic, images)
+    fast = compact(dynamic, images, plan=mixed_plan(dynamic))
     np.testing.assert_allclose(fast(images), dynamic(images), rtol=1e-4, atol=1e-4)
     gradient = nnx.grad(lambda unit: jnp.sum(unit(images)))(unit)
     assert np.abs(gradient.conv.salience_kernel[...]).max() > 0
@@ -487,8 +487,12 @@ def test_folding_minds_no_earlier_call_and_no_norm_of_another_kind():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
     dynamic = predict_channels(Given(1), 0.5, {"conv": ("norm", "reader")})
     dynamic.conv(x)  # by itself: nobody takes what it has left
-    np.testing.assert_allclose(compact(dynamic, x)(x), dynamic(x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        compact(dynamic, x, plan=mixed_plan(dynamic))(x), dynamic(x), rtol=1e-4, atol=1e-4
+    )
     model = Chain(1)
     model.norm = Own(8, rngs=nnx.Rngs(0))
     model.eval()
-    np.testing.assert_allclose(compact(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        compact(model, x, plan=mixed_plan(model))(x), model(x), rtol=1e-4, atol=1e-4
+    )
