@@ -1,5 +1,6 @@
 """The end of a run: its evaluation as report.json, as pictures and as one table."""
 
+import functools
 import json
 import platform
 import shlex
@@ -114,8 +115,12 @@ def _command() -> str | None:
     return shlex.join(["python", "-m", "dynprune_jax.main", *sys.argv[1:]])
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """What a result was made with: Python, packages and, in a checkout, the commit."""
+    """What a result was made with: Python, packages and, in a checkout, the commit.
+
+    It is read once: the code that a process runs stays, whatever is committed meanwhile.
+    """
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

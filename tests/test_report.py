@@ -1,5 +1,9 @@
 import subprocess
 
+from conftest import CONFIGS
+
+from dynprune_jax import report
+from dynprune_jax.main import MODES, main
 from dynprune_jax.report import checkout
 
 
@@ -25,3 +29,19 @@ def test_the_commit_of_a_checkout_is_told_and_whether_files_differ(tmp_path):
     assert checkout(inside) is None  # installed somewhere in another project
     (inside / "code.py").write_text("2\n", encoding="utf-8")
     assert checkout(tmp_path) == f"{told}+"
+
+
+def test_a_report_tells_the_commit_that_its_program_began_with(monkeypatch):
+    def commit_and_see(*_):
+        monkeypatch.setattr(report, "checkout", lambda _: "later")
+        told.append(report.versions()["commit"])
+
+    told = []
+    monkeypatch.setitem(MODES, "train", commit_and_see)
+    monkeypatch.setattr(report, "checkout", lambda _: "at first")
+    report.versions.cache_clear()
+    try:
+        assert main(["main", f"--config={CONFIGS / 'digits_vgg.py'}", "--workdir=none"]) == 0
+    finally:
+        report.versions.cache_clear()
+    assert told == ["at first"]
