@@ -115,11 +115,10 @@ def _command() -> str | None:
     return shlex.join(["python", "-m", "dynprune_jax.main", *sys.argv[1:]])
 
 
-@functools.cache
 def versions() -> dict[str, str]:
     """What a result was made with: Python, packages and, in a checkout, the commit.
 
-    It is read once: the code that a process runs stays, whatever is committed meanwhile.
+    The commit is that of the process's first call: what is committed later, it does not run.
     """
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -127,8 +126,13 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # run from a checkout
             found[name] = "not installed"
-    commit = checkout(Path(__file__).parent.parent)
+    commit = _commit()
     return found if commit is None else found | {"commit": commit}
+
+
+@functools.cache
+def _commit() -> str | None:
+    return checkout(Path(__file__).parent.parent)
 
 
 def checkout(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ def rows(config, folder):
     """The benchmark of the small digits network, run once: its own ratios, and ratio 0."""
     if not (folder / "benchmark.json").exists():
         config.gate.layers = ("blocks/[12]/layers/0/*",)  # of the others there is a dense plan
-        config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.4, 0.5), (0.0, 0.0, 0.3)
+        config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.7, 0.8), (0.0, 0.0, 0.3)
         config.benchmark.batch_sizes = (2,)
         config.benchmark.ratios = (0.0,)
         benchmark(config, folder)
@@ -47,11 +47,12 @@ def test_its_rows_hold_what_they_promise(rows):
         low, high = row["compact_quartiles_ms"]
         assert low <= row["compact_ms"] <= high
     for row in rows[1::2]:
-        assert row["channel_ratio"] == [0.0, 0.4, 0.5]
+        assert row["channel_ratio"] == [0.0, 0.7, 0.8]
         assert row["random_masks_ms"] > 0
         assert row["static_ms"] > 0
         # A smaller network of as many MACs, to what whole channels allow.
-        assert abs(row["static_mac_reduction"] - row["mac_reduction"]) < 0.05
+        assert row["mac_reduction"] > 0.15
+        assert abs(row["static_mac_reduction"] - row["mac_reduction"]) < 0.02
 
 
 def test_at_ratio_0_the_compact_network_is_the_dense_one(rows, folder):

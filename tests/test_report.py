@@ -39,9 +39,9 @@ def test_a_report_tells_the_commit_that_its_program_began_with(monkeypatch):
     told = []
     monkeypatch.setitem(MODES, "train", commit_and_see)
     monkeypatch.setattr(report, "checkout", lambda _: "at first")
-    report.versions.cache_clear()
+    report._commit.cache_clear()
     try:
         assert main(["main", f"--config={CONFIGS / 'digits_vgg.py'}", "--workdir=none"]) == 0
     finally:
-        report.versions.cache_clear()
+        report._commit.cache_clear()
     assert told == ["at first"]

@@ -119,7 +119,7 @@ def remove_filters(model: Any, scores: Scores, ratios: dict[str, float]) -> Any:
         # By NumPy, which compiles nothing: each of the many sizes would be a program of its own.
         variable = getattr(owner, name)
         if variable is not None:
-            setattr(owner, name, type(variable)(jnp.asarray(cut(np.asarray(variable)))))
+            setattr(owner, name, type(variable)(jnp.asarray(cut(np.asarray(variable.get_value())))))
 
     for link in links(small):
         n = link.conv.out_features
