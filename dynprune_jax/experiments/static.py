@@ -109,35 +109,34 @@ def remove_filters(model: Any, scores: Scores, ratios: dict[str, float]) -> Any:
     """Returns a smaller model without the lowest-scored filters; the given one stays as it is.
 
     Args:
-      model: one of this package's.
+      model: one of this package's; its arrays are read, so it cannot be traced.
       scores: by convolution, one for each of its filters.
       ratios: by convolution, the fraction of its filters to remove, in [0, 1).
     """
     small = nnx.clone(model)
 
-    def keep(owner: Any, name: str, cut: Callable[[np.ndarray], np.ndarray]) -> None:
+    def keep(owner: Any, name: str, kept: np.ndarray, axis: int) -> None:
         # By NumPy, which compiles nothing: each of the many sizes would be a program of its own.
         variable = getattr(owner, name)
         if variable is not None:
-            setattr(owner, name, type(variable)(jnp.asarray(cut(np.asarray(variable.get_value())))))
+            value = np.take(np.asarray(variable.get_value()), kept, axis)
+            setattr(owner, name, type(variable)(jnp.asarray(value)))
 
     for link in links(small):
         n = link.conv.out_features
         count = max(n - int(ratios[link.name] * n + 1e-6), 1)
         kept = np.sort(np.argsort(-scores[link.name], kind="stable")[:count])
-        for owner, names in (
-            (link.conv, ("kernel", "bias")),
-            (link.norm, ("scale", "bias", "mean", "var")),
-        ):
-            for name in names:
-                keep(owner, name, lambda value, kept=kept: value[..., kept])
+        for name in ("kernel", "bias"):
+            keep(link.conv, name, kept, -1)
+        for name in ("scale", "bias", "mean", "var"):
+            keep(link.norm, name, kept, -1)
         link.conv.out_features = link.norm.num_features = count
         if isinstance(link.reader, nnx.Conv):
-            keep(link.reader, "kernel", lambda kernel, kept=kept: kernel[:, :, kept])
+            keep(link.reader, "kernel", kept, 2)
             link.reader.in_features = count
         else:  # a map laid out as one vector: its channels come last
             rows = np.arange(link.reader.in_features).reshape(-1, n)[:, kept].ravel()
-            keep(link.reader, "kernel", lambda kernel, rows=rows: kernel[rows])
+            keep(link.reader, "kernel", rows, 0)
             link.reader.in_features = len(rows)
     return small
 
