@@ -320,6 +320,132 @@ def test_a_plan_that_no_longer_fits_names_its_file(tmp_path):
         dynprune_jax.compact(model, jnp.ones((1, 6, 6, 8)), plan=tmp_path / "plan.json")
 
 
+class Conv(nnx.Module):
+    """One convolution and its norm, with statistics that are not those it starts with."""
+
+    def __init__(self):
+        self.conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0))
+        self.seen = nnx.Cache(jnp.zeros((2, 6, 6, 8)))
+        fill(self.norm.var, np.full(8, 4.0))
+
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+
+
+class Penalized(Conv):
+    def __call__(self, x):
+        return super().__call__(x), jnp.sum(self.conv.kernel[...] ** 2)
+
+
+class Tied(Conv):
+    def __call__(self, x):
+        y = nnx.remat(Conv.__call__)(self, x)
+        return nnx.jit(lambda model, y: y @ model.conv.kernel[...][0, 0].T)(self, y)
+
+
+class Scanned(Conv):
+    """The kernel goes through a loop, and what is done with it there is anyone's guess."""
+
+    def __call__(self, x):
+        kernel = self.conv.kernel[...]
+        step = lambda total, _: (total + kernel.sum(), None)  # noqa: E731
+        return super().__call__(x) + jax.lax.scan(step, 0.0, None, length=2)[0]
+
+
+@pytest.mark.parametrize("kind", [Penalized, Tied, Scanned])
+def test_a_convolution_whose_kernel_is_read_elsewhere_stays_as_it_is(kind):
+    model, x = kind(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
+    assert type(dynprune_jax.fold_batch_norms(model, x).norm) is nnx.BatchNorm
+    fast = dynprune_jax.compact(model, x, plan=Plan({"conv": Form("patches")}))
+    assert type(fast.conv) is nnx.Conv
+    jax.tree.map(np.testing.assert_array_equal, fast(x), model(x))
+
+
+def test_a_transformation_that_hands_a_kernel_on_does_not_read_it():
+    class Within(nnx.Module):
+        def __init__(self):
+            self.parts = nnx.List([Conv() for _ in range(4)])
+
+        def __call__(self, x):
+            one, two, three, four = self.parts
+            x = nnx.remat(Conv.__call__)(one, x)
+            x = nnx.jit(Conv.__call__)(two, x)
+            x = jax.lax.cond(x.sum() > 0, lambda x: three(x), lambda x: x + 0, x)
+            return jax.lax.fori_loop(0, 2, lambda _, x: four(x), x)
+
+    model, x = Within(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)))
+    x = x.astype(jnp.float32)
+    plan = Plan({f"parts/{i}/conv": Form("patches") for i in range(4)})
+    fast = dynprune_jax.compact(model, x, plan=plan)
+    for part in fast.parts:
+        assert isinstance(part.norm, FoldedNorm)
+        assert isinstance(part.conv, CompactConv)
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_that_share_a_kernel_are_folded_apart():
+    class Shared(Conv):
+        def __init__(self):
+            super().__init__()
+            self.other = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(1))
+            self.other.kernel = self.conv.kernel
+
+        def __call__(self, x):
+            return super().__call__(x) + self.other(x)
+
+    model, x = Shared(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)))
+    x = x.astype(jnp.float32)
+    fast = dynprune_jax.compact(model, x, plan=Plan({"conv": Form("patches")}))
+    assert isinstance(fast.norm, FoldedNorm)
+    assert isinstance(fast.conv, CompactConv)
+    np.testing.assert_allclose(run(fast, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_that_the_model_writes_is_left_as_it_was():
+    class Writing(Conv):
+        def __call__(self, x):
+            y = self.conv(x)
+            self.seen[...] = y
+            return self.norm(y)
+
+    model, x = Writing(), jnp.ones((2, 6, 6, 8))
+    fast = dynprune_jax.compact(model, x, plan=Plan({}))
+    np.testing.assert_allclose(fast(x), model(x), atol=1e-6)
+    np.testing.assert_allclose(fast.seen, model.seen, atol=1e-6)
+
+
+def test_a_model_that_looks_at_its_layers_finds_a_folded_norm():
+    class Looking(nnx.Module):
+        def __init__(self):
+            inner = Conv()
+            self.layers = nnx.List([inner.conv, inner.norm])
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                if isinstance(layer, nnx.BatchNorm) and layer.use_running_average:
+                    x = nnx.relu(x)
+            return x
+
+    model, x = Looking(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)))
+    x = x.astype(jnp.float32)
+    fast = dynprune_jax.compact(model, x, plan=Plan({}))
+    assert isinstance(fast.layers[1], FoldedNorm)
+    assert not jax.tree.leaves(nnx.state(fast.layers[1]))
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_images_are_answered_and_not_measured(small):
+    dynamic, images = small
+    none = images[:0]
+    assert dynprune_jax.compact(dynamic, images, plan=Plan({}))(none).shape == (0, 10)
+    with pytest.raises(ValueError, match=r"images has the shape \(0, 8, 8, 1\); a plan"):
+        dynprune_jax.compact(dynamic, none)
+    with pytest.raises(ValueError, match=r"images has the shape \(0, 8, 8, 1\); MACs"):
+        dynprune_jax.measure(dynamic, none)
+
+
 def test_a_map_that_the_model_sows_is_left_as_it_was():
     class Sowing(nnx.Module):
         def __init__(self):

@@ -403,6 +403,32 @@ def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
                 set_ratios(dynamic, **{axis: {follower: 0.9}})
 
 
+class Concatenating(nnx.Module):
+    """As in a DenseNet, the reader sees something else besides."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(8, 16, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.reader = nnx.Conv(24, 8, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        return self.reader(jnp.concatenate([x, nnx.relu(self.norm(self.conv(x)))], -1))
+
+
+def test_a_reader_that_sees_something_else_besides_skips_nothing():
+    model = Concatenating(nnx.Rngs(0))
+    dynamic = predict_channels(model, 0.5, {"conv": ("norm", "reader")})
+    dynamic.eval()
+    assert list(dynamic_layers(dynamic)) == ["conv"]
+    x = jax.random.normal(jax.random.key(1), (2, 6, 6, 8))
+    _, usage = measure(dynamic, x)
+    assert [int(n) for n in usage.layers[1].kept_channels] == [24, 24]
+    for form in (Form(), Form("patches", features=True)):
+        fast = compact(dynamic, x, plan=Plan({"conv": form}))
+        np.testing.assert_allclose(fast(x), dynamic(x), rtol=1e-4, atol=1e-5)
+        assert fast(x[:0]).shape == (0, 6, 6, 8)
+
+
 def test_surgery_says_what_it_cannot_do():
     model, dynamic, _ = predicted("vgg")
     with pytest.raises(ValueError, match="matches none of the 7 convolutions"):

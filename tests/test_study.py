@@ -245,15 +245,19 @@ def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
 
 
 def test_methods_join(config):
-    joined = find_method("l1+both")
-    assert joined.label == "static, L1 norm, channels and columns"
+    joined = find_method("l1+distillation")
+    assert joined.label == "static, L1 norm, distilled from the dense network"
     assert joined.run is METHODS["l1"].run
-    assert joined.fields == {"static.criterion": "l1", "gate.column_ratio": 0.5}
+    assert joined.fields == {"static.criterion": "l1", "prune.distillation": 0.7}
     assert find_method("predicted+distillation").run is METHODS["predicted"].run
     with pytest.raises(UserError, match=r"l1\+taylor contradict each other in config.static"):
         find_method("l1+taylor")
     with pytest.raises(UserError, match=r"as_gates needs one that removes filters, such as l1\+as"):
         find_method("as_gates")
+    for name, field in (("l1+shared", "gate.criterion"), ("no_ascent+taylor", "ascent.warmup")):
+        with pytest.raises(UserError, match=rf"has no gates; config\.{field} is theirs"):
+            find_method(name)
+    assert "gate.kind" in find_method("l1+as_predicted").fields
 
 
 def test_an_unknown_method_is_said(small, tmp_path):

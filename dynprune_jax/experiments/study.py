@@ -98,7 +98,8 @@ def find_method(name: str) -> Method:
 
     Raises:
       KeyError: for a name that is none of them.
-      UserError: for methods that contradict each other, or allot filters and remove none.
+      UserError: for methods that contradict each other, allot filters and remove none, or change
+        gates that are not there because filters are removed.
     """
     parts = [METHODS[part] for part in name.split("+")]
     fields: dict[str, Any] = {}
@@ -110,6 +111,11 @@ def find_method(name: str) -> Method:
     run = next((part.run for part in parts if part.run is static), train_and_evaluate)
     if "static.allotment" in fields and run is not static:
         raise UserError(f"the method {name} needs one that removes filters, such as l1+{name}")
+    of_gates = [field for field in fields if field.startswith(("gate.", "ascent."))]
+    if run is static and of_gates and "static.allotment" not in fields:
+        raise UserError(
+            f"the method {name} removes filters and has no gates; config.{of_gates[0]} is theirs"
+        )
     return Method(", ".join(part.label for part in parts), fields, run)
 
 

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from dynprune_jax.pruning.compact_conv import CompactConv
-from dynprune_jax.pruning.folding import fold_batch_norms
+from dynprune_jax.pruning.folding import fold
 from dynprune_jax.pruning.layers import (
     Model,
     all_handed_over,
@@ -32,8 +32,9 @@ def compact(
     Batch norms are folded into convolutions, and every convolution is executed in the form that
     is the fastest on this device: compact where that pays, masked where it does not. One with a
     `conv_general_dilated` of its own, or within `nnx.WeightNorm` or `nnx.SpectralNorm`, stays as it
-    is. A model without gates becomes the fastest dense one. Ratios are fixed: to change them, set
-    them on the dynamic model and make it compact again. Compile it: `nnx.jit(fast)(images)`.
+    is, and so does one whose kernel is read by more than convolutions. A model without gates
+    becomes the fastest dense one. Ratios are fixed: to change them, set them on the dynamic model
+    and make it compact again. Compile it: `nnx.jit(fast)(images)`.
 
     Args:
       model: any NNX model, usually from `make_dynamic`. It is left as it is.
@@ -50,7 +51,7 @@ def compact(
         executed in; if the file is not a plan.
       OSError: if there is no folder for the file; before anything is measured.
     """
-    folded = fold_batch_norms(model, images, *others)
+    folded, read = fold(model, images, *others)
     function, arrays = as_function(folded, images, *others)
     with all_handed_over(folded):
         jax.eval_shape(function, *arrays)
@@ -76,7 +77,7 @@ def compact(
 
     def execute(path: tuple, node: Any) -> Any:
         name = path_name(path)
-        if name not in plan.forms:
+        if name not in plan.forms or name in read:
             return node
         try:
             return CompactConv(node, plan.forms[name])

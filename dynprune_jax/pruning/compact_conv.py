@@ -88,7 +88,7 @@ class CompactConv(DynamicConv):
             Geometry(1, 1, kernel=(1, 1)),
             features=self.out_features,
         )
-        return y.reshape(*sums.shape[:-1], -1)
+        return y.reshape(*sums.shape[:-1], self.out_features)
 
     def kept_count(self, ratio: float | None, n: int) -> int:
         """How many of `n` are kept; all of them without a gate."""

@@ -22,23 +22,27 @@ from dynprune_jax.pruning.layers import (
 _CONV, _NORM = "conv layer ", "norm layer "
 
 
-class FoldedNorm(nnx.Module):
+class FoldedNorm(nnx.BatchNorm):
     """Where a batch normalization was: its convolution has done its work already.
 
-    Attributes:
-      dtype: what the normalization returned; None for that of its input.
+    It still is one, for a model that looks at its layers; its parameters and statistics are None.
     """
 
     def __init__(self, norm: nnx.BatchNorm):
-        self.dtype = norm.dtype
-        self.param_dtype = norm.param_dtype
+        for name, value in vars(norm).items():
+            if not name.startswith("_"):
+                setattr(self, name, None if isinstance(value, nnx.Variable) else value)
         self.handover = nnx.static(getattr(norm, "handover", None))
 
     def __call__(
-        self, x: Float[Array, "*batch height width channels"], **options: Any
+        self,
+        x: Float[Array, "*batch height width channels"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
     ) -> Float[Array, "*batch height width channels"]:
         """Returns the map, in the dtype of the normalization."""
-        del options  # `use_running_average`, which holds in any case
+        del use_running_average, mask  # stored statistics hold in any case
         y = x.astype(self.dtype or jnp.result_type(x, self.param_dtype))
         return y if self.handover is None else self.handover.take(x).apply_to_output(y)
 
@@ -49,23 +53,32 @@ def fold_batch_norms(model: Model, images: Any, *others: Any) -> Model:
     With stored statistics a normalization is an affine map of each channel, so it may scale the
     kernel and shift the bias instead (Jacob et al. 2017, arXiv 1712.05877, section 3.2). Which
     norm follows which convolution is read from the traced program: a norm is folded if the
-    convolution's output goes to it and nowhere else, and each of the two is called once.
+    convolution's output goes to it and nowhere else, each of the two is called once, and nothing
+    but convolutions reads the kernel and the bias (tied weights and penalties do).
 
     Args:
       model: it is left as it is.
       images: a batch, or its shape and dtype.
       *others: what else the model is called with.
     """
+    return fold(model, images, *others)[0]
+
+
+def fold(model: Model, *inputs: Any) -> tuple[Model, set[str]]:
+    """The model of `fold_batch_norms`, and whose parameters more than convolutions read."""
     model = nnx.clone(model)
     model.eval()
     modules = all_modules(model)
     new: dict[str, nnx.Module] = {}
-    for conv_name, norm_name in _pairs(model, images, *others):
+    pairs, read = _pairs(model, *inputs)
+    for conv_name, norm_name in pairs:
+        if conv_name in read:
+            continue
         conv: Any = modules[conv_name]
         norm: Any = modules[norm_name]
         new[conv_name] = _folded(conv, norm)
         new[norm_name] = FoldedNorm(norm)
-    return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model)
+    return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model), read
 
 
 def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
@@ -85,8 +98,13 @@ def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
     return folded
 
 
-def _pairs(model: nnx.Module, *inputs: Any) -> list[tuple[str, str]]:
-    """The names of each convolution and the norm that alone reads it, from the traced program."""
+def _pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]], set[str]]:
+    """What the traced program tells of a model.
+
+    Returns:
+      pairs: the names of each convolution and the norm that alone reads it.
+      read: the convolutions whose kernel or bias is read by more than calls of convolutions.
+    """
     convs = replaceable_layers(model)
     norms = {k for k, v in all_modules(model).items() if type(v) in (nnx.BatchNorm, GatedNorm)}
 
@@ -115,8 +133,44 @@ def _pairs(model: nnx.Module, *inputs: Any) -> list[tuple[str, str]]:
     marked = intercept(model, (nnx.Conv, nnx.BatchNorm), mark)
     function, arrays = as_function(marked, *inputs)
     calls: Counter[str] = Counter()
-    found = _pairs_in(jax.make_jaxpr(function)(*arrays).jaxpr, calls)
-    return [pair for pair in found if calls[pair[0]] == calls[pair[1]] == 1]
+    closed, (outputs, _) = jax.make_jaxpr(function, return_shape=True)(*arrays)
+    jaxpr = closed.jaxpr
+    pairs = [p for p in _pairs_in(jaxpr, calls) if calls[p[0]] == calls[p[1]] == 1]
+    place = {id(array): id(var) for array, var in zip(arrays, jaxpr.invars, strict=True)}
+    layers, returned = all_modules(marked), len(jax.tree.leaves(outputs))
+    read_elsewhere = set()
+    for name in convs:
+        values = jax.tree.leaves(nnx.state(layers[name], nnx.Param))
+        read, out = _follow(jaxpr, {place[id(value)] for value in values})
+        # What is written goes back to where it was: a transformation hands on all that it gets.
+        if read or any(i < returned for i in out):
+            read_elsewhere.add(name)
+    return pairs, read_elsewhere
+
+
+def _follow(jaxpr: Any, own: set[int]) -> tuple[bool, list[int]]:
+    """Follows variables, given by their ids, through a program that may hand them on.
+
+    Returns:
+      read: whether anything but a marked convolution reads one, or it is not clear.
+      out: which of the program's outputs are one of them, as it came in.
+    """
+    for eqn in jaxpr.eqns:
+        places = [i for i, read in enumerate(eqn.invars) if id(read) in own]
+        if not places or str(eqn.params.get("name", "")).startswith(_CONV):
+            continue
+        bodies = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(eqn.params.values()))]
+        bodies = [body for body in bodies if hasattr(body, "eqns")]
+        before = 1 if eqn.primitive.name == "cond" else 0  # which branch to take
+        handed = eqn.params.get("num_carry", len(eqn.outvars))  # a loop stacks what is behind
+        if not bodies or any(len(body.invars) + before != len(eqn.invars) for body in bodies):
+            return True, []
+        for body in bodies:
+            read, out = _follow(body, {id(body.invars[i - before]) for i in places if i >= before})
+            if read or any(i >= handed for i in out):
+                return True, []
+            own = own | {id(eqn.outvars[i]) for i in out}
+    return False, [i for i, out in enumerate(jaxpr.outvars) if id(out) in own]
 
 
 def _pairs_in(jaxpr: Any, calls: Counter[str]) -> list[tuple[str, str]]:

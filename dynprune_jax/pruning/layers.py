@@ -129,7 +129,7 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
 
     Returns:
       function: of the arrays; what else the model holds and is called with is part of it. It
-        returns the model's outputs and what it has sown: that is read by somebody too.
+        returns the model's outputs, and what it has sown and written: that is read by somebody too.
       arrays: the model's variables and the arrays, or shapes of arrays, among the inputs.
     """
     graph, state = nnx.split(model)
@@ -142,7 +142,11 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
         for i, array in zip(traced, arrays, strict=True):
             new[i] = array
         state, inputs = jax.tree.unflatten(structure, new)
-        return call_and_capture(nnx.merge(graph, state), *inputs)
+        called = nnx.merge(graph, state)
+        outputs = call_and_capture(called, *inputs)
+        given = {id(leaf) for leaf in new}
+        written = [v for v in jax.tree.leaves(nnx.state(called)) if id(v) not in given]
+        return outputs, written
 
     return function, [leaves[i] for i in traced]
 

@@ -105,6 +105,11 @@ def dense_macs(model: nnx.Module, images: Any, *others: Any) -> int:
       model: any NNX model.
       images: a batch, or its shape and dtype.
       *others: what else the model is called with.
+
+    Raises:
+      ValueError: for no images.
     """
+    if images.shape[0] == 0:
+        raise ValueError(f"images has the shape {images.shape}; MACs are counted for some")
     function, arrays = as_function(model, images, *others)
     return program_macs(function, *arrays) // images.shape[0]

@@ -89,7 +89,7 @@ class Plan:
                 plan.forms[name] = Form(**layer["form"])
                 taken = [dict(entry) for entry in layer.get("milliseconds", ())]
                 plan.milliseconds[name] = {
-                    Form(**entry): milliseconds
+                    Form(**entry): float(milliseconds)
                     for entry in taken
                     for milliseconds in [entry.pop("milliseconds")]
                 }
@@ -172,8 +172,13 @@ def measure_plan(
       repeats: how often each form is timed after the first round.
       known: measurements of other networks on this device, to use and to add to.
       progress: called after each layer with how many are done, and how many there are.
+
+    Raises:
+      ValueError: for no images.
     """
     layers = replaceable_layers(model)
+    if images.size == 0:
+        raise ValueError(f"images has the shape {images.shape}; a plan is measured on some")
     shapes = _input_shapes(model, images, *others)
     plan = Plan(
         {},
@@ -204,7 +209,7 @@ def _input_shapes(model: nnx.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeSt
     def record(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if name in layers:
             batch = x.shape[:-3]
-            flat = (x.size // max(1, x[(0,) * len(batch)].size), *x.shape[-3:])
+            flat = (math.prod(batch), *x.shape[-3:])
             shapes[name] = jax.ShapeDtypeStruct(flat, x.dtype)
         return call(x, *args, **kwargs)
 

@@ -138,7 +138,8 @@ def predict_channels(
         behind it and of the one layer that reads the result; `models.links` has those of this
         package's models. What lies between the two must leave a channel of zeros one of zeros,
         as relu and pooling do: by that the reader knows what to skip. A reader that is grouped,
-        but not depthwise, skips nothing.
+        but not depthwise, skips nothing, nor does one with another number of input channels: it
+        reads something else besides.
       column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
       layers: patterns of names: which of the linked convolutions, and which for columns.
       column_blocks: as in `make_dynamic`.
@@ -165,8 +166,10 @@ def predict_channels(
         _check_kind("links", convs, name, nnx.Conv)
         _check_kind("links", modules, norm, nnx.BatchNorm)
         _check_kind("links", modules, reader, nnx.Module)
-        conv = convs.get(reader)  # one that keeps or skips whole groups would lose channels
-        if conv is not None and conv.feature_group_count in (1, conv.in_features):
+        conv = convs.get(reader)
+        if conv is None or conv.in_features != convs[name].out_features:
+            continue
+        if conv.feature_group_count in (1, conv.in_features):  # whole groups would lose channels
             if reader in readers:
                 raise ValueError(
                     f"links has {reader!r} as what reads the outputs of both {readers[reader]!r}"
