@@ -349,7 +349,10 @@ class Scanned(Conv):
 
     def __call__(self, x):
         kernel = self.conv.kernel[...]
-        step = lambda total, _: (total + kernel.sum(), None)  # noqa: E731
+
+        def step(total, _):
+            return total + kernel.sum(), None
+
         return super().__call__(x) + jax.lax.scan(step, 0.0, None, length=2)[0]
 
 
@@ -447,12 +450,7 @@ def test_no_images_are_answered_and_not_measured(small):
 
 
 def test_a_map_that_the_model_sows_is_left_as_it_was():
-    class Sowing(nnx.Module):
-        def __init__(self):
-            self.conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
-            self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0))
-            fill(self.norm.var, np.full(8, 4.0))
-
+    class Sowing(Conv):
         def __call__(self, x):
             x = self.conv(x)
             self.sow(nnx.Intermediate, "map", x)

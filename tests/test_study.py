@@ -254,7 +254,11 @@ def test_methods_join(config):
         find_method("l1+taylor")
     with pytest.raises(UserError, match=r"as_gates needs one that removes filters, such as l1\+as"):
         find_method("as_gates")
-    for name, field in (("l1+shared", "gate.criterion"), ("no_ascent+taylor", "ascent.warmup")):
+    for name, field in (
+        ("l1+shared", "gate.criterion"),
+        ("no_ascent+taylor", "ascent.warmup"),
+        ("l1+as_gates+shared", "gate.criterion"),
+    ):
         with pytest.raises(UserError, match=rf"has no gates; config\.{field} is theirs"):
             find_method(name)
     assert "gate.kind" in find_method("l1+as_predicted").fields

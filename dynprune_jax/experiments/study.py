@@ -90,6 +90,11 @@ METHODS = {
 }
 _NEEDED = {"method", "cut", "seed", "accuracy", "mac_reduction"}  # of a result
 _NOT_MEASURED = "not measured"
+# Of gates, what tells how many filters of each block they would leave.
+_ALLOTTING = tuple(
+    f"gate.{field}"
+    for field in ("kind", "layers", "channel_ratio", "column_ratio", "block_columns")
+)
 _PATHS = (*PLACES, "data.archive", "data.data_dir")  # of one machine
 
 
@@ -111,8 +116,10 @@ def find_method(name: str) -> Method:
     run = next((part.run for part in parts if part.run is static), train_and_evaluate)
     if "static.allotment" in fields and run is not static:
         raise UserError(f"the method {name} needs one that removes filters, such as l1+{name}")
+    allotting = _ALLOTTING if "static.allotment" in fields else ()
     of_gates = [field for field in fields if field.startswith(("gate.", "ascent."))]
-    if run is static and of_gates and "static.allotment" not in fields:
+    of_gates = [field for field in of_gates if field not in allotting]
+    if run is static and of_gates:
         raise UserError(
             f"the method {name} removes filters and has no gates; config.{of_gates[0]} is theirs"
         )

@@ -26,6 +26,13 @@ class PruneRatio(nnx.Variable):
     """The prune ratio of one gate on one axis: a float32 scalar in [0, 1), free to be traced."""
 
 
+def take_over(new: nnx.Module, old: nnx.Module) -> None:
+    """Gives a module all that another holds: the very same parameters under the same names."""
+    for name, value in vars(old).items():
+        if not name.startswith("_"):  # names with an underscore belong to NNX's own machinery
+            setattr(new, name, value)
+
+
 class Handover:
     """Takes what is wanted of a convolution's outputs to the normalization that reads them.
 
@@ -90,9 +97,7 @@ class GatedNorm(nnx.BatchNorm):
     """
 
     def __init__(self, norm: nnx.BatchNorm, conv: "DynamicConv"):
-        for name, value in vars(norm).items():
-            if not name.startswith("_"):
-                setattr(self, name, value)
+        take_over(self, norm)
         self.handover = conv.handover
         if conv.feature_ratio is not None and conv.salience_scales:
             start = conv.salience_bias[...]
@@ -201,9 +206,7 @@ class DynamicConv(nnx.Conv):
                 raise ValueError(f"{name} is {size}; it must be at least 1")
         if not 0.0 <= drop_probability <= 1.0:
             raise ValueError(f"drop_probability is {drop_probability}; it must be in [0, 1]")
-        for name, value in vars(conv).items():
-            if not name.startswith("_"):  # names with an underscore belong to NNX's own machinery
-                setattr(self, name, value)
+        take_over(self, conv)
         self.channel_ratio = nnx.data(prune_ratio(channel_ratio, "channel_ratio"))
         self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
         self.feature_ratio = nnx.data(prune_ratio(feature_ratio, "feature_ratio"))

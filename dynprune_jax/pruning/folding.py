@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.pruning.dynamic_conv import GatedNorm
+from dynprune_jax.pruning.dynamic_conv import GatedNorm, take_over
 from dynprune_jax.pruning.layers import (
     Model,
     all_modules,
@@ -29,9 +29,8 @@ class FoldedNorm(nnx.BatchNorm):
     """
 
     def __init__(self, norm: nnx.BatchNorm):
-        for name, value in vars(norm).items():
-            if not name.startswith("_"):
-                setattr(self, name, None if isinstance(value, nnx.Variable) else value)
+        take_over(self, norm)
+        self.mean = self.var = self.scale = self.bias = None
         self.handover = nnx.static(getattr(norm, "handover", None))
 
     def __call__(
@@ -72,8 +71,6 @@ def fold(model: Model, *inputs: Any) -> tuple[Model, set[str]]:
     new: dict[str, nnx.Module] = {}
     pairs, read = _pairs(model, *inputs)
     for conv_name, norm_name in pairs:
-        if conv_name in read:
-            continue
         conv: Any = modules[conv_name]
         norm: Any = modules[norm_name]
         new[conv_name] = _folded(conv, norm)
@@ -102,7 +99,7 @@ def _pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]], set[
     """What the traced program tells of a model.
 
     Returns:
-      pairs: the names of each convolution and the norm that alone reads it.
+      pairs: the names of each convolution and the norm that it can be folded with.
       read: the convolutions whose kernel or bias is read by more than calls of convolutions.
     """
     convs = replaceable_layers(model)
@@ -135,7 +132,7 @@ def _pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]], set[
     calls: Counter[str] = Counter()
     closed, (outputs, _) = jax.make_jaxpr(function, return_shape=True)(*arrays)
     jaxpr = closed.jaxpr
-    pairs = [p for p in _pairs_in(jaxpr, calls) if calls[p[0]] == calls[p[1]] == 1]
+    pairs = _pairs_in(jaxpr, calls)
     place = {id(array): id(var) for array, var in zip(arrays, jaxpr.invars, strict=True)}
     layers, returned = all_modules(marked), len(jax.tree.leaves(outputs))
     read_elsewhere = set()
@@ -145,7 +142,11 @@ def _pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]], set[
         # What is written goes back to where it was: a transformation hands on all that it gets.
         if read or any(i < returned for i in out):
             read_elsewhere.add(name)
-    return pairs, read_elsewhere
+    return [
+        (conv, norm)
+        for conv, norm in pairs
+        if calls[conv] == calls[norm] == 1 and conv not in read_elsewhere
+    ], read_elsewhere
 
 
 def _follow(jaxpr: Any, own: set[int]) -> tuple[bool, list[int]]:

@@ -34,10 +34,10 @@ def measure(
       usage: a `Usage`; `usage.macs` and `usage.executed_macs` have the shape `(batch,)`.
 
     Raises:
-      ValueError: if what is wanted did not reach the normalization, a dynamic convolution is called
-        within a transformation that its counts do not leave (under `jax.jit` that is JAX's own
-        UnexpectedTracerError), a layer sees another number of maps than there are images, or the
-        model is compact: its masks are those of the dynamic model it was made from.
+      ValueError: for no images; if what is wanted did not reach the normalization, a dynamic
+        convolution is called within a transformation that its counts do not leave (under `jax.jit`
+        that is JAX's own UnexpectedTracerError), a layer sees another number of maps than there are
+        images, or the model is compact: its masks are those of the dynamic model it was made from.
     """
     if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
         raise ValueError("this model is compact; measure the model that it was made from")
