@@ -29,5 +29,5 @@ def get_config():
         "l1+as_predicted+distillation",
         "taylor+as_predicted",
     )
-    config.study.ablations = ("random", "no_dropout", "distillation")
+    config.study.ablations = ("random", "no_dropout", "distillation", "trained_on")
     return config

@@ -42,6 +42,8 @@ def get_config():
         "random",
         "inverse",
         "no_dropout",
+        "trained_on",
+        "trained_on+distillation",
         "distillation",
     )
     config.study.ablation_cut = 0.37

@@ -67,6 +67,8 @@ def get_config():
         "l2",
         "columns",
         "no_dropout",
+        "trained_on",
+        "trained_on+distillation",
         "stochastic",
         "no_ascent",
     )

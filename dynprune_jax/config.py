@@ -18,7 +18,7 @@ else:
 DTYPES = ("float32", "bfloat16")
 KINDS = ("attention", "predicted")
 ALLOTMENTS = ("uniform", "gate")
-FILTER_CRITERIA = ("l1", "geometric_median", "taylor", "random")
+FILTER_CRITERIA = ("l1", "geometric_median", "taylor", "random", "none")
 STARTS = ("dense", "checkpoint", "scratch")
 
 
@@ -105,7 +105,8 @@ def base_config() -> Config:
                 "temperature": 4.0,
             },
             "optim": {"momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0},
-            # --mode=static: filters removed for good, by l1, geometric_median, taylor or random;
+            # --mode=static: filters removed for good, by l1, geometric_median, taylor or random, or
+            # as a control none, and the dense network is trained on for as long.
             # uniform: every convolution loses the same fraction; gate: as the channel ratios go.
             "static": {"criterion": "l1", "allotment": "uniform"},
             # --mode=study: for each seed, methods at each cut and ablations at one; their names are
@@ -131,6 +132,8 @@ def base_config() -> Config:
                     "columns",
                     "both",
                     "no_dropout",
+                    "trained_on",
+                    "trained_on+distillation",
                     "stochastic",
                     "no_ascent",
                     "distillation",

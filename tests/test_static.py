@@ -159,6 +159,17 @@ def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path):
     assert static(config, tmp_path / "static")["parameters_digest"] == report["parameters_digest"]
 
 
+def test_the_control_trains_a_whole_dense_network_on(config, tmp_path):
+    """As a network with gates is that never drops anything in training."""
+    config.static.criterion, config.prune.distillation = "none", 0.5
+    report = static(config, tmp_path / "whole")
+    assert report["pruned"]["mac_reduction"] == report["pruned"]["executed_mac_reduction"] == 0
+    assert report["pruned_without_training"]["accuracy"] == report["dense"]["accuracy"]
+    config.gate.drop_probability = 0.0
+    dynamic = train_and_evaluate(config, tmp_path / "dynamic")
+    assert report["parameters_digest"] == dynamic["parameters_digest"]
+
+
 def test_the_criteria_of_the_config_are_those_here():
     assert set(config_lib.FILTER_CRITERIA) == set(CRITERIA)
 

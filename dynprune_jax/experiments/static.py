@@ -100,8 +100,14 @@ def random(model: Any, run: Run) -> Scores:
     return {link.name: rng.random(link.conv.out_features) for link in links(model)}
 
 
+def none(model: Any, run: Run) -> Scores:
+    """Control: nothing is removed, so that a dense network is trained on for as long."""
+    del run
+    return {link.name: np.zeros(link.conv.out_features) for link in links(model)}
+
+
 CRITERIA: dict[str, Callable[[Any, Run], Scores]] = {
-    f.__name__: f for f in (l1, geometric_median, taylor, random)
+    f.__name__: f for f in (l1, geometric_median, taylor, random, none)
 }
 
 
@@ -179,7 +185,8 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
 
     The dense network comes from the dense phase, or from `config.prune.checkpoint`. Filters are
     removed until as many MACs are gone as the config's gates skip, all at once; what is left is
-    trained as `config.prune` says. Every convolution loses the same fraction of its filters, or
+    trained as `config.prune` says. With `config.static.criterion` of `none` nothing is removed.
+    Otherwise every convolution loses the same fraction of its filters, or
     with `config.static.allotment` of `gate` one in proportion to the channel ratio of the block
     that reads them. Writes `report.json`.
 
@@ -200,8 +207,9 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     image = run.one_image
     model: Any = run.dense.bind(run.dense.weights)
     model.eval()
+    reduction = 0.0 if config.static.criterion == "none" else run.mac_reduction()
     try:  # before anything is trained: no weights matter
-        ratios = allot(model, image, run.mac_reduction(), _shares(run))
+        ratios = allot(model, image, reduction, _shares(run))
     except ValueError as error:
         raise UserError(f"config.static.allotment: {error}") from error
     dense, timings = train_dense(run)

@@ -70,6 +70,8 @@ METHODS = {
         {"static.allotment": "gate", "gate.kind": "predicted", "gate.layers": ("*",)},
     ),
     "random_filters": Method("static, random", {"static.criterion": "random"}, static),
+    # Whatever the cut: what more training, or a teacher, does without any pruning.
+    "trained_on": Method("dense, trained on", {"static.criterion": "none"}, static),
     "random": Method("random selection", {"gate.criterion": "random"}),
     "inverse": Method("inverse selection", {"gate.criterion": "inverse"}),
     "shared": Method("one choice for all inputs of a batch", {"gate.criterion": "shared"}),
