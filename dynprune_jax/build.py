@@ -234,11 +234,10 @@ class Run:
         model, dynamic_model = _build_both(config, dataset.num_classes, dataset.channels)
         dynamic = Network(dynamic_model) if dynamic_model is not None else None
         mesh = sharding.data_mesh()
-        run = cls(config, folder, mesh, dataset, model, Network(model), dynamic)
-        run._check_ascent()
-        return run
+        return cls(config, folder, mesh, dataset, model, Network(model), dynamic)
 
-    def _check_ascent(self) -> None:
+    def check_ascent(self) -> None:
+        """Raises UserError where the ratios do not reach their targets before the end."""
         if self.dynamic is None:
             return
         targets = self.dynamic.values(PruneRatio).values()

@@ -12,6 +12,19 @@ from ml_collections import ConfigDict, config_flags
 from dynprune_jax.config import Config, flatten
 from dynprune_jax.errors import UserError
 
+_FLAGS = ("config", "workdir", "mode")
+
+
+def spelled_out(argv: Sequence[str]) -> list[str]:
+    """A command line with each flag as `--name=value`; it may be `-name=value`, `--name value`."""
+    spelled: list[str] = []
+    for arg in argv:
+        if spelled and spelled[-1] in [f"--{name}" for name in _FLAGS]:
+            spelled[-1] += f"={arg}"
+        else:
+            spelled.append(f"--{arg.lstrip('-')}" if arg.startswith("-") else arg)
+    return spelled
+
 
 def parse(argv: Sequence[str], modes: Collection[str]) -> tuple[Config, str, str]:
     """Parses a command line; nothing is kept from one call to the next.
@@ -26,7 +39,8 @@ def parse(argv: Sequence[str], modes: Collection[str]) -> tuple[Config, str, str
     Raises:
       UserError: for any mistake, of the config file too.
     """
-    overrides = [arg for arg in argv if arg.startswith(("--config.", "-config."))]
+    argv = spelled_out(argv)
+    overrides = [arg for arg in argv if arg.startswith("--config.")]
     values = flags.FlagValues()
     for name in ("config", "workdir"):
         flags.DEFINE_string(name, "", "", flag_values=values)
@@ -43,7 +57,7 @@ def parse(argv: Sequence[str], modes: Collection[str]) -> tuple[Config, str, str
         raise UserError(f"--config is {values.config!r}; there is no such file")
     fields = flatten(_load(values.config, []))
     for override in overrides:
-        _check_field(override.lstrip("-").removeprefix("config.").split("=")[0], fields)
+        _check_field(override.removeprefix("--config.").split("=")[0], fields)
     return _load(values.config, overrides), values.workdir, values.mode
 
 

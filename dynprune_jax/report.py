@@ -250,7 +250,7 @@ def _print_table(report: dict[str, Any], run: Run) -> None:
     console.print(table)
     gates = (report["pruned"] or {}).get("gate_operations_per_image")
     if gates:
-        console.print(f"The gates themselves cost {gates / 1e6:.3f} M additions and comparisons.")
+        console.print(f"The gates themselves cost {gates / 1e6:.3f} M operations.")
     for name, timing in report["phases"].items():
         console.print(
             f"{name}: {timing['images_per_second']:,.0f} images/s,"

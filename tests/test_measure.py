@@ -149,6 +149,22 @@ def test_a_convolution_that_is_not_2d_counts_as_a_product():
     assert usage.other_macs == 10 * 5 * 3 * 8
 
 
+def test_what_a_subclass_computes_is_found_in_the_program(images):
+    class Bias(nnx.Conv):
+        def __call__(self, x):
+            return x + self.bias[...].reshape(1, 1, 1, -1)
+
+    class Twice(nnx.Conv):
+        def __call__(self, x):
+            return super().__call__(x) + super().__call__(x)
+
+    rngs = nnx.Rngs(0)
+    _, usage = measure(nnx.Sequential(Bias(3, 3, (3, 3), rngs=rngs)), images)
+    assert (usage.layers, usage.dense_macs) == ((), 0)
+    _, usage = measure(nnx.Sequential(Twice(3, 8, (3, 3), rngs=rngs)), images)
+    assert (usage.layers, usage.dense_macs) == ((), 2 * 64 * 27 * 8)
+
+
 def test_more_maps_than_images_is_refused(images):
     class Crops(nnx.Module):
         def __init__(self, rngs):
@@ -227,7 +243,13 @@ def test_what_nnx_transforms_is_counted(transform):
         np.testing.assert_array_equal(one.macs, other.macs)
 
 
-@pytest.mark.parametrize("call", [scanned, lambda c, x: jax.checkpoint(lambda x: c(x))(x)])
+def again(call):
+    return lambda conv, x: call(conv, conv(x))
+
+
+@pytest.mark.parametrize(
+    "call", [scanned, again(scanned), lambda c, x: jax.checkpoint(lambda x: c(x))(x)]
+)
 def test_counts_that_do_not_leave_the_model_are_told(call):
     model = make_dynamic(Within(call, nnx.Rngs(0)), 0.5)
     with pytest.raises(ValueError, match="conv is called within a transformation"):

@@ -129,6 +129,18 @@ def test_a_file_that_is_no_result_is_said(small, tmp_path, text):
 
 
 @pytest.mark.parametrize("cut", [0.15, 0.6])
+def test_ratios_that_are_scaled_to_a_cut_are_proportions(config, cut):
+    """Steep ones too: those of the config themselves, which no run has, need not be reached."""
+    config.ascent.increment = 0.05
+    config.gate.channel_ratio, config.gate.column_ratio = (0.1, 0.1, 0.3), ()
+    scaled = at_cut(config, cut)
+    config.gate.channel_ratio = (0.3, 0.3, 0.9)
+    assert at_cut(config, cut).gate.channel_ratio == pytest.approx(
+        scaled.gate.channel_ratio, abs=2e-3
+    )
+
+
+@pytest.mark.parametrize("cut", [0.15, 0.6])
 def test_ratios_are_scaled_to_a_cut(config, tmp_path, cut):
     config.ascent.increment = 0.5
     scaled = at_cut(config, cut)
@@ -222,8 +234,8 @@ def test_a_run_without_a_report_has_its_accuracy_in_the_tables():
 
 def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
     config.seed = 3
-    monkeypatch.setattr("sys.argv", ["main.py", "--mode=study", "--config=configs/x.py"])
-    more = ["--config.study.seeds=(1, 2)", "--config.prune.epochs=10", "--config.data.path=/here"]
+    monkeypatch.setattr("sys.argv", ["main.py", "--mode=study", "--config", "configs/x.py"])
+    more = ["--config.study.seeds=(1, 2)", "-config.prune.epochs=10", "--config.data.path=/here"]
     places = ["--config.data.data_dir=/there", "--config.data.archive=/a.tar"]
     monkeypatch.setattr("sys.argv", [*sys.argv, *more, *places])
     config.data.archive = "/a.tar"

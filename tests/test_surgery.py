@@ -132,6 +132,26 @@ def test_set_ratios_changes_the_masks_in_place(zoo, images):
         set_ratios(dynprune_jax.compact(model, images, plan=plan), 0.2)
 
 
+def test_a_ratio_may_be_traced():
+    """So a schedule can be part of the compiled step."""
+    model = dynprune_jax.models.vgg_digits(10, image_size=8, width=0.25, rngs=nnx.Rngs(0))
+    model = make_dynamic(model, 0.5)
+    traces = []
+
+    @nnx.jit
+    def step(model, ratio):
+        traces.append(ratio)
+        set_ratios(model, {"*": ratio, "blocks/1/*": 0.25})
+        set_ratios(model, (None, None, 2 * ratio))
+
+    for ratio in (0.125, 0.375):
+        step(model, jnp.float32(ratio))
+        for name, gate in dynamic_layers(model).items():
+            expected = {"0": ratio, "1": 0.25, "2": 2 * ratio}[name.split("/")[1]]
+            assert float(gate.channel_ratio[...]) == expected
+    assert len(traces) == 1
+
+
 def test_numpy_and_jax_numbers_are_ratios_too(zoo):
     for ratio in (np.float32(0.5), jnp.float32(0.5), np.array([0.5, 0.5])):
         gate = dynamic_layers(make_dynamic(zoo, ratio))["blocks/0/conv1"]
@@ -190,6 +210,13 @@ def test_a_large_channel_group_is_refused_only_where_nothing_would_be_skipped(zo
     assert "blocks/0/conv1" in skips(channel_ratio=0.5, channel_group=7, layers="blocks/*")
     assert skips(channel_ratio=0.5, channel_group=512) == {"named/depthwise"}
     assert "blocks/0/conv1" in skips(column_ratio=0.5, channel_group=512)
+
+
+def test_two_layers_of_one_name_are_refused():
+    convs = [nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+    model = nnx.Dict({"a": nnx.Dict({"b": convs[0]}), "a/b": convs[1]})
+    with pytest.raises(ValueError, match=r"two layers have the name 'a/b', for a key"):
+        make_dynamic(model, 0.5)
 
 
 def test_a_model_without_convolutions_is_refused():

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
+from test_compact import mixed_plan
 
 from dynprune_jax import build, plots
 from dynprune_jax.build import Run
@@ -19,6 +21,7 @@ from dynprune_jax.data.sources import Split
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
+from dynprune_jax.pruning.compact import compact
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
 from dynprune_jax.train import Feed, evaluate_workdir, train_and_evaluate
@@ -37,6 +40,23 @@ def workdir(config, finished):
     if not (finished / "report.json").exists():
         train_and_evaluate(config, finished)
     return finished
+
+
+def test_the_compact_network_of_a_run_has_its_answers(config, workdir):
+    trained = Run.open(config, workdir)
+    _, values = trained.trained_values()
+    model = trained.dynamic.bind(values)
+    model.eval()
+    stored, labels = trained.dataset.test.read_all()
+    images = build.evaluation_images(config, jnp.asarray(stored))
+    fast = compact(model, images, plan=mixed_plan(model))
+    logits = nnx.jit(lambda model, x: model(x))(fast, images)
+    np.testing.assert_allclose(
+        logits, nnx.jit(lambda model, x: model(x))(model, images), rtol=1e-4, atol=1e-4
+    )
+    report = json.loads((workdir / "report.json").read_text())
+    accuracy = float(np.mean(np.argmax(logits, axis=-1) == labels))
+    assert accuracy == pytest.approx(report["pruned"]["accuracy"])
 
 
 def test_what_a_run_leaves(config, workdir):

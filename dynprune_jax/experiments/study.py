@@ -30,6 +30,7 @@ from dynprune_jax.build import FREE_FIELDS, PLACES, Run, check_workdir, keep_con
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.static import HIGHEST_RATIO, static
+from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.train import train_and_evaluate
 from dynprune_jax.writers import screen, write_json, write_text
@@ -171,22 +172,19 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     keep_config(config, folder)
     grid = [(name, cut) for name in config.study.methods for cut in config.study.cuts]
     grid += [(name, config.study.ablation_cut) for name in config.study.ablations]
+    runs_of = {seed: _runs(config, seed, grid, folder / "runs") for seed in config.study.seeds}
+    names = [name for runs in runs_of.values() for name in runs]
+    done = sum((folder / f"{name}.json").exists() for name in names)
+    screen().print(f"{len(names)} runs, of which {done} are done", highlight=False)
     failed = {}
-    for seed in config.study.seeds:
-        dense = folder / "runs" / f"dense-seed{seed}"
-        runs = {dense.name: functools.partial(_dense, config, seed, dense)}
-        for name, cut in dict.fromkeys(grid):
-            run = f"{name}-{cut * 100:g}-seed{seed}"
-            runs[run] = functools.partial(
-                _pruned, config, name, cut, seed, dense, folder / "runs" / run
-            )
+    for runs in runs_of.values():
         for run, call in runs.items():
             try:
                 _run_once(folder / f"{run}.json", call)
             except UserError as error:  # of one method, cut or seed: the others can be had
                 failed[run] = error
                 screen().print(f"{run}: {error}", highlight=False, markup=False, soft_wrap=True)
-                if run == dense.name:
+                if run == next(iter(runs)):  # the dense network that all others start from
                     break
     rows = read_rows(folder)
     text = "\n\n".join(tables(rows)) + "\n"
@@ -369,6 +367,18 @@ def _cell(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
 
+def _runs(
+    config: Config, seed: int, grid: Sequence[tuple[str, float]], folder: Path
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The runs of one seed by name, the dense network's first."""
+    dense = folder / f"dense-seed{seed}"
+    runs = {dense.name: functools.partial(_dense, config, seed, dense)}
+    for name, cut in dict.fromkeys(grid):
+        run = f"{name}-{cut * 100:g}-seed{seed}"
+        runs[run] = functools.partial(_pruned, config, name, cut, seed, dense, folder / run)
+    return runs
+
+
 def _run_once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
     if not path.exists():
         write_json(path, run())
@@ -413,6 +423,7 @@ def _row(
         "cut": cut,
         "seed": config.seed,
         **{key: result[key] for key in kept},
+        "gate_operations_per_image": result["gate_operations_per_image"],
         "executed_macs_per_image": result["executed_macs_per_image"],
         "accuracy_untrained": untrained["accuracy"],
         **{key: report[key] for key in told},
@@ -423,7 +434,8 @@ def _row(
 
 def command(name: str, cut: float, config: Config) -> str | None:
     """What repeats one run of a study and its dense network; None for no config file's."""
-    file = next((arg for arg in sys.argv if arg.startswith("--config=")), None)
+    given = spelled_out(sys.argv)
+    file = next((arg for arg in given if arg.startswith("--config=")), None)
     if file is None:
         return None
     data = [f"--config.data.name={config.data.name}"]
@@ -432,7 +444,7 @@ def command(name: str, cut: float, config: Config) -> str | None:
     if config.data.archive:
         data.append("--config.data.archive=FILE")
     told = tuple(f"--config.{x}" for x in ("data.name=", "study.", *(f"{x}=" for x in _PATHS)))
-    others = [a for a in sys.argv if a.startswith("--config.") and not a.startswith(told)]
+    others = [a for a in given if a.startswith("--config.") and not a.startswith(told)]
     methods, cuts = ("()", "()") if name == "dense" else (f"('{name}',)", f"({cut},)")
     return (
         f"python -m dynprune_jax.main --mode=study {file} --workdir=DIR"

@@ -1,6 +1,7 @@
 """Compact execution: from a dynamic model to one that skips what its gates leave out."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dynprune_jax.pruning.layers import (
     path_name,
     replaceable_layers,
 )
-from dynprune_jax.pruning.plan import Plan, measure_plan
+from dynprune_jax.pruning.plan import Plan, circumstances, measure_plan
 
 
 def compact(
@@ -42,7 +43,8 @@ def compact(
         only the plan is made for this one.
       *others: what else the model is called with.
       plan: from `measure_plan`, or changed or made by hand; or a file: the plan is read from
-        there, or if there is none, measured and kept there. None: measured.
+        there, or if there is none, measured and kept there; a warning tells of one that was
+        measured on another device, or for other images or ratios. None: measured.
       progress: called after each layer is measured, see `measure_plan`.
 
     Raises:
@@ -60,6 +62,15 @@ def compact(
         path = None if plan is None else Path(plan)
         if path is not None and path.exists():
             plan = Plan.load(path)
+            now, there = circumstances(folded, images), plan.measured_on
+            for what in ("device", "images", "ratios", "native"):
+                if there.get(what, now[what]) != now[what]:
+                    warnings.warn(
+                        f"the plan in {path} was measured for other {what} ({there[what]}, here"
+                        f" {now[what]}): the answers are the same, but other forms may be faster;"
+                        " delete it to have a plan measured anew",
+                        stacklevel=2,
+                    )
             cure = f" (to have a plan measured anew, delete {path})"
         else:
             if path is not None and not path.parent.is_dir():

@@ -24,8 +24,8 @@ _FEW = 8192
 class CompactConv(DynamicConv):
     """A convolution, dynamic or not, executed in a given form, for inference.
 
-    Its ratios are plain numbers and its kernel is laid out for the form, so neither can be
-    trained; the answers are those of the `DynamicConv` it was made from, to rounding.
+    Its ratios are plain numbers and its kernel is laid out for the form, as `weights`, so neither
+    can be trained; the answers are those of the `DynamicConv` it was made from, to rounding.
 
     Args:
       conv: the convolution; it is left as it is.
@@ -71,8 +71,9 @@ class CompactConv(DynamicConv):
         if form != Form():
             kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
             (kernel,) = conv.promote_dtype((kernel,), dtype=conv.dtype)  # once, not in every call
-            self.kernel = nnx.Param(layout(form, kernel))
-
+            self.weights = nnx.Param(layout(form, kernel))
+            # A model may ask for its shape and dtype; nobody reads its values, or it is not here.
+            self.kernel: Any = nnx.static(jax.ShapeDtypeStruct(kernel.shape, kernel.dtype))
         if self.feature_ratio is not None and native.why_not() is None:
             self.salience_kernel = nnx.Param(kernel_panels(self.salience_kernel[...][None, None]))
 
@@ -142,7 +143,7 @@ class CompactConv(DynamicConv):
         height, width = x.shape[1:3]
         group, patch = self.group_size(channels), self.patch_side(height, width) ** 2
         bias = None if self.bias is None else self.bias[...]
-        x, weights, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        x, weights, bias = self.promote_dtype((x, self.weights[...], bias), dtype=self.dtype)
         y = execute(
             self.form,
             Geometry.of(self, height, width),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from dynprune_jax.pruning import masks as masks_lib
@@ -20,6 +21,9 @@ from dynprune_jax.pruning.attention import (
     mean,
 )
 from dynprune_jax.pruning.masks import Masks
+
+# Of one gate on one axis; traced, it is not known yet.
+Ratio = float | Float[Array, ""]
 
 
 class PruneRatio(nnx.Variable):
@@ -37,16 +41,29 @@ class Handover:
     """Takes what is wanted of a convolution's outputs to the normalization that reads them.
 
     It holds it between two calls of one forward pass, together with the very map that it
-    belongs to, so that no other map can be taken for that one.
+    belongs to, so that no other map can be taken for that one. So two threads must not trace one
+    model at a time.
 
     Attributes:
-      maker: the name of the convolution, for messages.
+      maker: the name of the convolution, where surgery has told it. Two of one name are equal, for
+        two networks of the same gates to be one program.
     """
 
     def __init__(self):
-        self.maker = "a convolution"
+        self.maker: str | None = None
         self._held: tuple[Any, Masks] | None = None
         self._lost = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"maker": self.maker, "_held": None, "_lost": False}  # no copy takes a map along
+
+    def __eq__(self, other: object) -> bool:
+        if self.maker is None or not isinstance(other, Handover):
+            return self is other
+        return self.maker == other.maker
+
+    def __hash__(self) -> int:
+        return hash(self.maker)
 
     def put(self, y: Any, masks: Masks) -> None:
         """Leaves what belongs to the map `y`, in place of what was left before."""
@@ -69,9 +86,9 @@ class Handover:
     def error(self) -> ValueError:
         """What is wrong where something was left and the normalization cannot take it."""
         return ValueError(
-            f"the outputs that {self.maker} leaves out are not left out: its normalization does not"
-            " read the convolution's own output, but something made of it, or reads it in another"
-            " nnx.jit or nnx.remat"
+            f"the outputs that {self.maker or 'a convolution'} leaves out are not left out: its"
+            " normalization does not read the convolution's own output, but something made of it,"
+            " or reads it in another nnx.jit or nnx.remat"
         )
 
     def clear(self) -> None:
@@ -182,9 +199,9 @@ class DynamicConv(nnx.Conv):
         self,
         conv: nnx.Conv,
         *,
-        channel_ratio: float | None = None,
-        column_ratio: float | None = None,
-        feature_ratio: float | None = None,
+        channel_ratio: Ratio | None = None,
+        column_ratio: Ratio | None = None,
+        feature_ratio: Ratio | None = None,
         channel_group: int = 1,
         column_patch: int = 1,
         follows_features: bool = False,
@@ -396,14 +413,14 @@ def _divisor(size: int, n: int) -> int:
     return max(d for d in range(1, min(size, n) + 1) if n % d == 0)
 
 
-def prune_ratio(ratio: float | None, name: str) -> PruneRatio | None:
-    """Wraps a ratio after checking it; None stays None.
+def prune_ratio(ratio: Ratio | None, name: str) -> PruneRatio | None:
+    """Wraps a ratio after checking it, unless it is traced; None stays None.
 
     Raises:
       ValueError: for a ratio that is not in [0, 1).
     """
     if ratio is None:
         return None
-    if not 0.0 <= ratio < 1.0:
+    if not isinstance(ratio, Tracer) and not 0.0 <= ratio < 1.0:
         raise ValueError(f"{name} is {ratio}; a prune ratio must be in [0, 1)")
     return PruneRatio(jnp.asarray(ratio, jnp.float32))

@@ -30,6 +30,8 @@ class FoldedNorm(nnx.BatchNorm):
 
     def __init__(self, norm: nnx.BatchNorm):
         take_over(self, norm)
+        parts = [norm.mean, norm.var, norm.scale, norm.bias]
+        self.dtypes = tuple(part.dtype for part in parts if part is not None)
         self.mean = self.var = self.scale = self.bias = None
         self.handover = nnx.static(getattr(norm, "handover", None))
 
@@ -40,9 +42,9 @@ class FoldedNorm(nnx.BatchNorm):
         *,
         mask: Array | None = None,
     ) -> Float[Array, "*batch height width channels"]:
-        """Returns the map, in the dtype of the normalization."""
+        """Returns the map, in the dtype that the normalization would return."""
         del use_running_average, mask  # stored statistics hold in any case
-        y = x.astype(self.dtype or jnp.result_type(x, self.param_dtype))
+        y = x.astype(self.dtype or jnp.result_type(x, *self.dtypes))
         return y if self.handover is None else self.handover.take(x).apply_to_output(y)
 
 
@@ -79,8 +81,9 @@ def fold(model: Model, *inputs: Any) -> tuple[Model, set[str]]:
 
 
 def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
-    """The convolution with the affine map of its norm, worked out in float32."""
-    scale = jax.lax.rsqrt(norm.var[...] + norm.epsilon)
+    """The convolution with the affine map of its norm, worked out in float32 or float64."""
+    wide = jnp.promote_types(jnp.float32, conv.kernel.dtype)
+    scale = jax.lax.rsqrt(norm.var[...].astype(wide) + norm.epsilon)
     if norm.scale is not None:
         scale = scale * norm.scale[...]
     shift = -norm.mean[...] * scale
@@ -133,12 +136,15 @@ def _pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]], set[
     closed, (outputs, _) = jax.make_jaxpr(function, return_shape=True)(*arrays)
     jaxpr = closed.jaxpr
     pairs = _pairs_in(jaxpr, calls)
-    place = {id(array): id(var) for array, var in zip(arrays, jaxpr.invars, strict=True)}
+    places: dict[int, set[int]] = {}  # clones have variables of their own that hold one array
+    for array, var in zip(arrays, jaxpr.invars, strict=True):
+        places.setdefault(id(array), set()).add(id(var))
     layers, returned = all_modules(marked), len(jax.tree.leaves(outputs))
     read_elsewhere = set()
     for name in convs:
         values = jax.tree.leaves(nnx.state(layers[name], nnx.Param))
-        read, out = _follow(jaxpr, {place[id(value)] for value in values})
+        own = set[int]().union(*(places[id(value)] for value in values))
+        read, out = _follow(jaxpr, own)
         # What is written goes back to where it was: a transformation hands on all that it gets.
         if read or any(i < returned for i in out):
             read_elsewhere.add(name)

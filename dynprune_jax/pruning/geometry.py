@@ -75,10 +75,8 @@ class Geometry:
         return self._meets(1, tap)
 
     def _meets(self, axis: int, tap: int) -> slice:
-        start = tap * self.dilation[axis]
-        return slice(
-            start, start + (self.out[axis] - 1) * self.strides[axis] + 1, self.strides[axis]
-        )
+        start, count, step = tap * self.dilation[axis], self.out[axis], self.strides[axis]
+        return slice(start, start + (count - 1) * step + 1 if count else start, step)
 
 
 def repeats(conv: nnx.Conv) -> bool:

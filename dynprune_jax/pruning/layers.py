@@ -27,8 +27,21 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def all_modules(model: nnx.Module) -> dict[str, Any]:
-    """Every module of a model, by name."""
-    return {path_name(path): module for path, module in nnx.iter_modules(model)}
+    """Every module of a model, by name.
+
+    Raises:
+      ValueError: where two of them would have one name.
+    """
+    found: dict[str, Any] = {}
+    for path, module in nnx.iter_modules(model):
+        name = path_name(path)
+        if name in found:
+            raise ValueError(
+                f"two layers have the name {name!r}, for a key of an nnx.Dict has a slash: give it"
+                " another"
+            )
+        found[name] = module
+    return found
 
 
 def conv_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
@@ -78,10 +91,14 @@ def all_handed_over(model: nnx.Module) -> Iterator[None]:
     handovers = [v.handover for v in dynamic_layers(model).values() if v.chooses_outputs]
     for handover in handovers:
         handover.clear()
-    yield
-    for handover in handovers:
-        if handover.waits:
-            raise handover.error()
+    try:
+        yield
+        for handover in handovers:
+            if handover.waits:
+                raise handover.error()
+    finally:
+        for handover in handovers:
+            handover.clear()
 
 
 def intercept(

@@ -151,7 +151,7 @@ class Usage:
 
     @property
     def gate_operations(self) -> int:
-        """Additions and comparisons of all gates, per image."""
+        """What all gates cost per image, see `LayerUsage.gate_operations`; no part of the MACs."""
         return sum(layer.gate_operations for layer in self.layers)
 
     @property

@@ -1,7 +1,7 @@
 """Run a model and count, per input and per layer, what it computed."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,13 @@ from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.layers import all_handed_over, as_function, call_and_capture, intercept
+from dynprune_jax.pruning.layers import (
+    all_handed_over,
+    all_modules,
+    as_function,
+    call_and_capture,
+    intercept,
+)
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
 
@@ -20,9 +26,9 @@ def measure(
 ) -> tuple[Any, Usage]:
     """Runs a model on images and counts what it computed for each.
 
-    It works under `jax.jit` and leaves nothing behind on the model. Every 2-D convolution and
-    linear layer is counted, dynamic or not; other products are found in the traced program, and
-    spread over the images of the batch even if they are of weights alone.
+    It works under `jax.jit` and leaves nothing behind on the model. Every 2-D `nnx.Conv` and every
+    `nnx.Linear` is counted, dynamic or not; other products, those of subclasses too, are found in
+    the traced program, and spread over the images of the batch even if they are of weights alone.
 
     Args:
       model: an NNX model, from `make_dynamic` or any other, in the mode it is in.
@@ -42,13 +48,18 @@ def measure(
     if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
         raise ValueError("this model is compact; measure the model that it was made from")
     clock = itertools.count().__next__
-    called: set[str] = set()  # dynamic convolutions
+    called: dict[int, str] = {}  # dynamic convolutions, by the order of their calls
+    # A subclass may compute something else: what it does is found in the program.
+    known = (nnx.Conv, DynamicConv, nnx.Linear)
+    counted = {name for name, layer in all_modules(model).items() if type(layer) in known}
 
     def count(name: str, layer: Any, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         """Sows the `LayerUsage` of each call of a layer."""
+        if name not in counted:
+            return call(inputs, *args, **kwargs)
         place = {"name": name, "order": clock()}
         if isinstance(layer, DynamicConv):
-            called.add(name)
+            called[place["order"]] = name
             masks = layer.masks(inputs)
             layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
             return layer.convolve(inputs, masks, *args, **kwargs)
@@ -71,20 +82,21 @@ def measure(
                 f"{layer.name} sees maps of the shape {layer.kept_channels.shape} for"
                 f" {images.shape[0]} images; measure counts per image and needs one map for each"
             )
-    known = sum(layer.dense_macs for layer in layers)
+    of_layers = sum(layer.dense_macs for layer in layers)
     # Without the gates: their products are their own cost, and no part of the network's.
     dense = intercept(
         model,
         DynamicConv,
         lambda _, layer, __, *inputs, **options: nnx.Conv.__call__(layer, *inputs, **options),
     )
-    other = dense_macs(dense, images, *others) - known
+    other = dense_macs(dense, images, *others) - of_layers
     return logits, Usage(tuple(layers), other)
 
 
-def _check_counted(called: set[str], layers: Sequence[LayerUsage]) -> None:
+def _check_counted(called: Mapping[int, str], layers: Sequence[LayerUsage]) -> None:
     """Raises where what a dynamic convolution has counted did not get out of the model."""
-    lost = called - {layer.name for layer in layers}
+    out = {layer.order for layer in layers}
+    lost = {name for order, name in called.items() if order not in out}
     for layer in layers:
         try:
             _ = layer.kept_channels + 0  # of a trace that has ended no value can be used

@@ -13,14 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import rich.table
 from flax import nnx
 
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
-from dynprune_jax.pruning.layers import as_function, intercept, replaceable_layers
+from dynprune_jax.pruning.layers import (
+    as_function,
+    dynamic_layers,
+    intercept,
+    replaceable_layers,
+)
 from dynprune_jax.pruning.masks import Masks
 
 # After a first round, a form this much slower than the best is out.
@@ -41,8 +45,8 @@ class Plan:
       forms: by layer name. A layer that is not named is executed masked, by XLA's convolution.
       milliseconds: what each form that came near the fastest took at its best, by layer name and
         form, for one batch.
-      measured_on: where: `device`, `jax`, the shape and dtype of the `images`, and whether the
-        `native` form was compiled, or why not.
+      measured_on: where and for what: `device`, `jax`, the shape and dtype of the `images`, the
+        `ratios` of the gates, and whether the `native` form was compiled, or why not.
     """
 
     forms: dict[str, Form]
@@ -96,25 +100,6 @@ class Plan:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a plan: {error}") from error
         return plan
-
-    def table(self) -> rich.table.Table:
-        """The plan as a table: each layer's form, its time, and the next best."""
-        where = ", ".join(f"{key} {value}" for key, value in self.measured_on.items())
-        table = rich.table.Table(title=f"Plan ({where})" if where else "Plan")
-        table.add_column("layer")
-        table.add_column("form")
-        table.add_column("ms", justify="right")
-        table.add_column("next best", style="dim")
-        for name, form in self.forms.items():
-            taken = self.milliseconds.get(name, {})
-            others = sorted((ms, str(other)) for other, ms in taken.items() if other != form)
-            table.add_row(
-                name,
-                str(form),
-                f"{taken[form]:.3f}" if form in taken else "",
-                f"{others[0][1]} ({others[0][0]:.3f})" if others else "",
-            )
-        return table
 
 
 def interleaved(
@@ -180,15 +165,7 @@ def measure_plan(
     if images.size == 0:
         raise ValueError(f"images has the shape {images.shape}; a plan is measured on some")
     shapes = _input_shapes(model, images, *others)
-    plan = Plan(
-        {},
-        measured_on={
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "images": f"{'x'.join(map(str, images.shape))} {images.dtype}",
-            "native": native.why_not() or "compiled",
-        },
-    )
+    plan = Plan({}, measured_on=circumstances(model, images))
     measured = {} if known is None else known
     for done, (name, shape) in enumerate(shapes.items()):
         case = _case(layers[name], shape)
@@ -199,6 +176,23 @@ def measure_plan(
         if progress is not None:
             progress(done + 1, len(shapes))
     return plan
+
+
+def circumstances(model: nnx.Module, images: Any) -> dict[str, str]:
+    """What the fastest forms of a model depend on here; see `Plan.measured_on`."""
+    ratios = {
+        f"{axis} {float(ratio[...]):.4g}"
+        for gate in dynamic_layers(model).values()
+        for axis in ("channel_ratio", "column_ratio", "feature_ratio")
+        if (ratio := getattr(gate, axis)) is not None
+    }
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "images": f"{'x'.join(map(str, images.shape))} {images.dtype}",
+        "ratios": ", ".join(sorted(ratios)) or "none",
+        "native": native.why_not() or "compiled",
+    }
 
 
 def _input_shapes(model: nnx.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -294,5 +288,8 @@ def _in_a_row(
     for state, x, masks in zip(states, maps, all_masks, strict=True):
         if results:  # adds nothing, and waits for the one before
             x = x + (0 * jnp.sum(results[-1][:1, :1, :1, :1])).astype(x.dtype)
-        results.append(nnx.merge(graph, state).convolve(x, masks))
+        layer = nnx.merge(graph, state)
+        results.append(layer.convolve(x, masks))
+        if layer.chooses_outputs:
+            layer.handover.clear()  # there is no normalization here to take it
     return results

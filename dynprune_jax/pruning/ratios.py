@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array
 
 from dynprune_jax.pruning.compact_conv import CompactConv
-from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, Ratio
 from dynprune_jax.pruning.layers import dynamic_layers, matches
 
 # One number; one for each block; or one for each pattern of layer names. All are checked by value.
@@ -22,7 +23,8 @@ def set_ratios(
     """Sets the prune ratios of a dynamic model's gates, in place; None leaves an axis as it is.
 
     The ratios are variables, so a function that takes the model's state as an argument is not
-    compiled again.
+    compiled again; and a ratio may be a traced value itself, within a compiled step. Of such a one
+    it is not checked that it lies in [0, 1).
 
     Args:
       model: a model from `make_dynamic` or `predict_channels`.
@@ -81,7 +83,7 @@ def _choices(gates: Mapping[str, DynamicConv], axis: str) -> dict[str, list[Any]
 
 def ratio_of_each(
     model: nnx.Module, names: Sequence[str], ratios: Any, field: str
-) -> dict[str, float | None]:
+) -> dict[str, Ratio | None]:
     """Spells ratios out: one number, one for each block, or one for each pattern of names.
 
     Args:
@@ -100,11 +102,11 @@ def ratio_of_each(
     """
     if ratios is None:
         return dict.fromkeys(names)
-    if np.ndim(ratios) == 0 and not isinstance(ratios, Mapping):
-        ratios = {"*": ratios}
     if not isinstance(ratios, Mapping):
-        return _ratio_of_blocks(model, names, ratios, field)
-    spelled: dict[str, float | None] = dict.fromkeys(names)
+        if (isinstance(ratios, Sequence) and not isinstance(ratios, str)) or np.ndim(ratios) > 0:
+            return _ratio_of_blocks(model, names, ratios, field)
+        ratios = {"*": ratios}
+    spelled: dict[str, Ratio | None] = dict.fromkeys(names)
     for pattern, ratio in ratios.items():
         number = _checked(ratio, f"{field} for {pattern}")
         for name in matches(pattern, names):
@@ -114,7 +116,7 @@ def ratio_of_each(
 
 def _ratio_of_blocks(
     model: nnx.Module, names: Sequence[str], ratios: Any, field: str
-) -> dict[str, float | None]:
+) -> dict[str, Ratio | None]:
     found: Any = getattr(model, "blocks", ())
     blocks = len(found) if isinstance(found, Sequence | nnx.List) else 0
     if len(ratios) != blocks:
@@ -122,20 +124,23 @@ def _ratio_of_blocks(
             f"{field} has {len(ratios)} values; this model has {blocks} blocks"
             + ("" if blocks else ", so give one number or a mapping of layer patterns")
         )
-    spelled: dict[str, float | None] = dict.fromkeys(names)
+    spelled: dict[str, Ratio | None] = dict.fromkeys(names)
     for i, ratio in enumerate(ratios):
         number = None if ratio is None else _checked(ratio, f"{field} for block {i}")
         inside = [name for name in names if f"{name}/".startswith(f"blocks/{i}/")]
-        if number and not inside:
+        prunes = isinstance(number, Tracer) or bool(number)
+        if prunes and not inside:
             raise ValueError(
-                f"{field} for block {i} is {number:g}, and no convolution chosen for such a gate"
+                f"{field} for block {i} is {number}, and no convolution chosen for such a gate"
                 " is in that block: give 0 for it"
             )
         spelled |= dict.fromkeys(inside, number)
     return spelled
 
 
-def _checked(ratio: Any, field: str) -> float:
+def _checked(ratio: Any, field: str) -> Ratio:
+    if isinstance(ratio, Tracer) and ratio.ndim == 0:  # its value is not known yet
+        return ratio
     try:
         if isinstance(ratio, str | bool) or not 0.0 <= ratio < 1.0:
             raise ValueError

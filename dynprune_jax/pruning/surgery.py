@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from dynprune_jax.pruning.attention import Criterion, Statistic, attention, mean
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Ratio
 from dynprune_jax.pruning.layers import (
     Layers,
     Model,
@@ -197,9 +197,9 @@ def predict_channels(
 
 def _with_gates(
     model: Model,
-    channel: Mapping[str, float | None],
-    column: Mapping[str, float | None],
-    feature: Mapping[str, float | None] = {},
+    channel: Mapping[str, Ratio | None],
+    column: Mapping[str, Ratio | None],
+    feature: Mapping[str, Ratio | None] = {},
     *,
     norms: Mapping[str, str] = {},
     readers: Mapping[str, str] = {},
@@ -235,7 +235,7 @@ def _with_gates(
                 f"{block[gated.index(False, gated.index(True))][0]} has no gate on columns, but"
                 " stands between convolutions that share a choice of them"
             )
-        if len({column[name] for name, _ in members}) > 1:
+        if any(column[name] != column[members[0][0]] for name, _ in members):
             raise ValueError(
                 f"column_ratio differs between {', '.join(name for name, _ in members)}, which"
                 " share one choice of columns"
