@@ -504,6 +504,26 @@ def test_folding_keeps_the_precision_of_float64():
         np.testing.assert_allclose(fast(x), model(x), rtol=1e-12, atol=1e-14)
 
 
+def test_images_may_come_in_a_pytree():
+    class Pair(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+
+        def __call__(self, views):
+            return {"logits": self.conv(views["left"]) + self.conv(views["right"])}
+
+    model = Pair(nnx.Rngs(0))
+    key = jax.random.key(0)
+    views = {name: jax.random.normal(key, (2, 6, 6, 3)) for name in ("left", "right")}
+    fast = dynprune_jax.compact(model, views)
+    logits, usage = dynprune_jax.measure(model, views)
+    for answer in (fast(views), logits):
+        np.testing.assert_allclose(answer["logits"], model(views)["logits"], atol=1e-5)
+    assert usage.dense_macs == 2 * 36 * 27 * 8
+    with pytest.raises(ValueError, match="images is a dict that holds no array"):
+        dynprune_jax.measure(model, {})
+
+
 def test_a_map_smaller_than_its_kernel_gives_an_empty_one():
     conv = nnx.Conv(8, 8, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
     model = dynprune_jax.make_dynamic(nnx.Sequential(conv), 0.5)

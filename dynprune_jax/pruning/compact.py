@@ -12,6 +12,7 @@ from flax import nnx
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import fold
 from dynprune_jax.pruning.layers import (
+    Images,
     Model,
     all_handed_over,
     as_function,
@@ -23,7 +24,7 @@ from dynprune_jax.pruning.plan import Plan, circumstances, measure_plan
 
 def compact(
     model: Model,
-    images: Any,
+    images: Images,
     *others: Any,
     plan: Plan | str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.dynamic_conv import GatedNorm, take_over
 from dynprune_jax.pruning.layers import (
+    Images,
     Model,
     all_modules,
     as_function,
@@ -48,7 +49,7 @@ class FoldedNorm(nnx.BatchNorm):
         return y if self.handover is None else self.handover.take(x).apply_to_output(y)
 
 
-def fold_batch_norms(model: Model, images: Any, *others: Any) -> Model:
+def fold_batch_norms(model: Model, images: Images, *others: Any) -> Model:
     """Returns the model for evaluation, its batch norms folded into convolutions where they can be.
 
     With stored statistics a normalization is an affine map of each channel, so it may scale the

@@ -15,6 +15,9 @@ from dynprune_jax.pruning.dynamic_conv import DynamicConv
 
 # A pattern of layer names, several, or a function of the name and the convolution.
 Layers = str | Sequence[str] | Callable[[str, nnx.Conv], bool]
+# What a model is called with first: a batch of images, as `(batch, height, width, channels)`, or a
+# pytree whose first array is one; where nothing is computed also shapes and dtypes.
+Images = Any
 Model = TypeVar("Model", bound=nnx.Module)
 
 # A convolution with at most this many input channels sees the image (grey, RGB, RGBA).
@@ -166,6 +169,18 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
         return outputs, written
 
     return function, [leaves[i] for i in traced]
+
+
+def batch_of(images: Images) -> Any:
+    """The batch, which is the first array of a pytree.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    leaves = jax.tree.leaves(images)
+    if not leaves or not hasattr(leaves[0], "shape"):
+        raise ValueError(f"images is a {type(images).__name__} that holds no array")
+    return leaves[0]
 
 
 def select(model: nnx.Module, layers: Layers) -> list[str]:

@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.layers import (
+    Images,
     all_handed_over,
     all_modules,
     as_function,
+    batch_of,
     call_and_capture,
     intercept,
 )
@@ -21,9 +23,7 @@ from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usag
 from dynprune_jax.pruning.masks import Masks
 
 
-def measure(
-    model: nnx.Module, images: Float[Array, "batch height width channels"], *others: Any
-) -> tuple[Any, Usage]:
+def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage]:
     """Runs a model on images and counts what it computed for each.
 
     It works under `jax.jit` and leaves nothing behind on the model. Every 2-D `nnx.Conv` and every
@@ -32,7 +32,7 @@ def measure(
 
     Args:
       model: an NNX model, from `make_dynamic` or any other, in the mode it is in.
-      images: a batch.
+      images: a batch, or what holds one: a pytree whose first array is of the batch.
       *others: what else the model is called with.
 
     Returns:
@@ -47,6 +47,7 @@ def measure(
     """
     if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
         raise ValueError("this model is compact; measure the model that it was made from")
+    batch = batch_of(images).shape[:1]
     clock = itertools.count().__next__
     called: dict[int, str] = {}  # dynamic convolutions, by the order of their calls
     # A subclass may compute something else: what it does is found in the program.
@@ -70,17 +71,22 @@ def measure(
         return call(inputs, *args, **kwargs)
 
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
-    with all_handed_over(model):
-        logits, sown = call_and_capture(metered, images, *others)
+    try:
+        with all_handed_over(model):
+            logits, sown = call_and_capture(metered, images, *others)
+    except (TypeError, ValueError) as error:
+        if "__captures__" not in str(error):  # the name that NNX gives to what is sown
+            raise
+        raise ValueError(_does_not_leave("a layer")) from error
     leaves = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))
     layers = [leaf for leaf in leaves if isinstance(leaf, LayerUsage)]  # a model may sow too
     layers = sorted(layers, key=lambda layer: layer.order)
     _check_counted(called, layers)
     for layer in layers:
-        if layer.kept_channels.shape != images.shape[:1]:
+        if layer.kept_channels.shape != batch:
             raise ValueError(
-                f"{layer.name} sees maps of the shape {layer.kept_channels.shape} for"
-                f" {images.shape[0]} images; measure counts per image and needs one map for each"
+                f"{layer.name} sees maps of the shape {layer.kept_channels.shape} for {batch[0]}"
+                " images; measure counts per image and needs one map for each"
             )
     of_layers = sum(layer.dense_macs for layer in layers)
     # Without the gates: their products are their own cost, and no part of the network's.
@@ -103,25 +109,30 @@ def _check_counted(called: Mapping[int, str], layers: Sequence[LayerUsage]) -> N
         except jax.errors.UnexpectedTracerError:
             lost.add(layer.name)
     if lost:
-        raise ValueError(
-            f"{min(lost)} is called within a transformation (such as jax.lax.scan, jax.checkpoint"
-            " or nnx.scan) that its counts do not leave; measure a model that calls it plainly, or"
-            " within nnx.jit or nnx.remat"
-        )
+        raise ValueError(_does_not_leave(min(lost)))
 
 
-def dense_macs(model: nnx.Module, images: Any, *others: Any) -> int:
+def _does_not_leave(name: str) -> str:
+    return (
+        f"{name} is called within a transformation (such as jax.lax.scan, jax.checkpoint, nnx.cond"
+        " or nnx.scan) that its counts do not leave; measure a model that calls it plainly, or"
+        " within nnx.jit or nnx.remat"
+    )
+
+
+def dense_macs(model: nnx.Module, images: Images, *others: Any) -> int:
     """Dense MACs per image of a model, gates' own products included; nothing is computed.
 
     Args:
       model: any NNX model.
-      images: a batch, or its shape and dtype.
+      images: a batch, or its shape and dtype, or what holds one, as for `measure`.
       *others: what else the model is called with.
 
     Raises:
       ValueError: for no images.
     """
-    if images.shape[0] == 0:
-        raise ValueError(f"images has the shape {images.shape}; MACs are counted for some")
+    shape = batch_of(images).shape
+    if shape[0] == 0:
+        raise ValueError(f"images has the shape {shape}; MACs are counted for some")
     function, arrays = as_function(model, images, *others)
-    return program_macs(function, *arrays) // images.shape[0]
+    return program_macs(function, *arrays) // shape[0]

@@ -20,7 +20,9 @@ from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
 from dynprune_jax.pruning.layers import (
+    Images,
     as_function,
+    batch_of,
     dynamic_layers,
     intercept,
     replaceable_layers,
@@ -138,7 +140,7 @@ def interleaved(
 
 def measure_plan(
     model: nnx.Module,
-    images: Any,
+    images: Images,
     *others: Any,
     repeats: int = 21,
     known: dict[Any, dict[Form, float]] | None = None,
@@ -162,8 +164,8 @@ def measure_plan(
       ValueError: for no images.
     """
     layers = replaceable_layers(model)
-    if images.size == 0:
-        raise ValueError(f"images has the shape {images.shape}; a plan is measured on some")
+    if batch_of(images).size == 0:
+        raise ValueError(f"images has the shape {batch_of(images).shape}; a plan is made for some")
     shapes = _input_shapes(model, images, *others)
     plan = Plan({}, measured_on=circumstances(model, images))
     measured = {} if known is None else known
@@ -178,7 +180,7 @@ def measure_plan(
     return plan
 
 
-def circumstances(model: nnx.Module, images: Any) -> dict[str, str]:
+def circumstances(model: nnx.Module, images: Images) -> dict[str, str]:
     """What the fastest forms of a model depend on here; see `Plan.measured_on`."""
     ratios = {
         f"{axis} {float(ratio[...]):.4g}"
@@ -186,10 +188,11 @@ def circumstances(model: nnx.Module, images: Any) -> dict[str, str]:
         for axis in ("channel_ratio", "column_ratio", "feature_ratio")
         if (ratio := getattr(gate, axis)) is not None
     }
+    batch = batch_of(images)
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "images": f"{'x'.join(map(str, images.shape))} {images.dtype}",
+        "images": f"{'x'.join(map(str, batch.shape))} {batch.dtype}",
         "ratios": ", ".join(sorted(ratios)) or "none",
         "native": native.why_not() or "compiled",
     }
