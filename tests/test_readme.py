@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +16,7 @@ from dynprune_jax.config import check, flatten
 from dynprune_jax.experiments.study import find_method, read_rows, tables, with_fields
 from dynprune_jax.flags import parse
 from dynprune_jax.main import MODES
+from dynprune_jax.models.links import links
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -143,15 +146,50 @@ SPEED = {
 
 def speed(name):
     """The rows of a benchmark, and of these the ones at the config's own ratios."""
-    path = ROOT / "docs" / "results" / "speed" / f"{name}.json"
+    path = (ROOT / "docs" / "results" / "speed" / name).with_suffix(".json")
     rows = json.loads(path.read_text(encoding="utf-8"))
     return rows, [row for row in rows if "static_ms" in row]
+
+
+def fastest(row):
+    """The milliseconds of the fastest dense network in any runtime."""
+    return min(row["fastest_dense_ms"], *row["other_runtimes_ms"].values())
+
+
+def test_what_gates_cost_is_what_is_counted():
+    model = dynprune_jax.models.vgg16(10, image_size=32, rngs=nnx.Rngs(0))
+    reads = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+    model = dynprune_jax.predict_channels(model, (0.25, 0.25, 0.26, 0.9, 0.9), reads)
+    model.eval()
+    graph, state = nnx.split(model)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    _, usage = jax.eval_shape(
+        lambda state, x: dynprune_jax.measure(nnx.merge(graph, state), x), state, image
+    )
+    cost = usage.gate_operations
+    share = f"{cost / usage.dense_macs:.1%}".replace("%", " %")
+    assert f"it is {cost / 1e6:.2f} M operations an image, {share} of the dense" in README
 
 
 def test_the_table_of_times_is_what_was_measured():
     realised = [row["realised"] for name in SPEED.values() for row in speed(name)[1]]
     low, high = 100 * min(realised), 100 * max(realised)
     assert f"reach {low:.0f} to {high:.0f} % of the ideal speedup" in README
+    folder = ROOT / "docs" / "results" / "speed"
+    worst = [
+        min(row["realised"] for path in where.glob("*.json") for row in speed(path)[1])
+        for where in (folder, folder / "xeon")
+    ]
+    assert (
+        "{:.0%} in the worst of all runs, and {:.0%} on".format(*worst).replace("%", " %") in README
+    )
+    rows = [row for name in SPEED.values() for row in speed(name)[1]]
+    over_all = [fastest(row) / row["compact_ms"] for row in rows]
+    assert f"are {min(over_all):.2f} to {max(over_all):.2f} times as fast as the fastest" in README
+    narrower = sum(row["static_ms"] < row["compact_ms"] for row in rows)
+    assert f"is faster in {narrower} of the {len(rows)} rows" in README
+    (xeon,) = speed("xeon/imagenet_resnet50")[1]
+    assert f"to {fastest(xeon) / xeon['compact_ms']:.2f}× over ONNX Runtime" in PAGES
     for label, name in SPEED.items():
         for row in speed(name)[1]:
             other = row["other_runtimes_ms"]
@@ -160,7 +198,8 @@ def test_the_table_of_times_is_what_was_measured():
                 f"| {label} | {row['batch_size']} | {row['mac_reduction']:.1%}"
                 f" | {row['fastest_dense_ms']:.1f} | {row['compact_ms']:.1f}"
                 f" | **{row['speedup']:.2f}×** | {row['ideal_speedup']:.2f}×"
-                f" | {row['realised']:.0%} | {other['ONNX Runtime']:.1f} | {torch:.1f} |"
+                f" | {row['realised']:.0%} | {other['ONNX Runtime']:.1f} | {torch:.1f}"
+                f" | {fastest(row) / row['compact_ms']:.2f}× | {row['static_ms']:.1f} |"
             )
             assert line in PAGES.splitlines(), line
 
@@ -228,6 +267,8 @@ def test_the_study_s_claims_are_what_its_runs_say():
 
     def of(method, cut=0.55, **which):
         return accuracy("cifar10_vgg_small", method, cut, **which)
+
+    assert f"({of('random'):.1f} against {of('attention'):.1f} %, [a small VGG" in README
 
     def static(cut):
         return max(of("l1", cut), of("taylor", cut))

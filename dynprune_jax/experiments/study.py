@@ -292,7 +292,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     would choose: of what the first table has, or if there is none the second, but for what was
     distilled.
 
-    A cell is the mean over seeds, with the standard deviation where there are several. A row may
+    A cell is the mean over seeds, with the standard deviation where there are several, and the
+    reduction that was reached where that is another than the cut, by half a percent or more: a
+    column less, or a filter, is the least that a network can lose. A row may
     lack all but its accuracy and MAC reduction, as of a run that was cut off before its report.
     """
     names = labels(rows)
@@ -306,7 +308,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "|---|---|" + "---|" * len(cuts),
         ]
         for name in curves:
-            cells = [_cell(_accuracies(rows, name, cut)) for cut in cuts]
+            cells = [
+                _cell(_accuracies(rows, name, cut)) + _reached(rows, name, cut) for cut in cuts
+            ]
             lines.append(f"| {names[name]} | {_cell(dense)} | " + " | ".join(cells) + " |")
         found.append("\n".join(lines))
     if one is not None:
@@ -329,7 +333,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             untrained = [r["accuracy_untrained"] for r in chosen if "accuracy_untrained" in r]
             before = "" if name == "dense" else _cell(untrained)
             lines.append(
-                f"| {names[name]} | {_cell(_accuracies(rows, name, at))} | {before} | {share} |"
+                f"| {names[name]} | {_cell(_accuracies(rows, name, at))}{_reached(rows, name, at)}"
+                f" | {before} | {share} |"
             )
         found.append("\n".join(lines))
     lines = [
@@ -358,6 +363,12 @@ def _is(row: Mapping[str, Any], name: str, cut: float) -> bool:
 
 def _accuracies(rows: Sequence[Mapping[str, Any]], name: str, cut: float) -> list[float]:
     return [row["accuracy"] for row in rows if _is(row, name, cut)]
+
+
+def _reached(rows: Sequence[Mapping[str, Any]], name: str, cut: float) -> str:
+    found = [row["mac_reduction"] for row in rows if _is(row, name, cut) and "mac_reduction" in row]
+    mean = statistics.mean(found) if found else cut
+    return f" ({mean:.1%})" if abs(mean - cut) >= 0.005 else ""
 
 
 def _cell(values: Sequence[float]) -> str:
