@@ -10,6 +10,7 @@ from dynprune_jax.pruning.macs import LayerUsage, Usage
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.plan import Plan, measure_plan
 from dynprune_jax.pruning.ratios import set_ratios
+from dynprune_jax.pruning.readers import find_links
 from dynprune_jax.pruning.schedules import ratio_ascent
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 
@@ -22,6 +23,7 @@ __all__ = [
     "Usage",
     "compact",
     "dynamic_layers",
+    "find_links",
     "fold_batch_norms",
     "make_dynamic",
     "measure",

@@ -72,7 +72,7 @@ def fold(model: Model, *inputs: Any) -> tuple[Model, set[str]]:
     model.eval()
     modules = all_modules(model)
     new: dict[str, nnx.Module] = {}
-    pairs, read = _pairs(model, *inputs)
+    pairs, read = traced_pairs(model, *inputs)
     for conv_name, norm_name in pairs:
         conv: Any = modules[conv_name]
         norm: Any = modules[norm_name]
@@ -99,8 +99,8 @@ def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
     return folded
 
 
-def _pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]], set[str]]:
-    """What the traced program tells of a model.
+def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]], set[str]]:
+    """What the traced program tells of a model's convolutions and their norms; nothing is computed.
 
     Returns:
       pairs: the names of each convolution and the norm that it can be folded with.

@@ -135,11 +135,11 @@ def predict_channels(
       channel_ratio: prune ratio over the outputs, as in `make_dynamic`; patterns and blocks are
         those of the convolution that makes them.
       links: for each convolution that may get such a gate, the names of the `nnx.BatchNorm`
-        behind it and of the one layer that reads the result; `models.links` has those of this
-        package's models. What lies between the two must leave a channel of zeros one of zeros,
-        as relu and pooling do: by that the reader knows what to skip. A reader that is grouped,
-        but not depthwise, skips nothing, nor does one with another number of input channels: it
-        reads something else besides.
+        behind it and of the one layer that reads the result; `find_links` finds them, and
+        `models.links` has those of this package's models. What lies between the two must leave a
+        channel of zeros one of zeros, as relu and pooling do: by that the reader knows what to
+        skip. A reader that is grouped, but not depthwise, skips nothing, nor does one with another
+        number of input channels: it reads something else besides.
       column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
       layers: patterns of names: which of the linked convolutions, and which for columns.
       column_blocks: as in `make_dynamic`.

@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dynprune_jax
+from dynprune_jax import find_links, measure, models, predict_channels
+from dynprune_jax.models.links import links
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+
+IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("vgg_digits", 8), ("vgg16_imagenet", 64), ("resnet20", 8), ("resnet50", 32)]
+)
+def test_the_links_of_our_models_are_found(name, side):
+    model = getattr(models, name)(10, image_size=side, in_channels=3, width=0.25, rngs=nnx.Rngs(0))
+    expected = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+    found = find_links(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+    assert list(found.items()) == list(expected.items())
+
+
+class Chain(nnx.Module):
+    """A convolution, its norm, something between, and what reads the result."""
+
+    def __init__(self, between, reader=(8, 12), groups=1):
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(3, 8, (3, 3), feature_group_count=groups, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.zero = nnx.BatchNorm(8, scale_init=nnx.initializers.zeros, rngs=rngs)
+        self.side = nnx.Conv(3, 8, (1, 1), rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.other = nnx.LayerNorm(8, rngs=rngs)
+        self.reader = (
+            nnx.Conv(*reader, (3, 3), rngs=rngs)
+            if reader[0] < 64
+            else nnx.Linear(*reader, rngs=rngs)
+        )
+        self.between = nnx.static(between)
+
+    def __call__(self, x):
+        return self.reader(self.between(self, self.norm(self.conv(x)), x))
+
+
+class Branches(Chain):
+    def __call__(self, x):
+        y = nnx.relu(self.norm(self.conv(x)))
+        return self.reader(y) + self.between(self, y, x)
+
+
+def pooled(y):
+    return nnx.max_pool(y, (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Chain(lambda _, y, x: nnx.relu(y)),
+        Chain(lambda _, y, x: nnx.silu(pooled(y))),
+        Chain(lambda _, y, x: nnx.leaky_relu(nnx.max_pool(y, (3, 3)))),
+        Chain(lambda chain, y, x: chain.dropout(nnx.gelu(y))),
+        Chain(lambda _, y, x: y * jax.nn.sigmoid(y.mean((1, 2), keepdims=True))),
+        Chain(lambda chain, y, x: y * chain.side(x)),
+        Chain(lambda _, y, x: pooled(y).reshape(len(x), -1), (128, 5)),
+        Chain(lambda _, y, x: nnx.remat(lambda y: nnx.relu(y))(y)),
+    ],
+)
+def test_a_reader_that_finds_zeros_is_found_and_loses_nothing(model):
+    found = find_links(model, IMAGES)
+    assert found == {"conv": ("norm", "reader")}
+    dynamic = predict_channels(model, {"conv": 0.5}, found, layers="conv")
+    dynamic.eval()
+    x = jax.random.normal(jax.random.key(0), IMAGES.shape)
+    logits, usage = measure(dynamic, x)
+    kept = {layer.name: layer.kept_channels.tolist() for layer in usage.layers}
+    if isinstance(dynamic.reader, nnx.Conv):
+        assert kept["reader"] == [4, 4]
+        dynamic.reader.channel_ratio = PruneRatio(jnp.float32(0.0))
+    np.testing.assert_array_equal(dynamic(x), logits)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Chain(lambda _, y, x: nnx.sigmoid(y)),
+        Chain(lambda _, y, x: y + 1.0),
+        Chain(lambda _, y, x: nnx.softmax(y)),
+        Chain(lambda chain, y, x: chain.other(y)),
+        Chain(lambda chain, y, x: y + chain.side(x)),
+        # A branch that starts at zero, as residual branches do, is none to count on.
+        Chain(lambda chain, y, x: y + chain.zero(chain.side(x))),
+        Chain(lambda _, y, x: jnp.concatenate([y, x], axis=-1), (11, 12)),
+        Chain(lambda _, y, x: y[..., ::-1]),
+        Chain(lambda _, y, x: pooled(y).transpose(0, 3, 1, 2).reshape(len(x), -1), (128, 5)),
+        Branches(lambda _, y, x: y.sum()),
+        Branches(lambda chain, y, x: chain.side(y[..., :3])[..., :1]),
+    ],
+)
+def test_what_mixes_channels_or_is_read_twice_is_no_link(model):
+    with pytest.raises(ValueError, match=r"has no convolution with a batch normalization"):
+        find_links(model, IMAGES)
+
+
+def test_where_layers_cannot_be_watched_is_said():
+    def looped(chain, y, x):
+        return jax.lax.scan(lambda y, _: (chain.reader(y)[..., :8], None), y, None, length=2)[0]
+
+    with pytest.raises(ValueError, match="layers of Chain are called within a transformation"):
+        find_links(Chain(looped), IMAGES)
+
+
+def test_the_model_is_left_as_it_is():
+    model = Chain(lambda _, y, x: nnx.relu(y))
+    weights = (nnx.Param, nnx.BatchStat)
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Any(*weights)))
+    assert dynprune_jax.find_links(model, jnp.ones((1, 8, 8, 3))) == find_links(model, IMAGES)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model, nnx.Any(*weights)))
+    assert not model.norm.use_running_average
