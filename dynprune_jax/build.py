@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +34,16 @@ from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.schedules import ascent_steps
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 from dynprune_jax.train_step import Network, TrainState, Values
-from dynprune_jax.writers import progress_bar, write_json
-
-# What may differ between a run and the command that goes on with it: it changes no result.
-FREE_FIELDS = (
-    "data.archive",
-    "data.data_dir",
-    "data.threads",
-    "evaluate_every_epochs",
-    "checkpoint_every_epochs",
-    "log_every_steps",
-    "study.seeds",
-    "study.cuts",
-    "study.methods",
-    "study.ablations",
-    "study.ablation_cut",
-    "sweep.fractions",
-    "benchmark.repeats",
-    "benchmark.batch_sizes",
-    "benchmark.ratios",
+from dynprune_jax.workdir import (
+    FREE_FIELDS,
+    PLACES,
+    as_json,
+    check_workdir,
+    keep_config,
+    make_folder,
 )
-# Files may be moved: a run whose config.json is changed to say so is still the same.
-PLACES = ("data.path", "prune.checkpoint")
+from dynprune_jax.writers import progress_bar
+
 _COUNTED_IMAGES = 16
 
 
@@ -292,7 +279,7 @@ class Run:
 
     def identity(self, phase: str) -> dict[str, Any]:
         """What tells the checkpoints of a phase of this run from those of any other, as JSON."""
-        fields = config_lib.flatten(ConfigDict(_as_json(self.config)))
+        fields = config_lib.flatten(ConfigDict(as_json(self.config)))
         told = {
             f"config.{name}": value
             for name, value in fields.items()
@@ -488,20 +475,6 @@ class Run:
         )
 
 
-def make_folder(workdir: Path) -> None:
-    """Makes a work directory.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink(missing_ok=True)  # another process may have been faster
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
-
-
 def _build_both(
     config: Config, num_classes: int, channels: int
 ) -> tuple[nnx.Module, nnx.Module | None]:
@@ -513,40 +486,3 @@ def _build_both(
     dynamic = build_dynamic(config, model)
     dynamic.train()
     return model, dynamic
-
-
-def _as_json(config: Config) -> dict[str, Any]:
-    return json.loads(config.to_json())
-
-
-def keep_config(config: Config, workdir: Path) -> None:
-    """Writes what `check_workdir` compares with, config.json, if it is not there."""
-    if not (workdir / "config.json").exists():
-        write_json(workdir / "config.json", _as_json(config))
-
-
-def check_workdir(config: Config, workdir: Path, free: Sequence[str] = FREE_FIELDS) -> None:
-    """Raises UserError where a work directory cannot be this config's; free fields may differ."""
-    path = workdir / "config.json"
-    try:
-        if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"--workdir={workdir} is a file; give a folder")
-        if not path.exists():
-            if (workdir / "checkpoints").exists():
-                raise UserError(
-                    f"--workdir={workdir} holds checkpoints and no config.json; give another"
-                )
-            return
-    except (OSError, ValueError) as error:  # a name too long, or one that no file can have
-        raise UserError(f"--workdir={str(workdir)!r} cannot be a folder: {error}") from error
-    try:
-        stored = config_lib.flatten(ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a config; give another --workdir") from error
-    asked = config_lib.flatten(ConfigDict(_as_json(config)))
-    for name in sorted(asked.keys() | stored.keys()):
-        if name not in free and asked.get(name) != stored.get(name):
-            raise UserError(
-                f"--workdir={workdir} is of another config: config.{name} is {stored.get(name)!r}"
-                f" there and {asked.get(name)!r} here; give another workdir"
-            )

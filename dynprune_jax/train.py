@@ -7,11 +7,10 @@ was cut off is done; a finished phase is only read back.
 
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynprune_jax import processes, sharding
-from dynprune_jax.build import Run, training_images
+from dynprune_jax.build import Run
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.config import Config
-from dynprune_jax.data.batches import device_batch, stream_batches
 from dynprune_jax.errors import UserError
+from dynprune_jax.feed import Feed, ratio_schedule
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.pruning.schedules import ratio_ascent
 from dynprune_jax.report import write_report
 from dynprune_jax.stopping import Stopped, StopSignals
-from dynprune_jax.train_step import Network, TrainState, Values, train_step
+from dynprune_jax.train_step import Network, TrainState, Values
 from dynprune_jax.writers import Screen, Writers, read_metrics, resident_memory_mb
 
 
@@ -248,156 +246,6 @@ def run_phase(
                     f" {name} phase is saved, and the same command goes on",
                 )
     return jax.device_get(state.values), timing.summary()
-
-
-def ratio_schedule(run: Run, targets: Values) -> Callable[[Any], Values]:
-    """The step of a phase to the ratio of every gate, by name as the targets are, traced or not."""
-    schedules = {name: ratio_ascent(target, **run.ascent) for name, target in targets.items()}
-    return lambda step: {name: schedule(step) for name, schedule in schedules.items()}
-
-
-class Feed:
-    """Joins the data to the compiled step: from device memory, or from a stream.
-
-    Attributes:
-      steps_per_dispatch: how many steps one call of the compiled step does, at most.
-
-    Args:
-      run: the run.
-      name: of the phase.
-      network: what is trained.
-      mesh: the devices.
-      teacher: parameters and batch statistics of the dense network to learn from, or None.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        name: str,
-        network: Network,
-        mesh: Any,
-        teacher: Values | None = None,
-    ):
-        self._run = run
-        self._mesh = mesh
-        self._compiled: set[int] = set()
-        phase_key = jax.random.fold_in(jax.random.key(run.config.seed), name == "prune")
-        order_key, augment_key = jax.random.split(phase_key)
-        # Given to the step and not built into it, so that runs of other seeds and ratios have the
-        # very same program: JAX's compilation cache then serves a whole study.
-        self._given = sharding.replicate(
-            {
-                "order": order_key,
-                "augment": augment_key,
-                "settings": network.settings,
-                "teacher": None if teacher is None else dict(teacher),
-            },
-            mesh,
-        )
-        one = functools.partial(
-            train_step,
-            network=network,
-            optimizer=run.optimizer(name),
-            label_smoothing=run.config.optim.label_smoothing,
-            distillation=run.config.prune.distillation,
-            temperature=run.config.prune.temperature,
-        )
-
-        def learn(
-            state: TrainState, images: Any, labels: Any, given: Mapping[str, Any]
-        ) -> tuple[TrainState, Any]:
-            key = jax.random.fold_in(given["augment"], state.step)
-            model: Any = None
-            if given["teacher"] is not None:
-                model = run.dense.bind(given["teacher"])
-                model.eval()
-            batch = training_images(run.config, key, images), labels
-            settings = given["settings"]
-            targets = {name: settings[name] for name in network.values(PruneRatio)}
-            ratios = ratio_schedule(run, targets)
-            return one(state, batch, settings=settings, ratios=ratios, teacher=model)
-
-        def learn_from_memory(
-            state: TrainState, data: Any, given: Mapping[str, Any], count: int
-        ) -> tuple[TrainState, Any]:
-            def body(state: TrainState, _: None) -> tuple[TrainState, Any]:
-                size = run.config.batch_size
-                batch = device_batch(given["order"], state.step, data[0], data[1], size)
-                images, labels = sharding.split_batch(batch, mesh)
-                return learn(state, images, labels, given)
-
-            if count == 1:
-                return body(state, None)
-            state, metrics = jax.lax.scan(body, state, length=count)
-            return state, jax.tree.map(jnp.mean, metrics)
-
-        self._stream = None
-        if run.in_memory:
-            # Not past a row of the log, where a dispatch has to end.
-            longest = min(run.config.log_every_steps, run.steps_per_epoch)
-            several = 1 if jax.default_backend() == "cpu" else longest
-            self.steps_per_dispatch = min(run.config.steps_per_dispatch or several, longest)
-            self._data = sharding.replicate(run.train_arrays, mesh)
-            self._step = jax.jit(
-                learn_from_memory,
-                static_argnames="count",
-                donate_argnums=0,
-                out_shardings=sharding.whole(mesh),
-            )
-        else:
-            self.steps_per_dispatch = 1
-            self._stream = stream_batches(
-                run.dataset.train,
-                run.config.batch_size,
-                run.config.seed,
-                threads=run.config.data.threads,
-                rows=sharding.local_rows(run.config.batch_size, mesh),
-            )
-            self._step = jax.jit(learn, donate_argnums=0, out_shardings=sharding.whole(mesh))
-
-    def __enter__(self) -> "Feed":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def place(self, state: TrainState) -> TrainState:
-        """Copies a state to where the compiled step expects it; the step then eats the copy."""
-        return sharding.replicate(jax.tree.map(jnp.copy, state), self._mesh)
-
-    def position(self) -> dict[str, Any] | None:
-        """Where the stream stands; None for data in memory, which the step alone determines."""
-        return None if self._stream is None else self._stream.get_state()
-
-    def set_position(self, position: dict[str, Any] | None) -> None:
-        """Moves the stream to where it stood."""
-        if self._stream is not None and position is not None:
-            self._stream.set_state(position)
-
-    def compiled(self, count: int) -> bool:
-        """Whether a call of so many steps was made before; from now on it was."""
-        known = count in self._compiled
-        self._compiled.add(count)
-        return known
-
-    def next_batch(self) -> Any:
-        """What the next call of `advance` needs from the host: a batch of the stream, or None."""
-        if self._stream is None:
-            return None
-        try:
-            batch = next(self._stream)
-        except UserError as error:  # grain adds lines of its own to the message
-            raise UserError(str(error).splitlines()[0]) from error
-        return sharding.place_batch(batch, self._run.config.batch_size, self._mesh)
-
-    def advance(
-        self, state: TrainState, count: int, batch: Any
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """Does `count` steps; gives the state after them and the mean of their metrics."""
-        if self._stream is None:
-            return self._step(state, self._data, self._given, count=count)
-        return self._step(state, batch["image"], batch["label"], self._given)
 
 
 def _next(step: int, every: int) -> int:

@@ -14,8 +14,9 @@ from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
 from dynprune_jax.pruning import plan as plan_lib
 from dynprune_jax.pruning.compact_conv import CompactConv
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Handover, PruneRatio
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
 from dynprune_jax.pruning.forms import Form
+from dynprune_jax.pruning.handover import GatedNorm, Handover
 from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.plan import Plan, measure_plan

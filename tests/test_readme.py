@@ -325,18 +325,30 @@ def test_the_study_s_claims_are_what_its_runs_say():
 def test_the_claims_on_cifar100_are_what_its_runs_say():
     found = {
         name: accuracies("cifar100_vgg_small", name, 0.0 if name == "dense" else 0.65)
-        for name in ("dense", "predicted", "l1", "attention")
+        for name in (
+            *("dense", "attention", "predicted", "predicted+distillation", "l1"),
+            *("l1+distillation", "trained_on", "trained_on+distillation"),
+        )
     }
-    assert all(len(of_seeds) == 2 for of_seeds in found.values())
+    assert all(len(of_seeds) == 3 for of_seeds in found.values())
     mean = {name: statistics.mean(of_seeds.values()) for name, of_seeds in found.items()}
-    ahead = [found["l1"][seed] - found["predicted"][seed] for seed in (0, 1)]
+    lost = {name: mean["dense"] - of_three for name, of_three in mean.items()}
+    ahead, taught = (
+        [found[f"l1{and_}"][seed] - found[f"predicted{and_}"][seed] for seed in (0, 1, 2)]
+        for and_ in ("", "+distillation")
+    )
     shared = accuracies("cifar100_vgg_small", "predicted", 0.65, "shared").values()
     for claim in (
-        f"Predicted gates lose {mean['dense'] - mean['predicted']:.1f} points and filters removed"
-        f" by L1 norms {mean['dense'] - mean['l1']:.1f}: here **static pruning is ahead**, by"
-        " {:.1f} and {:.1f} points.".format(*ahead),
+        f"Predicted gates lose {lost['predicted']:.1f} points and filters removed by L1 norms"
+        f" {lost['l1']:.1f}: here **static pruning is ahead**, by"
+        " {:.1f}, {:.1f} and {:.1f} points.".format(*ahead),
+        f"the gates lose {lost['predicted+distillation']:.1f} and the filters"
+        f" {lost['l1+distillation']:.1f}, by seed"
+        " {:.1f}, {:.1f} and {:.1f} points less:".format(*taught),
         f"leaves predicted gates at {statistics.mean(shared):.1f} %.",
-        f"by attention lose {mean['dense'] - mean['attention']:.1f}.",
+        f"by attention lose {lost['attention']:.1f}.",
+        f"trained on for as long, gains {-lost['trained_on']:.1f} points, and with a teacher"
+        f" {-lost['trained_on+distillation']:.1f}:",
     ):
         assert claim in PAGES, claim
 

@@ -12,8 +12,8 @@ from flax import nnx
 
 from dynprune_jax import models
 from dynprune_jax.build import Run
+from dynprune_jax.feed import Feed
 from dynprune_jax.sharding import data_mesh, local_rows, place_batch, replicate
-from dynprune_jax.train import Feed
 from dynprune_jax.train_step import TrainState
 
 SCALING = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -212,6 +212,24 @@ def test_a_large_channel_group_is_refused_only_where_nothing_would_be_skipped(zo
     assert "blocks/0/conv1" in skips(column_ratio=0.5, channel_group=512)
 
 
+def test_layers_in_a_tuple_are_refused(images):
+    class Pair(nnx.Module):
+        def __init__(self):
+            self.convs = nnx.data(
+                (nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(1)))
+            )
+
+        def __call__(self, x):
+            return self.convs[1](self.convs[0](x))
+
+    message = "a layer of Pair is in a tuple, .* put its layers in an nnx.List"
+    with pytest.raises(ValueError, match=message):
+        make_dynamic(Pair(), 0.5)
+    plan = dynprune_jax.Plan({"convs/1": dynprune_jax.Form("patches")})
+    with pytest.raises(ValueError, match=message):
+        dynprune_jax.compact(Pair(), images, plan=plan)
+
+
 def test_two_layers_of_one_name_are_refused():
     convs = [nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(seed)) for seed in (0, 1)]
     model = nnx.Dict({"a": nnx.Dict({"b": convs[0]}), "a/b": convs[1]})

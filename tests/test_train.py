@@ -21,10 +21,11 @@ from dynprune_jax.data.sources import Split
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
+from dynprune_jax.feed import Feed
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
-from dynprune_jax.train import Feed, evaluate_workdir, train_and_evaluate
+from dynprune_jax.train import evaluate_workdir, train_and_evaluate
 from dynprune_jax.train_step import TrainState
 from dynprune_jax.writers import read_metrics
 

@@ -16,8 +16,8 @@ from dynprune_jax.pruning.layers import (
     Model,
     all_handed_over,
     as_function,
-    path_name,
     replaceable_layers,
+    replaced,
 )
 from dynprune_jax.pruning.plan import Plan, circumstances, measure_plan
 
@@ -87,13 +87,11 @@ def compact(
                 f" that a form can execute{cure}"
             )
 
-    def execute(path: tuple, node: Any) -> Any:
-        name = path_name(path)
-        if name not in plan.forms or name in read:
-            return node
-        try:
-            return CompactConv(node, plan.forms[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}{cure}") from error
-
-    return nnx.recursive_map(execute, folded)
+    new: dict[str, nnx.Module] = {}
+    for name, form in plan.forms.items():
+        if name not in read:
+            try:
+                new[name] = CompactConv(convs[name], form)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}{cure}") from error
+    return replaced(folded, new)

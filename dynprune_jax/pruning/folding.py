@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.pruning.dynamic_conv import GatedNorm, take_over
+from dynprune_jax.pruning.handover import GatedNorm, take_over
 from dynprune_jax.pruning.layers import (
     Images,
     Model,
     all_modules,
     as_function,
     intercept,
-    path_name,
     replaceable_layers,
+    replaced,
 )
 
 # What the calls of layers are named in a traced program: the mark, then the layer's name.
@@ -78,7 +78,7 @@ def fold(model: Model, *inputs: Any) -> tuple[Model, set[str]]:
         norm: Any = modules[norm_name]
         new[conv_name] = _folded(conv, norm)
         new[norm_name] = FoldedNorm(norm)
-    return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model), read
+    return replaced(model, new), read
 
 
 def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -82,6 +82,23 @@ def replaceable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
 def dynamic_layers(model: nnx.Module) -> dict[str, DynamicConv]:
     """Every dynamic convolution by name, in order."""
     return {k: v for k, v in conv_layers(model).items() if isinstance(v, DynamicConv)}
+
+
+def replaced(model: Model, new: Mapping[str, nnx.Module]) -> Model:
+    """Returns the model with other layers of these names; the given one stays as it is.
+
+    Raises:
+      ValueError: where one is in a tuple.
+    """
+    try:
+        return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model)
+    except ValueError as error:
+        if "does not support mutation" not in str(error):
+            raise
+        raise ValueError(
+            f"a layer of {type(model).__name__} is in a tuple, where none can take its place: put"
+            " its layers in an nnx.List"
+        ) from error
 
 
 @contextlib.contextmanager

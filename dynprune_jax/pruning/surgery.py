@@ -7,7 +7,8 @@ from typing import Any
 from flax import nnx
 
 from dynprune_jax.pruning.attention import Criterion, Statistic, attention, mean
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, GatedNorm, Ratio
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, Ratio
+from dynprune_jax.pruning.handover import GatedNorm
 from dynprune_jax.pruning.layers import (
     Layers,
     Model,
@@ -15,8 +16,8 @@ from dynprune_jax.pruning.layers import (
     conv_layers,
     dynamic_layers,
     matches,
-    path_name,
     patterns_of,
+    replaced,
     select,
 )
 from dynprune_jax.pruning.ratios import Ratios, ratio_of_each
@@ -273,7 +274,7 @@ def _with_gates(
         if norm in new:
             raise ValueError(f"{norm} is named as the normalization of several convolutions")
         new[norm] = GatedNorm(modules[norm], new[name])
-    return nnx.recursive_map(lambda path, node: new.get(path_name(path), node), model)
+    return replaced(model, new)
 
 
 def _check_kind(

@@ -1,0 +1,120 @@
+"""From a convolution that leaves outputs out to the normalization that reads them."""
+
+from typing import TYPE_CHECKING, Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynprune_jax.pruning.masks import Masks
+
+if TYPE_CHECKING:
+    from dynprune_jax.pruning.dynamic_conv import DynamicConv
+
+
+def take_over(new: nnx.Module, old: nnx.Module) -> None:
+    """Gives a module all that another holds: the very same parameters under the same names."""
+    for name, value in vars(old).items():
+        if not name.startswith("_"):  # names with an underscore belong to NNX's own machinery
+            setattr(new, name, value)
+
+
+class Handover:
+    """Takes what is wanted of a convolution's outputs to the normalization that reads them.
+
+    It holds it between two calls of one forward pass, together with the very map that it
+    belongs to, so that no other map can be taken for that one. So two threads must not trace one
+    model at a time.
+
+    Attributes:
+      maker: the name of the convolution, where surgery has told it. Two of one name are equal, for
+        two networks of the same gates to be one program.
+    """
+
+    def __init__(self):
+        self.maker: str | None = None
+        self._held: tuple[Any, Masks] | None = None
+        self._lost = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"maker": self.maker, "_held": None, "_lost": False}  # no copy takes a map along
+
+    def __eq__(self, other: object) -> bool:
+        if self.maker is None or not isinstance(other, Handover):
+            return self is other
+        return self.maker == other.maker
+
+    def __hash__(self) -> int:
+        return hash(self.maker)
+
+    def put(self, y: Any, masks: Masks) -> None:
+        """Leaves what belongs to the map `y`, in place of what was left before."""
+        self._lost |= self.waits
+        self._held = (y, masks)
+
+    def take(self, y: Any) -> Masks:
+        """What was left for the map `y`, once; masks of nothing if nothing was left.
+
+        Raises:
+          ValueError: if it was left for another map.
+        """
+        if self._held is None:
+            return Masks()
+        if self._held[0] is not y:
+            raise self.error()
+        masks, self._held = self._held[1], None
+        return masks
+
+    def error(self) -> ValueError:
+        """What is wrong where something was left and the normalization cannot take it."""
+        return ValueError(
+            f"the outputs that {self.maker or 'a convolution'} leaves out are not left out: its"
+            " normalization does not read the convolution's own output, but something made of it,"
+            " or reads it in another nnx.jit or nnx.remat"
+        )
+
+    def clear(self) -> None:
+        """Forgets what was left, and whether it was taken."""
+        self._held, self._lost = None, False
+
+    @property
+    def waits(self) -> bool:
+        """Whether something was left and not taken: no normalization has read that map."""
+        return self._lost or self._held is not None
+
+
+class GatedNorm(nnx.BatchNorm):
+    """A batch normalization whose outputs are scaled by their salience, and 0 where not wanted.
+
+    Its statistics are those of all outputs, wanted or not (Gao et al. 2018, arXiv 1810.05331,
+    equation 6). A scale of its own stays, for a trained network to start as it was: scale and bias
+    are divided by what the convolution's saliences start with.
+
+    Args:
+      norm: the normalization to take over, with its parameters.
+      conv: the convolution in front of it, which chooses its outputs.
+    """
+
+    def __init__(self, norm: nnx.BatchNorm, conv: "DynamicConv"):
+        take_over(self, norm)
+        self.handover = conv.handover
+        if conv.feature_ratio is not None and conv.salience_scales:
+            start = conv.salience_bias[...]
+            scale = 1.0 if self.scale is None else self.scale[...]
+            self.scale = nnx.data(nnx.Param(scale / start))
+            if self.bias is not None:
+                self.bias = nnx.Param(self.bias[...] / start)
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch height width channels"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+    ) -> Float[Array, "*batch height width channels"]:
+        """Normalizes, then scales what is wanted and leaves out all else.
+
+        Raises:
+          ValueError: if the map is not the one that the convolution has made.
+        """
+        wanted = self.handover.take(x)
+        return wanted.apply_to_output(super().__call__(x, use_running_average, mask=mask))

@@ -1,0 +1,86 @@
+"""Work directories: whose one is, and which fields of a config may differ in it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dynprune_jax import config as config_lib
+from dynprune_jax.config import Config
+from dynprune_jax.errors import UserError
+from dynprune_jax.writers import write_json
+
+# What may differ between a run and the command that goes on with it: it changes no result.
+FREE_FIELDS = (
+    "data.archive",
+    "data.data_dir",
+    "data.threads",
+    "evaluate_every_epochs",
+    "checkpoint_every_epochs",
+    "log_every_steps",
+    "study.seeds",
+    "study.cuts",
+    "study.methods",
+    "study.ablations",
+    "study.ablation_cut",
+    "sweep.fractions",
+    "benchmark.repeats",
+    "benchmark.batch_sizes",
+    "benchmark.ratios",
+)
+# Files may be moved: a run whose config.json is changed to say so is still the same.
+PLACES = ("data.path", "prune.checkpoint")
+
+
+def make_folder(workdir: Path) -> None:
+    """Makes a work directory.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / ".writable").touch()
+        (workdir / ".writable").unlink(missing_ok=True)  # another process may have been faster
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """A config as JSON holds it."""
+    return json.loads(config.to_json())
+
+
+def keep_config(config: Config, workdir: Path) -> None:
+    """Writes what `check_workdir` compares with, config.json, if it is not there."""
+    if not (workdir / "config.json").exists():
+        write_json(workdir / "config.json", as_json(config))
+
+
+def check_workdir(config: Config, workdir: Path, free: Sequence[str] = FREE_FIELDS) -> None:
+    """Raises UserError where a work directory cannot be this config's; free fields may differ."""
+    path = workdir / "config.json"
+    try:
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir={workdir} is a file; give a folder")
+        if not path.exists():
+            if (workdir / "checkpoints").exists():
+                raise UserError(
+                    f"--workdir={workdir} holds checkpoints and no config.json; give another"
+                )
+            return
+    except (OSError, ValueError) as error:  # a name too long, or one that no file can have
+        raise UserError(f"--workdir={str(workdir)!r} cannot be a folder: {error}") from error
+    try:
+        stored = config_lib.flatten(ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a config; give another --workdir") from error
+    asked = config_lib.flatten(ConfigDict(as_json(config)))
+    for name in sorted(asked.keys() | stored.keys()):
+        if name not in free and asked.get(name) != stored.get(name):
+            raise UserError(
+                f"--workdir={workdir} is of another config: config.{name} is {stored.get(name)!r}"
+                f" there and {asked.get(name)!r} here; give another workdir"
+            )
