@@ -205,7 +205,9 @@ class Run:
 
     @classmethod
     def open(cls, config: Config, workdir: str | os.PathLike) -> "Run":
-        """Checks all that can be checked before anything is written to the work directory.
+        """Checks what can be checked before anything is written to the work directory.
+
+        But not how fast the ratios rise, see `check_ascent`: not all that has a config trains.
 
         Raises:
           UserError: for any mistake in the config, the data or the work directory.

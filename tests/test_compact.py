@@ -472,7 +472,8 @@ def test_a_model_that_looks_at_shapes_and_dtypes_finds_them():
             self.conv = nnx.Conv(8, 40, (3, 3), rngs=rngs)
 
         def __call__(self, x):
-            return self.conv(x) / np.sqrt(np.prod(self.conv.kernel.shape[:-1]))
+            fan_in = np.sqrt(np.prod(self.conv.kernel.shape[:-1]))
+            return self.conv(x).astype(self.conv.kernel.dtype) / fan_in
 
     model = dynprune_jax.make_dynamic(Equalized(nnx.Rngs(0)), 0.5)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 8))

@@ -508,20 +508,6 @@ def test_a_run_with_predicted_gates(config, tmp_path):
         train_and_evaluate(config, tmp_path / "other")
 
 
-def test_two_networks_of_the_same_gates_are_one_program():
-    traces = []
-
-    @nnx.jit
-    def call(model, x):
-        traces.append(x)
-        return model(x)
-
-    made = [predicted("vgg", ratio) for ratio in (0.25, 0.75)]
-    answers = [call(dynamic, images) for _, dynamic, images in made]
-    assert len(traces) == 1
-    assert np.abs(answers[0] - answers[1]).max() > 0
-
-
 def test_folding_minds_no_earlier_call_and_no_norm_of_another_kind():
     class Own(nnx.BatchNorm):
         """It computes something else."""

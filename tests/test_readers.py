@@ -25,9 +25,9 @@ def test_the_links_of_our_models_are_found(name, side):
 class Chain(nnx.Module):
     """A convolution, its norm, something between, and what reads the result."""
 
-    def __init__(self, between, reader=(8, 12), groups=1):
+    def __init__(self, between, reader=(8, 12)):
         rngs = nnx.Rngs(0)
-        self.conv = nnx.Conv(3, 8, (3, 3), feature_group_count=groups, rngs=rngs)
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
         self.zero = nnx.BatchNorm(8, scale_init=nnx.initializers.zeros, rngs=rngs)
         self.side = nnx.Conv(3, 8, (1, 1), rngs=rngs)
@@ -75,10 +75,15 @@ def test_a_reader_that_finds_zeros_is_found_and_loses_nothing(model):
     x = jax.random.normal(jax.random.key(0), IMAGES.shape)
     logits, usage = measure(dynamic, x)
     kept = {layer.name: layer.kept_channels.tolist() for layer in usage.layers}
-    if isinstance(dynamic.reader, nnx.Conv):
+    if isinstance(dynamic.reader, nnx.Conv):  # a linear layer skips nothing
         assert kept["reader"] == [4, 4]
         dynamic.reader.channel_ratio = PruneRatio(jnp.float32(0.0))
-    np.testing.assert_array_equal(dynamic(x), logits)
+        np.testing.assert_array_equal(dynamic(x), logits)
+
+
+def butterfly(y):
+    one, other = jnp.split(y, 2, axis=-1)
+    return jnp.concatenate([one + other, one - other], axis=-1)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,9 @@ def test_a_reader_that_finds_zeros_is_found_and_loses_nothing(model):
         Chain(lambda chain, y, x: y + chain.zero(chain.side(x))),
         Chain(lambda _, y, x: jnp.concatenate([y, x], axis=-1), (11, 12)),
         Chain(lambda _, y, x: y[..., ::-1]),
+        Chain(lambda _, y, x: y + jnp.roll(y, 2, axis=-1)),
+        Chain(lambda _, y, x: butterfly(y)),
+        Chain(lambda chain, y, x: chain.reader(nnx.relu(y)), (8, 8)),
         Chain(lambda _, y, x: pooled(y).transpose(0, 3, 1, 2).reshape(len(x), -1), (128, 5)),
         Branches(lambda _, y, x: y.sum()),
         Branches(lambda chain, y, x: chain.side(y[..., :3])[..., :1]),
@@ -109,6 +117,54 @@ def test_where_layers_cannot_be_watched_is_said():
 
     with pytest.raises(ValueError, match="layers of Chain are called within a transformation"):
         find_links(Chain(looped), IMAGES)
+
+
+def test_a_grouped_convolution_cannot_choose():
+    model = nnx.Sequential(
+        nnx.Conv(8, 8, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(8, rngs=nnx.Rngs(0)),
+        nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(8, rngs=nnx.Rngs(0)),
+        nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=nnx.Rngs(0)),
+    )
+    found = find_links(model, jnp.ones((1, 6, 6, 8)))
+    assert found == {"layers/2": ("layers/3", "layers/4")}
+
+
+def test_of_two_with_one_reader_there_is_one_link():
+    class Product(Chain):
+        def __init__(self):
+            super().__init__(lambda chain, y, x: y * nnx.relu(chain.zero(chain.side(x))))
+
+    found = find_links(Product(), IMAGES)
+    assert found == {"conv": ("norm", "reader")}
+    predict_channels(Product(), 0.5, found, layers="conv")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_any_dtype_and_any_input_will_do(dtype):
+    model = models.resnet20(10, image_size=8, width=0.25, dtype=dtype, rngs=nnx.Rngs(0))
+
+    class Named(nnx.Module):
+        def __init__(self):
+            self.model = model
+
+        def __call__(self, inputs, rngs):
+            assert inputs["name"] == "image"
+            return {"logits": self.model(inputs["image"].astype(dtype)), "seed": rngs.params()}
+
+    inputs = {"name": "image", "image": jax.ShapeDtypeStruct((1, 8, 8, 3), dtype)}
+    expected = {link.name: link.reader_name for link in links(model)}
+    found = find_links(Named(), inputs, nnx.Rngs(0))
+    assert {k[6:]: reader[6:] for k, (_, reader) in found.items()} == expected
+    stored = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
+    with pytest.raises(ValueError, match="no convolution with a batch normalization"):
+        find_links(nnx.Sequential(lambda x: x.astype(jnp.float32), model.stem), stored)
+
+
+def test_a_mistake_of_the_model_s_own_is_its_own():
+    with pytest.raises(TypeError, match="reshape"):
+        find_links(Chain(lambda _, y, x: y.reshape(3, 5)), IMAGES)
 
 
 def test_the_model_is_left_as_it_is():

@@ -266,6 +266,8 @@ def test_methods_join(config):
         find_method("l1+taylor")
     with pytest.raises(UserError, match=r"as_gates needs one that removes filters, such as l1\+as"):
         find_method("as_gates")
+    with pytest.raises(UserError, match=r"trained_on\+as_gates needs one that removes filters"):
+        find_method("trained_on+as_gates")
     for name, field in (
         ("l1+shared", "gate.criterion"),
         ("no_ascent+taylor", "ascent.warmup"),

@@ -118,7 +118,7 @@ def find_method(name: str) -> Method:
                 raise UserError(f"the methods {name} contradict each other in config.{field}")
         fields.update(part.fields)
     run = next((part.run for part in parts if part.run is static), train_and_evaluate)
-    if "static.allotment" in fields and run is not static:
+    if "static.allotment" in fields and fields.get("static.criterion", "none") == "none":
         raise UserError(f"the method {name} needs one that removes filters, such as l1+{name}")
     allotting = _ALLOTTING if "static.allotment" in fields else ()
     of_gates = [field for field in fields if field.startswith(("gate.", "ascent."))]
@@ -147,7 +147,8 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
       UserError: for a mistake in the config, the data or the work directory, before anything is
         trained; at the end, with all else done, for runs that failed, such as one of a cut that
-        the method's gates cannot make, and those of a seed whose dense network failed.
+        the method's gates cannot make, or whose ratios would not be reached by the end of
+        the training, and those of a seed whose dense network failed.
     """
     config_lib.check(config)
     for field in ("methods", "ablations"):
@@ -407,7 +408,9 @@ def _pruned(
 ) -> dict[str, Any]:
     method = find_method(name)
     start = {"seed": seed, "prune.start": "checkpoint", "prune.checkpoint": str(dense)}
-    changed = at_cut(with_fields(config, {**start, **method.fields}), cut)
+    changed = with_fields(config, {**start, **method.fields})
+    if changed.static.criterion != "none" or method.run is not static:
+        changed = at_cut(changed, cut)
     report = method.run(changed, workdir)
     kind = "training" if method.run is static else "targeted_dropout"
     untrained = report[f"pruned_without_{kind}"]

@@ -45,7 +45,8 @@ def compact(
       *others: what else the model is called with.
       plan: from `measure_plan`, or changed or made by hand; or a file: the plan is read from
         there, or if there is none, measured and kept there; a warning tells of one that was
-        measured on another device, or for other images or ratios. None: measured.
+        measured on another device, for other images or ratios, or with `native` forms or without
+        where it is now the other way. None: measured.
       progress: called after each layer is measured, see `measure_plan`.
 
     Raises:

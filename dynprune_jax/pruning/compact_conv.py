@@ -73,7 +73,9 @@ class CompactConv(DynamicConv):
             (kernel,) = conv.promote_dtype((kernel,), dtype=conv.dtype)  # once, not in every call
             self.weights = nnx.Param(layout(form, kernel))
             # A model may ask for its shape and dtype; nobody reads its values, or it is not here.
-            self.kernel: Any = nnx.static(jax.ShapeDtypeStruct(kernel.shape, kernel.dtype))
+            self.kernel: Any = nnx.static(
+                jax.ShapeDtypeStruct(conv.kernel.shape, conv.kernel.dtype)
+            )
         if self.feature_ratio is not None and native.why_not() is None:
             self.salience_kernel = nnx.Param(kernel_panels(self.salience_kernel[...][None, None]))
 

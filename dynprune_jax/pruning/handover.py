@@ -26,25 +26,16 @@ class Handover:
     model at a time.
 
     Attributes:
-      maker: the name of the convolution, where surgery has told it. Two of one name are equal, for
-        two networks of the same gates to be one program.
+      maker: the name of the convolution, for messages.
     """
 
     def __init__(self):
-        self.maker: str | None = None
+        self.maker = "a convolution"
         self._held: tuple[Any, Masks] | None = None
         self._lost = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"maker": self.maker, "_held": None, "_lost": False}  # no copy takes a map along
-
-    def __eq__(self, other: object) -> bool:
-        if self.maker is None or not isinstance(other, Handover):
-            return self is other
-        return self.maker == other.maker
-
-    def __hash__(self) -> int:
-        return hash(self.maker)
 
     def put(self, y: Any, masks: Masks) -> None:
         """Leaves what belongs to the map `y`, in place of what was left before."""
@@ -67,7 +58,7 @@ class Handover:
     def error(self) -> ValueError:
         """What is wrong where something was left and the normalization cannot take it."""
         return ValueError(
-            f"the outputs that {self.maker or 'a convolution'} leaves out are not left out: its"
+            f"the outputs that {self.maker} leaves out are not left out: its"
             " normalization does not read the convolution's own output, but something made of it,"
             " or reads it in another nnx.jit or nnx.remat"
         )

@@ -189,15 +189,15 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
 
 
 def batch_of(images: Images) -> Any:
-    """The batch, which is the first array of a pytree.
+    """The batch, which is the first array of a pytree that is no scalar.
 
     Raises:
       ValueError: where there is none.
     """
-    leaves = jax.tree.leaves(images)
-    if not leaves or not hasattr(leaves[0], "shape"):
-        raise ValueError(f"images is a {type(images).__name__} that holds no array")
-    return leaves[0]
+    for leaf in jax.tree.leaves(images):
+        if getattr(leaf, "shape", ()):
+            return leaf
+    raise ValueError(f"images is a {type(images).__name__} that holds no array")
 
 
 def select(model: nnx.Module, layers: Layers) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from jaxtyping import Bool
 
 from dynprune_jax.pruning.folding import traced_pairs
-from dynprune_jax.pruning.layers import Images, call_and_capture, conv_layers, intercept
+from dynprune_jax.pruning.layers import Images, as_function, conv_layers, intercept
 
 
 @jax.tree_util.register_dataclass
@@ -37,16 +38,17 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
     It is tried and not read from the program: with weights and images drawn anew, so that none is
     zero by chance, half of the channels behind a normalization are set to zero. The first layer
     that notices must get zeros there; and if it answers as before, nothing else may have noticed.
-    The model runs twice for each normalization, in evaluation.
+    Of each normalization two halves are tried, in evaluation.
 
     Args:
-      model: any NNX model without gates; it is left as it is.
+      model: any NNX model without gates, whose normalizations are called with their map alone; it
+        is left as it is.
       images: a batch, or its shape and dtype; a small one will do.
       *others: what else the model is called with.
 
     Returns:
       For each convolution found, in the order of execution, the names of its normalization and
-      of the layer that reads the result.
+      of the layer that reads the result. Of several with the same reader, the first.
 
     Raises:
       ValueError: where there is none, or layers are called within a transformation that what they
@@ -57,37 +59,10 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
     convs = conv_layers(model)
     pairs, _ = traced_pairs(model, images, *others)
     norms = {n: c for c, n in pairs if convs[c].feature_group_count == 1}  # others cannot choose
-    graph, state = nnx.split(model)
-    rng = np.random.default_rng(0)
-    state, images = jax.tree.map(lambda leaf: _drawn(rng, leaf), (state, images))
-
-    @jax.jit
-    def run(
-        state: Any, images: Any, kept: dict[str, Any], answers: dict[int, Any], held: dict[int, Any]
-    ) -> tuple[Any, list[_Seen]]:
-        """The outputs, and the calls: of norms with what is kept; with given answers if held."""
-        clock = itertools.count().__next__
-
-        def call(name: str, layer: Any, own: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-            y = own(x, *args, **kwargs)
-            if isinstance(layer, nnx.BatchNorm):
-                return jnp.where(kept[name], y, jnp.zeros((), y.dtype)) if name in kept else y
-            order = clock()
-            if order in answers:
-                y = jnp.where(held[order], answers[order], y)
-            layer.sow(nnx.Intermediate, "seen", _Seen(x, y, name, order))
-            return y
-
-        watched = intercept(nnx.merge(graph, state), (nnx.BatchNorm, nnx.Conv, nnx.Linear), call)
-        outputs, sown = call_and_capture(watched, images, *others)
-        leaves = jax.tree.leaves(sown, is_leaf=lambda leaf: isinstance(leaf, _Seen))
-        leaves = [leaf for leaf in leaves if isinstance(leaf, _Seen)]  # a model may sow too
-        return outputs, sorted(leaves, key=lambda leaf: leaf.order)
-
-    whole = {name: np.ones(convs[conv].out_features, bool) for name, conv in norms.items()}
+    trial = _Trial(model, images, *others)
     try:
-        outputs, before = run(state, images, whole, {}, {})
-    except TypeError as error:
+        trial.begin({norm: convs[conv].out_features for norm, conv in norms.items()})
+    except (TypeError, ValueError) as error:
         of_sown = isinstance(error, jax.errors.UnexpectedTracerError) or "__captures__" in str(
             error
         )
@@ -97,35 +72,101 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
             f"layers of {type(model).__name__} are called within a transformation (such as"
             " jax.lax.scan or nnx.cond) that what they see does not leave: give links by hand"
         ) from error
-    answers = {one.order: one.y for one in before}
-    free = dict.fromkeys(answers, np.bool_(False))
-    calls = Counter(one.name for one in before)
+    rng = np.random.default_rng(0)
     found: dict[str, tuple[str, str]] = {}
     for norm, conv in norms.items():
-        half = np.arange(convs[conv].out_features) % 2 == 0
-        _, after = run(state, images, whole | {norm: half}, answers, free)
-        notices = [not _same(old.x, new.x) for old, new in zip(before, after, strict=True)]
-        if True not in notices:
-            continue
-        place = notices.index(True)
-        reader = after[place]
-        if calls[reader.name] > 1 or not _left(before[place].x, reader.x, half):
-            continue
-        held = free | {reader.order: np.bool_(True)}
-        ends, after = run(state, images, whole | {norm: half}, answers, held)
-        others_notice = (not _same(old.x, new.x) for old, new in zip(before, after, strict=True))
-        if sum(others_notice) == 1 and all(jax.tree.leaves(jax.tree.map(_same, outputs, ends))):
-            found[conv] = (norm, reader.name)
+        n = convs[conv].out_features
+        readers = {trial.reader(norm, rng.permutation(n) % 2 == 0) for _ in range(2)}
+        (reader, *more) = readers
+        taken = {reader for _, reader in found.values()}
+        if reader and not more and reader not in taken:
+            found[conv] = (norm, reader)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no convolution with a batch normalization behind it whose"
-            " channels another layer reads one by one"
+            " channels one other layer reads, each by itself"
         )
     return found
 
 
+class _Trial:
+    """A model as one program, with values drawn anew, in which channels and calls can be held."""
+
+    def __init__(self, model: nnx.Module, *inputs: Any):
+        watched = intercept(model, (nnx.BatchNorm, nnx.Conv, nnx.Linear), self._call)
+        function, arrays = as_function(watched, *inputs)
+        rng = np.random.default_rng(0)
+        weights = len(jax.tree.leaves(nnx.state(watched)))  # they come first
+        self._arrays = [_drawn(rng, array, i < weights) for i, array in enumerate(arrays)]
+        # Of the call under way, for `_call`: what is kept, and what calls answer if held.
+        self._kept: Mapping[str, Any] = {}
+        self._answers: Mapping[int, Any] = {}
+        self._held: Mapping[int, Any] = {}
+        self._clock = itertools.count()
+
+        def run(arrays: list[Any], kept: Any, answers: Any, held: Any) -> tuple[Any, list[_Seen]]:
+            self._kept, self._answers, self._held = kept, answers, held
+            self._clock = itertools.count()
+            (outputs, sown), _ = function(*arrays)
+            leaves = jax.tree.leaves(sown, is_leaf=lambda leaf: isinstance(leaf, _Seen))
+            leaves = [leaf for leaf in leaves if isinstance(leaf, _Seen)]  # a model may sow too
+            return outputs, sorted(leaves, key=lambda leaf: leaf.order)
+
+        self._run = jax.jit(run)
+
+    def begin(self, channels: Mapping[str, int]) -> None:
+        """Runs it as it is; these normalizations have so many channels."""
+        self._whole = {name: np.ones(n, bool) for name, n in channels.items()}
+        _, calls = self._run(self._arrays, self._whole, {}, {})
+        self._given = {call.order: call.y for call in calls}
+        self._free = dict.fromkeys(self._given, np.bool_(False))
+        self._times = Counter(call.name for call in calls)
+
+    def reader(self, norm: str, half: Bool[np.ndarray, " channels"]) -> str:
+        """The one layer that finds channels zero which a normalization leaves out, or nothing."""
+        _, before = self._with({}, {})
+        _, after = self._with({norm: half}, {})
+        notice = _differ(before, after)
+        if not notice or not _left(before[notice[0]].x, after[notice[0]].x, half):
+            return ""
+        reader = before[notice[0]]
+        held = {reader.order: np.bool_(True)}
+        ends, before = self._with({}, held)
+        others, after = self._with({norm: half}, held)
+        alone = all(jax.tree.leaves(jax.tree.map(_same, ends, others)))
+        alone &= _differ(before, after) == notice[:1] and self._times[reader.name] == 1
+        return reader.name if alone else ""
+
+    def _with(self, kept: dict[str, Any], held: dict[int, Any]) -> tuple[Any, list[_Seen]]:
+        """The outputs and the calls, some channels left alone, some calls answering as at first.
+
+        It is one compiled program always: two may differ in how they round.
+        """
+        return self._run(self._arrays, self._whole | kept, self._given, self._free | held)
+
+    def _call(self, name: str, layer: Any, own: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        y = own(x, *args, **kwargs)
+        if isinstance(layer, nnx.BatchNorm):
+            kept = self._kept.get(name)
+            return y if kept is None else jnp.where(kept, y, jnp.zeros((), y.dtype))
+        order = next(self._clock)
+        if order in self._answers:
+            y = jnp.where(self._held[order], self._answers[order], y)
+        layer.sow(nnx.Intermediate, "seen", _Seen(x, y, name, order))
+        return y
+
+
+def _differ(before: list[_Seen], after: list[_Seen]) -> list[int]:
+    """Which calls get something else."""
+    return [
+        i for i, (old, new) in enumerate(zip(before, after, strict=True)) if not _same(old.x, new.x)
+    ]
+
+
 def _same(old: Any, new: Any) -> bool:
-    return np.array_equal(old, new)
+    if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+        old, new = jax.random.key_data(old), jax.random.key_data(new)
+    return np.array_equal(old, new, equal_nan=jnp.issubdtype(old.dtype, jnp.inexact))
 
 
 def _left(old: Any, new: Any, kept: Bool[np.ndarray, " channels"]) -> bool:
@@ -133,15 +174,16 @@ def _left(old: Any, new: Any, kept: Bool[np.ndarray, " channels"]) -> bool:
     if new.shape[-1] % len(kept):
         return False
     expected = np.where(kept, np.asarray(old).reshape(-1, len(kept)), 0)
-    return _same(np.asarray(new).reshape(-1, len(kept)), expected)
+    return _same(np.asarray(new).reshape(-1, len(kept)), expected.astype(new.dtype))
 
 
-def _drawn(rng: np.random.Generator, leaf: Any) -> Any:
-    """Something like a trained value in place of a float array, or of its shape and dtype."""
-    if not jnp.issubdtype(getattr(leaf, "dtype", np.int32), jnp.floating):
-        return leaf
-    if len(leaf.shape) < 2:  # biases, scales, statistics
+def _drawn(rng: np.random.Generator, leaf: Any, weight: bool) -> Any:
+    """Something like a trained weight, or an image, in place of an array or its shape and dtype."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+    if weight and len(leaf.shape) < 2:  # biases, scales, statistics
         value = rng.uniform(0.5, 1.5, leaf.shape)
     else:
-        value = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-    return jnp.asarray(value, leaf.dtype)
+        fan_in = np.prod(leaf.shape[:-1]) if weight else 1
+        value = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+    return jnp.asarray(value, jax.dtypes.canonicalize_dtype(leaf.dtype))
