@@ -236,6 +236,7 @@ def test_the_price_of_choosing_anew_is_what_was_measured():
         ("cifar10_vgg16", 2),
         ("cifar10_vgg16_40_epochs", 2),
         ("cifar10_vgg16_first", 3),
+        ("cifar10_vgg_small_control", 2),
         ("cifar100_vgg_small", 2),
         ("digits_kinds", 2),
         ("imagenette_resnet18_small", 3),
@@ -318,6 +319,27 @@ def test_the_study_s_claims_are_what_its_runs_say():
         f"only every second time {of('stochastic'):.1f} %",
         f"{of('l2'):.1f} %, in each seed {min(l2):.1f} to {max(l2):.1f} points ahead",
         f"the maximum is level ({of('max'):.1f} %)",
+    ):
+        assert claim in PAGES, claim
+
+
+def test_what_training_on_does_is_what_its_runs_say():
+    name = "cifar10_vgg_small_control"
+    dense = accuracy(name, "dense")
+    plain, taught = (
+        {m: accuracy(name, m + and_, 0.65) for m in ("trained_on", "predicted", "l1")}
+        for and_ in ("", "+distillation")
+    )
+    lost = [
+        of["trained_on"] - of[method] for method in ("predicted", "l1") for of in (plain, taught)
+    ]
+    for claim in (
+        "the dense network gains {:.2f} points, and with a teacher {:.2f}.".format(
+            *(of["trained_on"] - dense for of in (plain, taught))
+        ),
+        f"does-by-itself) {taught['trained_on'] - dense:.1f} points.",
+        "gates lose {:.1f} points without a teacher and {:.1f} with one, filters removed by L1"
+        " norms {:.1f} and {:.1f}: level.".format(*lost),
     ):
         assert claim in PAGES, claim
 
