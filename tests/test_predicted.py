@@ -384,6 +384,35 @@ def test_a_reader_that_cannot_skip_single_channels_loses_nothing(groups):
     np.testing.assert_array_equal(model(x), logits)
 
 
+def test_followers_are_found_where_equal_networks_share_a_program():
+    call = nnx.jit(lambda block, x: block(x))
+
+    class Block(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return nnx.relu(self.norm(self.conv(x)))
+
+    class Apart(nnx.Module):
+        def __init__(self):
+            self.block = Block()
+            self.reader = nnx.Conv(8, 4, (3, 3), rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.reader(call(self.block, x))
+
+    names = {"block/conv": ("block/norm", "reader")}
+    networks = [predict_channels(Apart(), 0.5, names, layers="block/conv") for _ in range(2)]
+    for network in networks:
+        network(jnp.ones((1, 4, 4, 3)))
+    set_ratios(networks[1], 0.25)
+    assert float(networks[1].block.conv.feature_ratio[...]) == 0.25
+    assert float(networks[1].reader.channel_ratio[...]) == 0.25
+    assert float(networks[0].reader.channel_ratio[...]) == 0.5
+
+
 @pytest.mark.parametrize("name", ["vgg", "resnet20"])
 def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
     """What reads the chosen outputs, and what shares the columns of a block, follow."""

@@ -63,10 +63,8 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
     try:
         trial.begin({norm: convs[conv].out_features for norm, conv in norms.items()})
     except (TypeError, ValueError) as error:
-        of_sown = isinstance(error, jax.errors.UnexpectedTracerError) or "__captures__" in str(
-            error
-        )
-        if not of_sown:
+        leaked = isinstance(error, jax.errors.UnexpectedTracerError)
+        if not leaked and "__captures__" not in str(error):  # the model's own mistake
             raise
         raise ValueError(
             f"layers of {type(model).__name__} are called within a transformation (such as"
