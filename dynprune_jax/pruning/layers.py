@@ -16,7 +16,8 @@ from dynprune_jax.pruning.dynamic_conv import DynamicConv
 # A pattern of layer names, several, or a function of the name and the convolution.
 Layers = str | Sequence[str] | Callable[[str, nnx.Conv], bool]
 # What a model is called with first: a batch of images, as `(batch, height, width, channels)`, or a
-# pytree whose first array is one; where nothing is computed also shapes and dtypes.
+# pytree whose first array, scalars aside, has the batch first; where nothing is computed also
+# shapes and dtypes.
 Images = Any
 Model = TypeVar("Model", bound=nnx.Module)
 

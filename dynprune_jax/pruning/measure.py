@@ -32,7 +32,8 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
 
     Args:
       model: an NNX model, from `make_dynamic` or any other, in the mode it is in.
-      images: a batch, or what holds one: a pytree whose first array is of the batch.
+      images: a batch, `(batch, height, width, channels)`, or what holds one: a pytree whose first
+        array, scalars aside, is of the batch.
       *others: what else the model is called with.
 
     Returns:
