@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from dynprune_jax import sharding
-from dynprune_jax.build import Run, training_images
+from dynprune_jax.build import training_images
 from dynprune_jax.data.batches import device_batch, stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.schedules import ratio_ascent
+from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network, TrainState, Values, train_step
 
 

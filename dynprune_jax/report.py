@@ -18,13 +18,14 @@ import rich.table
 from jaxtyping import UInt8
 
 from dynprune_jax import plots, processes
-from dynprune_jax.build import Run, evaluation_images
+from dynprune_jax.build import evaluation_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.data.augment import center_crop
 from dynprune_jax.evaluate import Evaluation
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
+from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import read_metrics, screen, write_json
 

@@ -3,11 +3,12 @@ import numpy as np
 from flax import nnx
 
 from dynprune_jax import make_dynamic, measure
-from dynprune_jax.build import Run, evaluation_images
+from dynprune_jax.build import evaluation_images
 from dynprune_jax.data.batches import eval_batches
 from dynprune_jax.evaluate import evaluate, make_evaluator
 from dynprune_jax.models import vgg_digits
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from test_compact import mixed_plan
 
 from dynprune_jax import compact, measure, models
-from dynprune_jax.build import Run, build_dynamic
+from dynprune_jax.build import build_dynamic
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
@@ -22,6 +22,7 @@ from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.plan import Plan, measure_plan
 from dynprune_jax.pruning.ratios import set_ratios
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
+from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
 from dynprune_jax.train_step import Network
 

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from dynprune_jax import models
-from dynprune_jax.build import Run
 from dynprune_jax.feed import Feed
+from dynprune_jax.run import Run
 from dynprune_jax.sharding import data_mesh, local_rows, place_batch, replicate
 from dynprune_jax.train_step import TrainState
 

@@ -8,12 +8,13 @@ from flax import nnx
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import models
-from dynprune_jax.build import Run, training_images
+from dynprune_jax.build import training_images
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import static as static_lib
 from dynprune_jax.experiments.static import CRITERIA, allot, links, remove_filters, static
 from dynprune_jax.pruning.measure import dense_macs
+from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
 
 MODELS = {

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from dynprune_jax import config as config_lib
-from dynprune_jax.build import Run
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import study as study_lib
 from dynprune_jax.experiments.study import METHODS, at_cut, find_method, study, tables
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.run import Run
 
 
 @pytest.fixture

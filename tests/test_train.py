@@ -15,7 +15,6 @@ from PIL import Image
 from test_compact import mixed_plan
 
 from dynprune_jax import build, plots
-from dynprune_jax.build import Run
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.data.sources import Split
 from dynprune_jax.errors import UserError
@@ -23,6 +22,7 @@ from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.feed import Feed
 from dynprune_jax.pruning.compact import compact
+from dynprune_jax.run import Run
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
 from dynprune_jax.train import evaluate_workdir, train_and_evaluate

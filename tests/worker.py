@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dynprune_jax.build import Run
 from dynprune_jax.feed import Feed
 from dynprune_jax.processes import joined, leads
+from dynprune_jax.run import Run
 from dynprune_jax.train_step import TrainState
 
 STEPS = 3

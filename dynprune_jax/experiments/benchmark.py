@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import models, plots
-from dynprune_jax.build import Run, build_dynamic, build_model
+from dynprune_jax.build import build_dynamic, build_model
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
@@ -32,6 +32,7 @@ from dynprune_jax.pruning.layers import conv_layers, dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
 from dynprune_jax.report import versions
+from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network
 from dynprune_jax.workdir import make_folder
 from dynprune_jax.writers import progress_bar, screen, write_json

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.build import Run, training_images
+from dynprune_jax.build import training_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
@@ -27,6 +27,7 @@ from dynprune_jax.models.links import Link, links
 from dynprune_jax.pruning.layers import intercept
 from dynprune_jax.pruning.measure import dense_macs
 from dynprune_jax.report import provenance
+from dynprune_jax.run import Run
 from dynprune_jax.train import run_phase, train_dense
 from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import screen, write_json

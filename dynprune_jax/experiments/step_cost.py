@@ -9,12 +9,12 @@ import numpy as np
 import rich.table
 
 from dynprune_jax import sharding
-from dynprune_jax.build import Run
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.feed import Feed
 from dynprune_jax.pruning.plan import interleaved
 from dynprune_jax.report import versions
+from dynprune_jax.run import Run
 from dynprune_jax.train_step import TrainState
 from dynprune_jax.writers import screen, write_json
 

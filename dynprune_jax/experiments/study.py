@@ -26,12 +26,12 @@ from matplotlib.figure import Figure
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots
-from dynprune_jax.build import Run
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.static import HIGHEST_RATIO, static
 from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
 from dynprune_jax.workdir import FREE_FIELDS, PLACES, check_workdir, keep_config, make_folder
 from dynprune_jax.writers import screen, write_json, write_text

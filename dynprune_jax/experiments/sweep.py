@@ -6,11 +6,11 @@ from typing import Any
 import rich.table
 
 from dynprune_jax import plots, processes
-from dynprune_jax.build import Run
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.run import Run
 from dynprune_jax.writers import screen, write_json
 
 

@@ -1,0 +1,353 @@
+"""A run: a checked config with its data set and its networks, in its work directory."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from dynprune_jax import config as config_lib
+from dynprune_jax import processes, sharding
+from dynprune_jax.build import build_dataset, build_dynamic, build_model, evaluation_images
+from dynprune_jax.checkpoint import Checkpoints
+from dynprune_jax.config import Config
+from dynprune_jax.data.batches import eval_batches
+from dynprune_jax.data.sources import Dataset
+from dynprune_jax.errors import UserError
+from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
+from dynprune_jax.optim import learning_rate, sgd
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.schedules import ascent_steps
+from dynprune_jax.train_step import Network, TrainState, Values
+from dynprune_jax.workdir import (
+    FREE_FIELDS,
+    PLACES,
+    as_json,
+    check_workdir,
+    keep_config,
+    make_folder,
+)
+from dynprune_jax.writers import progress_bar
+
+_COUNTED_IMAGES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked config with its data set and its networks, in its work directory.
+
+    Attributes:
+      config: checked.
+      workdir: of the run; it may not exist yet.
+      mesh: the devices that share a batch.
+      dataset: open.
+      model: the dense model with its initial weights.
+      dense: the same as a network.
+      dynamic: the network with gates at their target ratios, or None where nothing is pruned.
+    """
+
+    config: Config
+    workdir: Path
+    mesh: Mesh
+    dataset: Dataset
+    model: nnx.Module
+    dense: Network
+    dynamic: Network | None
+
+    @classmethod
+    def open(cls, config: Config, workdir: str | os.PathLike) -> "Run":
+        """Checks what can be checked before anything is written to the work directory.
+
+        But not how fast the ratios rise, see `check_ascent`: not all that has a config trains.
+
+        Raises:
+          UserError: for any mistake in the config, the data or the work directory.
+        """
+        config_lib.check(config)
+        folder = Path(workdir).expanduser()
+        check_workdir(config, folder)
+        if any(folder.glob("runs/dense-seed*")):
+            raise UserError(f"--workdir={folder} is a study's; give a run a folder of its own")
+        # Before a data set is prepared, which can take minutes: does the model fit the config?
+        nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3))
+        dataset = build_dataset(config)
+        model, dynamic_model = _build_both(config, dataset.num_classes, dataset.channels)
+        dynamic = Network(dynamic_model) if dynamic_model is not None else None
+        mesh = sharding.data_mesh()
+        return cls(config, folder, mesh, dataset, model, Network(model), dynamic)
+
+    def check_ascent(self) -> None:
+        """Raises UserError where the ratios do not reach their targets before the end."""
+        if self.dynamic is None:
+            return
+        targets = self.dynamic.values(PruneRatio).values()
+        highest = round(max(float(target) for target in targets), 6)
+        arrival, total = ascent_steps(highest, **self.ascent), self.phase_steps("prune")
+        if arrival >= total:
+            raise UserError(
+                f"config.prune.epochs is {self.config.prune.epochs}, that is {total} steps; the"
+                f" ratio {highest:g} is only reached at step {arrival}: train longer, or change"
+                " config.ascent"
+            )
+
+    @property
+    def ascent(self) -> dict[str, Any]:
+        """The arguments of `ratio_ascent`."""
+        ascent = self.config.ascent
+        interval = max(1, math.floor(ascent.interval_epochs * self.steps_per_epoch))
+        return {
+            "interval_steps": interval,
+            "warmup": ascent.warmup,
+            "increment": ascent.increment,
+        }
+
+    def make_workdir(self) -> None:
+        """Makes the work directory.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        if processes.leads():
+            make_folder(self.workdir)
+
+    def claim(self) -> None:
+        """Makes the work directory this run's own: writes config.json if it is not there.
+
+        Raises:
+          UserError: if it cannot be written, or if it is not the same for all processes.
+        """
+        self.make_workdir()
+        keep_config(self.config, self.workdir)
+        processes.wait_for_all("config.json")
+        if not (self.workdir / "config.json").exists():
+            raise UserError(
+                f"--workdir={self.workdir} holds no config.json, which process 0 has written;"
+                " all processes need the same folder"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps in one pass over the training split; its remainder is left out."""
+        return len(self.dataset.train) // self.config.batch_size
+
+    def identity(self, phase: str) -> dict[str, Any]:
+        """What tells the checkpoints of a phase of this run from those of any other, as JSON."""
+        fields = config_lib.flatten(ConfigDict(as_json(self.config)))
+        told = {
+            f"config.{name}": value
+            for name, value in fields.items()
+            if name not in (*FREE_FIELDS, *PLACES)
+        }
+        # Fields do not tell them where a folder has changed: then labels may mean other classes.
+        names = ", ".join(self.dataset.class_names)
+        if len(names) > 200:
+            digest = hashlib.sha256(names.encode()).hexdigest()[:12]
+            names = f"{self.dataset.num_classes} whose names have the digest {digest}"
+        told["classes of the data"] = names
+        told["number of training images"] = len(self.dataset.train)
+        return {"phase": phase, **told}
+
+    def phase_steps(self, phase: str) -> int:
+        """Training steps of the phase `dense` or `prune`."""
+        if phase == "dense" and self.config.prune.start == "checkpoint":
+            return 0
+        return self.config[phase].epochs * self.steps_per_epoch
+
+    @functools.cached_property
+    def in_memory(self) -> bool:
+        """Whether both splits together, as uint8, stay within `config.data.memory_limit_mb`."""
+        side = self.dataset.train.side
+        images = len(self.dataset.train) + len(self.dataset.test)
+        size = images * side * side * self.dataset.channels
+        return size <= self.config.data.memory_limit_mb * 2**20
+
+    @functools.cached_property
+    def train_arrays(self) -> tuple[Any, Any]:
+        """The training split, read to memory: uint8 images and int32 labels."""
+        with progress_bar("reading training images") as progress:
+            return self.dataset.train.read_all(progress)
+
+    @functools.cached_property
+    def _test_order(self) -> Int[np.ndarray, " examples"]:
+        """A fixed random order for the test split.
+
+        Neighbours in class folders are of one class, and a choice made for a whole batch would
+        then be one made by the label.
+        """
+        return np.random.default_rng(0).permutation(len(self.dataset.test))
+
+    @functools.cached_property
+    def _test_examples(self) -> Any:
+        split = self.dataset.test.reordered(self._test_order)
+        return split.read_all() if self.in_memory else split
+
+    def evaluate(self, network: Network, *values: Mapping[str, Any]) -> Evaluation:
+        """Evaluates a network on the test split, whose batches are of mixed classes.
+
+        Args:
+          network: to evaluate.
+          *values: parameters, batch statistics and, if not the model's own, ratios by name.
+
+        Returns:
+          What it did on each example, in the split's own order.
+        """
+        found = self._evaluate_on(self._test_batches(), network, *values)
+        back = np.argsort(self._test_order)
+        usage = jax.tree.map(lambda leaf: leaf[back], found.usage)
+        return Evaluation(found.correct[back], usage)
+
+    def _evaluate_on(
+        self, batches: Iterable[tuple[Any, Any, Any]], network: Network, *values: Mapping[str, Any]
+    ) -> Evaluation:
+        evaluator = self._evaluators.get(network)
+        if evaluator is None:
+            prepare = functools.partial(evaluation_images, self.config)
+            evaluator = make_evaluator(network, prepare, sharding.whole(self.mesh))
+            self._evaluators[network] = evaluator
+        given = (network.settings, *values)
+        merged = {name: value for part in given for name, value in part.items()}
+        return evaluate(evaluator, sharding.replicate(merged, self.mesh), batches)
+
+    @functools.cached_property
+    def _evaluators(self) -> dict[Network, Evaluator]:
+        return {}  # compiled once for each network
+
+    def _test_batches(self) -> Iterator[tuple[Any, Any, Any]]:
+        """The test split in batches of one shape that the devices share, each example once."""
+        size = min(self.config.eval_batch_size, len(self.dataset.test))
+        size = math.ceil(size / self.mesh.size) * self.mesh.size
+        rows = sharding.local_rows(size, self.mesh)
+        for images, labels, valid in eval_batches(self._test_examples, size, rows):
+            yield *sharding.place_batch((images, labels), size, self.mesh), valid
+
+    @property
+    def one_image(self) -> Float[Array, "1 side side channels"]:
+        """A black image as the network sees it, for counting."""
+        side = self.config.data.image_size
+        image = jnp.zeros((1, side, side, self.dataset.channels), jnp.uint8)
+        return evaluation_images(self.config, image)
+
+    def mac_reduction(self, ratios: Mapping[str, Any] | None = None) -> float:
+        """The conventional MAC reduction, before any training of the gates.
+
+        It is the same for every input, but where a convolution's outputs lose columns too: then it
+        is the mean over a few training images, with the dense weights that training starts from
+        where `config.prune.checkpoint` has them.
+
+        Args:
+          ratios: of the gates, by name; None: the config's.
+
+        Raises:
+          UserError: as `start_state`.
+        """
+        if self.dynamic is None:
+            return 0.0
+        values, batch = self._counted
+        given = {name: np.float32(ratio) for name, ratio in (ratios or {}).items()}
+        return self._evaluate_on([batch], self.dynamic, values, given).usage.mac_reduction
+
+    @functools.cached_property
+    def _counted(self) -> tuple[Values, tuple[Any, Any, Any]]:
+        values = {}
+        if self.config.prune.start == "checkpoint":
+            values = self.gated(self.start_state().values)
+        split = self.dataset.train
+        few = np.linspace(0, len(split) - 1, _COUNTED_IMAGES).astype(int)
+        batch = sharding.replicate(split.read(few), self.mesh)
+        return values, (*batch, np.ones(_COUNTED_IMAGES, bool))
+
+    def gated(self, dense: Values) -> Values:
+        """What the dynamic network starts with: the values of a dense one, and of its new gates."""
+        return Network(build_dynamic(self.config, self.dense.bind(dense))).weights
+
+    def network_with(self, criterion: str) -> Network:
+        """The dynamic network with another criterion in its gates."""
+        return Network(build_dynamic(self.config, self.model, criterion))
+
+    def trained_values(self) -> tuple[Values | None, Values | None]:
+        """Reads the weights of a finished run: dense, and after targeted dropout.
+
+        Returns:
+          Parameters and batch statistics of each phase; None for a phase the run does not have.
+
+        Raises:
+          UserError: if the run is not finished.
+        """
+        dense = pruned = None
+        if self.phase_steps("dense") or self.config.prune.start == "checkpoint":
+            dense = self._read(self.workdir, "dense").values
+        if self.dynamic is not None:
+            pruned = self._read(self.workdir, "prune").values
+        return dense, pruned
+
+    def start_state(self) -> TrainState:
+        """Reads the dense weights that phase two starts from.
+
+        They are in `config.prune.checkpoint`, and once the run has begun in its own workdir.
+
+        Raises:
+          UserError: if there are none, they are not final, or they are of another model.
+        """
+        folder = self.workdir / "checkpoints" / "dense"
+        own = any(path.name.isdecimal() for path in folder.glob("*"))  # not one half saved
+        source = self.workdir if own else Path(self.config.prune.checkpoint).expanduser()
+        return self._read(source, "dense")
+
+    def _read(self, workdir: Path, phase: str) -> TrainState:
+        folder = workdir / "checkpoints" / phase
+        if not folder.is_dir():
+            raise UserError(f"{workdir} holds no trained network: there is no {folder}")
+        of = self.identity(phase) if workdir == self.workdir else None
+        with Checkpoints(folder, of=of) as checkpoints:
+            network = self.dynamic if phase == "prune" and self.dynamic else self.dense
+            state = TrainState.create(network.weights, network, self.optimizer(phase))
+            state, extra = checkpoints.restore(state)
+            if int(state.step) != extra["total"]:
+                raise UserError(
+                    f"the run in {workdir} stands at step {state.step} of {extra['total']} of its"
+                    f" {phase} phase; finish it with --mode=train"
+                )
+            return state
+
+    def optimizer(self, phase: str) -> optax.GradientTransformation:
+        """The optimizer of a phase."""
+        return sgd(
+            self.learning_rate(phase),
+            momentum=self.config.optim.momentum,
+            weight_decay=self.config.optim.weight_decay,
+            salience_rate=self.config.gate.salience_rate if phase == "prune" else 1.0,
+        )
+
+    def learning_rate(self, phase: str) -> optax.Schedule:
+        """The learning rate of a phase as a function of its own step."""
+        section = self.config[phase]
+        total = max(self.phase_steps(phase), 1)  # 1: of a phase that was done in another workdir
+        warmup = round(section.warmup_epochs * self.steps_per_epoch)
+        return learning_rate(
+            section.learning_rate, warmup_steps=min(warmup, total - 1), total_steps=total
+        )
+
+
+def _build_both(
+    config: Config, num_classes: int, channels: int
+) -> tuple[nnx.Module, nnx.Module | None]:
+    """The dense model in training mode and, if anything is pruned, the dynamic one."""
+    model = build_model(config, num_classes, channels)
+    model.train()
+    if not config.prune.epochs:
+        return model, None
+    dynamic = build_dynamic(config, model)
+    dynamic.train()
+    return model, dynamic
