@@ -1,4 +1,4 @@
-"""The dense network in PyTorch and ONNX Runtime: the same logits, and what is left out."""
+"""The dense network in other runtimes: the same logits, and what is left out."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ from dynprune_jax import models
 from dynprune_jax.experiments.other_runtimes import other_runtimes
 from dynprune_jax.models.vgg import VGG, VGGUnit
 
-RUNTIMES = ["PyTorch", "PyTorch channels last", "ONNX Runtime"]
+RUNTIMES = ["PyTorch", "PyTorch channels last", "ONNX Runtime", "OpenVINO"]
 
 
 def trained(name, **kwargs):
@@ -70,7 +70,7 @@ def assert_same_logits(functions, model, images):
 
 @pytest.fixture
 def packages():
-    for package in ("torch", "onnx", "onnxruntime"):
+    for package in ("torch", "onnx", "onnxruntime", "openvino"):
         pytest.importorskip(package)
 
 
@@ -144,7 +144,8 @@ def test_an_export_that_fails_is_noted(monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", fail)
     functions, notes = other_runtimes(trained("vgg_digits", width=0.1), batch(16, 1), threads=1)
     assert list(functions) == RUNTIMES[:2]
-    assert notes == ["ONNX Runtime left out: RuntimeError: no such operator"]
+    why = "left out: RuntimeError: no such operator"
+    assert notes == [f"ONNX Runtime {why}", f"OpenVINO {why}"]
 
 
 @pytest.mark.usefixtures("packages")
@@ -172,30 +173,29 @@ def test_a_model_or_a_layer_of_another_kind_is_noted():
     ):
         functions, notes = other_runtimes(other, batch(8), threads=1)
         assert functions == {}
-        assert notes == [
-            f"PyTorch and ONNX Runtime left out: {name} cannot be translated to PyTorch"
-        ]
+        why = f"left out: {name} cannot be translated to PyTorch"
+        assert notes == [f"{runtime} {why}" for runtime in ("PyTorch", "ONNX Runtime", "OpenVINO")]
 
 
 def test_absent_packages_are_noted(monkeypatch):
-    for package in ("torch", "onnx", "onnxruntime"):
-        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     functions, notes = other_runtimes(trained("vgg_digits", width=0.1), batch(16, 1))
     assert functions == {}
     assert len(notes) == 3
-    for note, start in zip(
-        notes, ("PyTorch and ONNX Runtime", "ONNX Runtime", "ONNX Runtime"), strict=True
-    ):
-        assert note.startswith(f"{start} left out: ModuleNotFoundError: ")
-    for note, package in zip(notes, ("torch", "onnx", "onnxruntime"), strict=True):
-        assert f" {package} " in note
+    for note, name in zip(notes, ("PyTorch", "ONNX Runtime", "OpenVINO"), strict=True):
+        assert note.startswith(f"{name} left out: ModuleNotFoundError: ")
+        assert " torch " in note
 
 
 @pytest.mark.usefixtures("packages")
-def test_pytorch_alone_still_serves(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+@pytest.mark.parametrize(
+    ("package", "lost"),
+    [("onnx", ["ONNX Runtime", "OpenVINO"]), ("onnxruntime", ["ONNX Runtime"])],
+)
+def test_the_others_serve_without_a_package(monkeypatch, package, lost):
+    monkeypatch.setitem(sys.modules, package, None)
     model = trained("vgg_digits", width=0.1)
     functions, notes = other_runtimes(model, batch(16, 1), threads=1)
-    assert list(functions) == RUNTIMES[:2]
-    assert len(notes) == 1
+    assert list(functions) == [name for name in RUNTIMES if name not in lost]
+    assert [note.partition(" left out: ")[0] for note in notes] == lost
     assert_same_logits(functions, model, batch(16, 1))

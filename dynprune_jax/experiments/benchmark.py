@@ -1,7 +1,5 @@
 """Skipped work as time: a compact network against the fastest dense one, in one process."""
 
-import bisect
-import functools
 import os
 import statistics
 import time
@@ -19,12 +17,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
-from dynprune_jax import models, plots
+from dynprune_jax import plots
 from dynprune_jax.build import build_dynamic, build_model
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
-from dynprune_jax.experiments.study import with_fields
+from dynprune_jax.experiments.static import allot, l1, remove_filters, shares
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
@@ -49,7 +47,7 @@ _HOPELESS = 2.0  # times the fastest dense way: what is slower is timed three ti
 
 
 def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Times inference: dense in every way at hand, masked, compact, and two controls.
+    """Times inference: dense in every way at hand, masked, compact, at random, and static.
 
     The weights are those of the finished run in `workdir` or, if there is none, fresh ones: no
     time depends on them. Every batch size is measured at the config's own ratios, and at each of
@@ -61,7 +59,8 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
       Rows with the setting (`network`, `image_size`, `dtype`, `device`, `batch_size`,
       `channel_ratio`, `column_ratio`, `mac_reduction`), medians in milliseconds a batch
       (`fastest_dense_ms`, `masked_ms`, `compact_ms`, of the config's own ratios also
-      `random_masks_ms` and `static_ms`), every dense way's (`dense_ms`), quartiles,
+      `random_masks_ms` and `static_ms`, the latter of the network that `--mode=static` makes,
+      where there is one, see `static.allot`), every dense way's (`dense_ms`), quartiles,
       `images_per_second`, `speedup` over the fastest dense way in JAX, `ideal_speedup`,
       `realised` (the share of the ideal), the largest difference between the logits of compact
       and masked execution, and the memory that XLA plans for, in MB (what the kernels take
@@ -84,6 +83,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     for ratio in config.benchmark.ratios:
         build_dynamic(_at(config, ratio), model)  # a mistake shows before the first minute
     build_dynamic(config, model)
+    shares(config, model)
     make_folder(folder)
     console = screen()
     rows: list[dict[str, Any]] = []
@@ -146,10 +146,13 @@ class _Bench:
         if controls:
             random = _choosing(build_dynamic(config, self._model, criterion="random"))
             ways["random masks"] = self._compile(compact(random, self._images, plan=plan))
-            static, extra["static_mac_reduction"] = self._static(usage)
-            ways["static"] = self._compile(
-                compact(static, self._images, plan=self._plan("static", static))
-            )
+            try:
+                static, extra["static_mac_reduction"] = self._static(usage)
+            except ValueError as error:  # a residual network keeps what its units hand on
+                self._console.print(f"static network left out: {error}", highlight=False)
+            else:
+                plan_of_it = self._plan("static", static)
+                ways["static"] = self._compile(compact(static, self._images, plan=plan_of_it))
             plots.save(
                 plots.layer_times_figure(self._dense_plan.fastest, plan.fastest),
                 self._folder / f"layer_times_batch_{len(self._images)}.png",
@@ -204,16 +207,16 @@ class _Bench:
         return _Compiled(model, self._images)
 
     def _static(self, usage: Any) -> tuple[nnx.Module, float]:
-        """A physically smaller dense network of as many MACs, and its reduction."""
-        width = _equal_width(self._config, self._images.shape, float(np.mean(usage.macs)))
-        narrow = with_fields(self._config, {"width": width})
-        static = build_model(narrow, 10, self._images.shape[-1])
-        static.eval()
-        return static, float(1.0 - dense_macs(static, self._images[:1]) / usage.dense_macs)
+        """The network with filters removed until as many MACs are gone, and its reduction."""
+        image = self._images[:1]
+        allotted = shares(self._config, self._model)
+        ratios = allot(self._model, image, usage.mac_reduction, allotted)
+        static = remove_filters(self._model, l1(self._model), ratios)
+        return static, float(1.0 - dense_macs(static, image) / usage.dense_macs)
 
     def _others(self) -> Mapping[str, Callable[[], Any]]:
         if self._config.dtype != "float32":
-            self._console.print("PyTorch and ONNX Runtime left out: float32 only")
+            self._console.print("other runtimes left out: they are timed in float32 only")
             return {}
         functions, notes = other_runtimes(self._model, np.asarray(self._images))
         for note in notes:
@@ -340,21 +343,6 @@ def _usage(model: nnx.Module, images: jax.Array) -> Any:
     return jax.jit(lambda state, x: measure(nnx.merge(graph, state), x)[1])(state, images)
 
 
-def _equal_width(config: Config, shape: tuple[int, ...], macs: float) -> float:
-    """The width at which the dense network has so many MACs, by bisection."""
-    factory = getattr(models, config.model)
-    image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
-    build = functools.partial(factory, 10, in_channels=shape[-1], image_size=shape[1])
-    unit = config.width / 256
-
-    def macs_at(step: int) -> int:
-        model = nnx.eval_shape(lambda: build(width=step * unit, rngs=nnx.Rngs(0)))
-        model.eval()
-        return dense_macs(model, image)
-
-    return (bisect.bisect_right(range(1, 256), macs, key=macs_at) + 0.5) * unit
-
-
 def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> None:
     first = rows[0]
     table = rich.table.Table(
@@ -380,7 +368,7 @@ def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> 
             f"{memory[0] / memory[1]:.2f}×" if all(memory) else "",
         )
     console.print(table)
-    own = [row for row in rows if "static_ms" in row]
+    own = [row for row in rows if "random_masks_ms" in row]
     table = rich.table.Table(title="Beside them: milliseconds a batch", box=rich.box.SIMPLE_HEAD)
     table.add_column("way")
     for row in own:
@@ -392,7 +380,7 @@ def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> 
     for name, key in (
         ("masked", "masked_ms"),
         ("compact, random masks", "random_masks_ms"),
-        ("static smaller network of equal MACs", "static_ms"),
+        ("static, of equal MACs", "static_ms"),
     ):
-        table.add_row(name, *(f"{row[key]:.2f}" for row in own))
+        table.add_row(name, *(f"{row[key]:.2f}" if key in row else "" for row in own))
     console.print(table)

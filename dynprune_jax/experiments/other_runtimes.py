@@ -1,15 +1,16 @@
-"""The same dense network in PyTorch and in ONNX Runtime, to time beside JAX.
+"""The same dense network in PyTorch, ONNX Runtime and OpenVINO, to time beside JAX.
 
 The packages are an extra, `pip install dynprune_jax[compare]`; without them this file does
 nothing, so they are imported only where they are used.
 """
 
+import contextlib
 import copy
 import importlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ from jaxtyping import Float32
 
 from dynprune_jax.models import resnet, resnet_cifar, vgg
 
-# What cannot be timed without each package; the ONNX file is exported from the PyTorch network.
+# The packages that each needs: the last two read ONNX, which is exported from the PyTorch network.
 _RUNTIMES = {
-    "torch": "PyTorch and ONNX Runtime",
-    "onnx": "ONNX Runtime",
-    "onnxruntime": "ONNX Runtime",
+    "PyTorch": ("torch",),
+    "ONNX Runtime": ("torch", "onnx", "onnxruntime"),
+    "OpenVINO": ("torch", "onnx", "openvino"),
 }
 
 
@@ -44,40 +45,46 @@ def other_runtimes(
         is a setting of the whole process.
 
     Returns:
-      functions: by name ("PyTorch", "PyTorch channels last", "ONNX Runtime"), each computes the
-        logits of the images, float32 (batch, classes).
-      notes: a line for each thing that was left out, and why.
+      functions: by name ("PyTorch", "PyTorch channels last", "ONNX Runtime", "OpenVINO"), each
+        computes the logits of the images, float32 (batch, classes).
+      notes: a line for each runtime that was left out, and why.
     """
     threads = threads or available_cores()
-    absent = {}
-    for package in _RUNTIMES:
+    notes = {name: why for name, needed in _RUNTIMES.items() if (why := _absent(needed))}
+    network = None
+    if "PyTorch" not in notes:
+        try:
+            network = _torch_network(model)
+        except NotImplementedError as error:
+            notes = dict.fromkeys(_RUNTIMES, str(error))
+    functions: dict[str, Callable[[], np.ndarray]] = {}
+    if network is not None:
+        import torch  # pyright: ignore[reportMissingImports]  optional
+
+        torch.set_num_threads(threads)
+        planes = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        last: Any = {"memory_format": torch.channels_last}
+        functions["PyTorch"] = _in_torch(network, planes)
+        functions["PyTorch channels last"] = _in_torch(
+            copy.deepcopy(network).to(**last), planes.to(**last)
+        )
+        for name, build in (("ONNX Runtime", _in_onnxruntime), ("OpenVINO", _in_openvino)):
+            if name not in notes:
+                try:
+                    functions[name] = build(network, planes, threads)
+                except Exception as error:  # exporters and importers raise many kinds
+                    notes[name] = _line(error)
+    return functions, [f"{name} left out: {why}" for name, why in notes.items()]
+
+
+def _absent(packages: Sequence[str]) -> str | None:
+    """Why the first of these packages that cannot be imported cannot be."""
+    for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            absent[package] = _line(error)
-    notes = [f"{_RUNTIMES[package]} left out: {why}" for package, why in absent.items()]
-    if "torch" in absent:
-        return {}, notes
-    try:
-        network = _torch_network(model)
-    except NotImplementedError as error:
-        return {}, [*notes, f"PyTorch and ONNX Runtime left out: {error}"]
-
-    import torch  # pyright: ignore[reportMissingImports]  optional
-
-    torch.set_num_threads(threads)
-    planes = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    last: Any = {"memory_format": torch.channels_last}
-    functions = {
-        "PyTorch": _in_torch(network, planes),
-        "PyTorch channels last": _in_torch(copy.deepcopy(network).to(**last), planes.to(**last)),
-    }
-    if not absent:
-        try:
-            functions["ONNX Runtime"] = _in_onnxruntime(network, planes, threads)
-        except Exception as error:  # the exporters raise many kinds
-            notes.append(f"ONNX Runtime left out: {_line(error)}")
-    return functions, notes
+            return _line(error)
+    return None
 
 
 def available_cores() -> int:
@@ -108,9 +115,7 @@ def _in_onnxruntime(network: Any, planes: Any, threads: int) -> Callable[[], np.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "network.onnx")
-        _export(network, planes, path)
+    with _exported(network, planes) as path:
         session: Any = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
@@ -122,8 +127,36 @@ def _in_onnxruntime(network: Any, planes: Any, threads: int) -> Callable[[], np.
     return logits
 
 
+def _in_openvino(network: Any, planes: Any, threads: int) -> Callable[[], np.ndarray]:
+    import openvino  # pyright: ignore[reportMissingImports]  optional
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    with _exported(network, planes) as path:
+        compiled = openvino.Core().compile_model(path, "CPU", options)
+    request, inputs = compiled.create_infer_request(), planes.numpy()
+
+    def logits() -> np.ndarray:
+        return request.infer({0: inputs})[0]
+
+    return logits
+
+
+@contextlib.contextmanager
+def _exported(network: Any, planes: Any) -> Iterator[str]:
+    """The path of the network as ONNX, for images of this shape only; it is deleted after."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "network.onnx")
+        _export(network, planes, path)
+        yield path
+
+
 def _export(network: Any, planes: Any, path: str) -> None:
-    """Writes the network as ONNX, for images of this shape only."""
+    """Writes the network as ONNX."""
     import torch  # pyright: ignore[reportMissingImports]  optional
 
     def export(**kind: Any) -> None:

@@ -38,7 +38,7 @@ HIGHEST_RATIO = 0.95  # that a ratio is scaled up to
 Scores = dict[str, Float[np.ndarray, " filters"]]
 
 
-def l1(model: Any, run: Run) -> Scores:
+def l1(model: Any, run: Run | None = None) -> Scores:
     """L1 norm of a filter's weights (Li et al. 2016, arXiv 1608.08710)."""
     del run
     return {link.name: np.abs(_filters(link)).sum(axis=1) for link in links(model)}
@@ -210,7 +210,7 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     model.eval()
     reduction = 0.0 if config.static.criterion == "none" else run.mac_reduction()
     try:  # before anything is trained: no weights matter
-        ratios = allot(model, image, reduction, _shares(run))
+        ratios = allot(model, image, reduction, shares(config, model))
     except ValueError as error:
         raise UserError(f"config.static.allotment: {error}") from error
     dense, timings = train_dense(run)
@@ -254,17 +254,21 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
-def _shares(run: Run) -> dict[str, float]:
-    """What each convolution's filters lose, as the config allots it, up to a common factor."""
-    if run.config.static.allotment != "gate":
-        return {link.name: 1.0 for link in links(run.model)}
-    given = run.config.gate.channel_ratio
+def shares(config: Config, model: Any) -> dict[str, float]:
+    """What each convolution's filters lose, as a config allots it, up to a common factor.
+
+    Raises:
+      UserError: where it is to go by ratios, and there are none.
+    """
+    if config.static.allotment != "gate":
+        return {link.name: 1.0 for link in links(model)}
+    given = config.gate.channel_ratio
     if not any(given):
         raise UserError(
             "config.static.allotment is 'gate' and config.gate.channel_ratio is"
             f" {given}; give ratios, or choose uniform"
         )
-    return {link.name: given[link.block] for link in links(run.model)}
+    return {link.name: given[link.block] for link in links(model)}
 
 
 def _filters(link: Link) -> np.ndarray:
