@@ -32,7 +32,7 @@ from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
 from dynprune_jax.report import versions
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network
-from dynprune_jax.workdir import make_folder
+from dynprune_jax.workdir import folder_of, make_folder
 from dynprune_jax.writers import progress_bar, screen, write_json
 
 # Of fresh weights, for data sets that need not be at hand: (classes, channels).
@@ -77,7 +77,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         )
     if jax.process_count() > 1:
         raise UserError(f"--mode=benchmark is for one process, not {jax.process_count()}")
-    folder = Path(workdir).expanduser()
+    folder = folder_of(workdir)
     model = _trained_or_fresh(config, folder)
     model.eval()
     for ratio in config.benchmark.ratios:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import importlib
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,8 @@ def other_runtimes(
 
 def _absent(packages: Sequence[str]) -> str | None:
     """Why the first of these packages that cannot be imported cannot be."""
+    # Without this package OpenVINO tells nobody that it is imported: here it is not asked for.
+    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType, reportCallIssue]  None bars an import
     for package in packages:
         try:
             importlib.import_module(package)

@@ -33,7 +33,14 @@ from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
-from dynprune_jax.workdir import FREE_FIELDS, PLACES, check_workdir, keep_config, make_folder
+from dynprune_jax.workdir import (
+    FREE_FIELDS,
+    PLACES,
+    check_workdir,
+    folder_of,
+    keep_config,
+    make_folder,
+)
 from dynprune_jax.writers import screen, write_json, write_text
 
 
@@ -161,7 +168,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
             find_method(name)
     if jax.process_count() > 1:
         raise UserError(f"--mode=study is for one process, not {jax.process_count()}")
-    folder = Path(workdir).expanduser()
+    folder = folder_of(workdir)
     if not config.prune.epochs:
         raise UserError("config.prune.epochs is 0; a study trains pruned networks: it needs epochs")
     check_workdir(config, folder, free=(*FREE_FIELDS, *PLACES, "seed"))
