@@ -73,8 +73,8 @@ class Checkpoints:
 
     Args:
       folder: made on the first save.
-      of: what tells this run from others, as JSON; saved with every step, and a step with
-        another is refused. None reads the steps of any run.
+      of: what tells this run from others, as JSON; saved with every step, and a step of which
+        any of it is otherwise is refused. None reads the steps of any run.
       mend: for the process that trains here, and only for that: it deletes what a killed save
         left unfinished, and renames damaged steps.
     """
@@ -269,12 +269,12 @@ class Checkpoints:
                 )
         if self._of is not None:
             here, there = self._of, of or {}
-            for name in sorted(here.keys() | there.keys()):
+            for name in sorted(here):
                 told = name in there or name.startswith("config.")  # older versions told less
-                if told and here.get(name) != there.get(name):
+                if told and here[name] != there.get(name):
                     raise UserError(
                         f"{where} is of another run: {name} is {there.get(name)!r} there and"
-                        f" {here.get(name)!r} here"
+                        f" {here[name]!r} here"
                     )
 
 

@@ -1,6 +1,7 @@
 """Every field of a config with its default, and the one place where configs are checked."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +230,7 @@ def _each(
     )
 
 
+_PATH = (lambda value: not os.path.expanduser(value).startswith("~"), "there is no such user")
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"),
     "dtype": _one_of(*DTYPES),
@@ -241,6 +243,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": _one_of(*sorted(models.__all__)),
     "width": _above(0.0, 1000.0),
     "data.name": (bool, "it must name a data set, such as digits"),
+    "data.path": _PATH,
+    "data.archive": _PATH,
+    "data.data_dir": _PATH,
     "data.image_size": _in(1, 2**14),
     "data.stored_size": _in(0, 2**14),
     "data.train_examples": _at_least(0),
@@ -261,8 +266,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate.salience_rate": _above(0.0),
     "gate.drop_probability": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
     "ascent.warmup": _in(0.0, 1.0),
-    "ascent.increment": _above(0.0),
-    "ascent.interval_epochs": _above(0.0),
+    "ascent.increment": _at_least(1e-6),
+    "ascent.interval_epochs": _above(0.0, 100_000.0),
     "dense.epochs": _in(0, 100_000),
     "dense.learning_rate": _above(0.0, 1000.0),
     "dense.warmup_epochs": _at_least(0.0),
@@ -270,6 +275,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prune.learning_rate": _above(0.0, 1000.0),
     "prune.warmup_epochs": _at_least(0.0),
     "prune.start": _one_of(*STARTS),
+    "prune.checkpoint": _PATH,
     "prune.distillation": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
     "prune.temperature": _above(0.0, 1000.0),
     "optim.momentum": _in(0.0, 1.0),

@@ -12,17 +12,19 @@ from ml_collections import ConfigDict, config_flags
 from dynprune_jax.config import Config, flatten
 from dynprune_jax.errors import UserError
 
-_FLAGS = ("config", "workdir", "mode")
+_VALUELESS = ("--config", "--workdir", "--mode")  # so far
 
 
 def spelled_out(argv: Sequence[str]) -> list[str]:
     """A command line with each flag as `--name=value`; it may be `-name=value`, `--name value`."""
     spelled: list[str] = []
     for arg in argv:
-        if spelled and spelled[-1] in [f"--{name}" for name in _FLAGS]:
+        if arg.startswith("-"):
+            spelled.append(f"--{arg.lstrip('-')}")
+        elif spelled and spelled[-1] in _VALUELESS:
             spelled[-1] += f"={arg}"
         else:
-            spelled.append(f"--{arg.lstrip('-')}" if arg.startswith("-") else arg)
+            spelled.append(arg)
     return spelled
 
 
@@ -40,6 +42,9 @@ def parse(argv: Sequence[str], modes: Collection[str]) -> tuple[Config, str, str
       UserError: for any mistake, of the config file too.
     """
     argv = spelled_out(argv)
+    for flag in _VALUELESS:
+        if flag in argv:  # absl would take the next flag for its value
+            raise UserError(f"{flag} has no value; write {flag}=VALUE")
     overrides = [arg for arg in argv if arg.startswith("--config.")]
     values = flags.FlagValues()
     for name in ("config", "workdir"):

@@ -36,6 +36,7 @@ from dynprune_jax.workdir import (
     PLACES,
     as_json,
     check_workdir,
+    folder_of,
     keep_config,
     make_folder,
 )
@@ -76,7 +77,7 @@ class Run:
           UserError: for any mistake in the config, the data or the work directory.
         """
         config_lib.check(config)
-        folder = Path(workdir).expanduser()
+        folder = folder_of(workdir)
         check_workdir(config, folder)
         if any(folder.glob("runs/dense-seed*")):
             raise UserError(f"--workdir={folder} is a study's; give a run a folder of its own")
@@ -309,7 +310,12 @@ class Run:
         folder = workdir / "checkpoints" / phase
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no trained network: there is no {folder}")
-        of = self.identity(phase) if workdir == self.workdir else None
+        of = self.identity(phase)
+        if workdir != self.workdir:  # another run's: what it was trained on must do for this one
+            told = ["classes of the data"]
+            if self.config.data.held_out:  # and else it may have seen what is held out
+                told += ["config.data.held_out", "number of training images"]
+            of = {name: of[name] for name in told}
         with Checkpoints(folder, of=of) as checkpoints:
             network = self.dynamic if phase == "prune" and self.dynamic else self.dense
             state = TrainState.create(network.weights, network, self.optimizer(phase))

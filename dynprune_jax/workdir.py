@@ -1,6 +1,7 @@
 """Work directories: whose one is, and which fields of a config may differ in it."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,26 @@ FREE_FIELDS = (
 PLACES = ("data.path", "prune.checkpoint")
 
 
+def folder_of(workdir: str | os.PathLike) -> Path:
+    """The folder that is meant, which need not be there.
+
+    Raises:
+      UserError: for one in the home of a user whom there is not.
+    """
+    try:
+        return Path(workdir).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--workdir={workdir}: there is no such user") from error
+
+
 def make_folder(workdir: Path) -> None:
     """Makes a work directory.
 
     Raises:
       UserError: if it cannot be written.
     """
+    if workdir.is_file():
+        raise UserError(f"--workdir={workdir} is a file; give a folder")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / ".writable").touch()

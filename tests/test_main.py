@@ -119,6 +119,8 @@ MISTAKES = {
         [f"{DIGITS}:big"],
         r"digits_vgg.py:big: TypeError: get_config\(\) takes 0 positional",
     ),
+    "workdir without a value": (["--workdir", "--mode=evaluate"], "--workdir has no value; write"),
+    "mode without a value": (["--mode"], "--mode has no value; write --mode=VALUE"),
     "field without dashes": (["config.batch_size=7"], "'config.batch_size=7' is no flag"),
     # fields
     "misspelled field": (["--config.data.nmae=x"], "config.data.nmae .*did you mean .*data.name"),
@@ -178,6 +180,8 @@ MISTAKES = {
         ["--config.ascent.interval_epochs=90"],
         "is only reached at step",
     ),
+    "ascent without an end": (["--config.ascent.increment=1e-310"], "increment is 1e-310"),
+    "ascent of ages": (["--config.ascent.interval_epochs=1e308"], r"in \(0.0, 100000.0\]"),
     "no epochs": (["--config.dense.epochs=0", "--config.prune.epochs=0"], "nothing to train"),
     "pruning nothing trained": (["--config.dense.epochs=0"], "train a dense network first"),
     "unknown start": (["--config.prune.start=middle"], "'middle'; choose one of dense"),
@@ -185,6 +189,10 @@ MISTAKES = {
     "checkpoint not there": (
         ["--config.prune.start=checkpoint", "--config.prune.checkpoint=none"],
         "none holds no trained network",
+    ),
+    "checkpoint of nobody": (
+        ["--config.prune.start=checkpoint", "--config.prune.checkpoint=~nobody-here/x"],
+        "checkpoint is '~nobody-here/x'; there is no such user",
     ),
     "warm-up too long": (["--config.dense.warmup_epochs=99"], "config.dense.warmup_epochs is 99"),
     "learning rate of 0": (["--config.dense.learning_rate=0"], "dense.learning_rate is 0"),
@@ -228,6 +236,11 @@ MISTAKES = {
     # work directories
     "workdir of another config": (other_run, "is of another config: config.batch_size is 7"),
     "workdir is a file": (file_in_the_way, "is a file; give a folder"),
+    "workdir of nobody": (["--workdir=~nobody-here/x"], "--workdir=.*: there is no such user"),
+    "benchmark in a file": (
+        lambda p: [*file_in_the_way(p), "--mode=benchmark"],
+        "is a file; give a folder",
+    ),
     "workdir of a study": (study_folder, "is a study's; give a run a folder of its own"),
     "workdir with stray checkpoints": (checkpoints_without_config, "no config.json"),
     "config.json is a folder": (folder_for_config, "config.json is not a config"),

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,3 +27,9 @@ def test_it_never_falls_and_arrives_when_it_says(target, interval, warmup, incre
     assert ratios == sorted(ratios)
     np.testing.assert_allclose(ratios[2:], target, atol=2e-6)
     assert arrival == 0 or ratios[1] < target
+
+
+def test_an_interval_of_no_step_is_refused_and_one_of_ages_is_not():
+    with pytest.raises(ValueError, match="interval_steps is 0; it must be at least 1"):
+        ratio_ascent(0.3, interval_steps=0)
+    assert ratio_ascent(0.3, interval_steps=10**10)(jnp.int32(3)) == jnp.float32(0.1)

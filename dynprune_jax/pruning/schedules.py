@@ -22,18 +22,24 @@ def ratio_ascent(
 
     Args:
       target: the ratio to end at, in [0, 1); an array gives each element its own end.
-      interval_steps: how many steps a ratio is held before it rises.
+      interval_steps: how many steps a ratio is held before it rises, at least 1.
       warmup: the ratio of the first interval.
       increment: the rise after each interval.
 
     Returns:
       A function of the step (traced or not) to the float32 ratio, of the shape of `target`.
 
+    Raises:
+      ValueError: for an interval of less than a step.
+
     Example:
       >>> schedule = ratio_ascent(0.3, interval_steps=10)
       >>> [round(float(schedule(step)), 2) for step in (0, 9, 10, 40, 1000)]
       [0.1, 0.1, 0.15, 0.3, 0.3]
     """
+    if interval_steps < 1:
+        raise ValueError(f"interval_steps is {interval_steps}; it must be at least 1")
+    interval_steps = min(interval_steps, 2**31 - 1)  # steps are int32, and none gets there
 
     def schedule(step):
         rises = jnp.asarray(step // interval_steps, jnp.float32)
