@@ -161,6 +161,15 @@ def test_one_image_without_a_batch_axis_and_several_batch_axes():
         np.testing.assert_allclose(fast(x[0, 0]), gate(x)[0, 0], rtol=1e-4, atol=1e-5)
 
 
+def test_every_form_takes_no_images():
+    ratios = {"channel_ratio": 0.5, "column_ratio": 0.4, "feature_ratio": 0.4}
+    gate = DynamicConv(nnx.Conv(8, 5, (3, 3), rngs=nnx.Rngs(0)), **ratios, rngs=nnx.Rngs(1))
+    none = jnp.zeros((0, 6, 7, 8))
+    for form in all_forms(gate, jnp.zeros((5, 6, 7, 8))):
+        y = jax.eval_shape(CompactConv(gate, form), none)
+        assert (y.shape, y.dtype) == ((0, 6, 7, 5), jnp.float32), form
+
+
 def test_a_kernel_mask_stays():
     mask = jnp.zeros((3, 3, 4, 2)).at[1].set(1.0)
     base = nnx.Conv(4, 2, (3, 3), mask=mask, rngs=nnx.Rngs(0))

@@ -116,7 +116,8 @@ class CompactConv(DynamicConv):
         size, ranked = self.group_size(shape[-1]), channel_scores.shape[-1]
         groups = masks_lib.highest(channel_scores, self.kept_count(self.channel_ratio, ranked))
         members = jnp.arange(size, dtype=groups.dtype).reshape((1,) * groups.ndim + (size,))
-        kept = (groups[..., None] * size + members).reshape(*shape[:-3], -1)
+        kept = groups[..., None] * size + members
+        kept = kept.reshape(*shape[:-3], groups.shape[-1] * size)  # -1 is not for no images
         return dataclasses.replace(masks, kept_channels=kept)
 
     def _keep(self, scores: Any, ratio: Any, follows: bool = False) -> Any:

@@ -124,6 +124,8 @@ def execute(
       dtype of `x`.
     """
     batch = x.shape[0]
+    if batch == 0:
+        return jnp.zeros((0, *geometry.out, features), jnp.promote_types(jnp.float32, x.dtype))
     if form.compiled:
         return kept_conv(
             x,
