@@ -73,8 +73,8 @@ class Checkpoints:
 
     Args:
       folder: made on the first save.
-      of: what tells this run from others, as JSON; saved with every step, and a step of which
-        any of it is otherwise is refused. None reads the steps of any run.
+      of: what tells this run from others, as JSON; saved with every step, and a step is refused
+        if any of this is different there. None reads the steps of any run.
       mend: for the process that trains here, and only for that: it deletes what a killed save
         left unfinished, and renames damaged steps.
     """

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from dynprune_jax.config import Config, flatten
 from dynprune_jax.errors import UserError
 
-_VALUELESS = ("--config", "--workdir", "--mode")  # so far
+_FLAGS = ("--config", "--workdir", "--mode")  # spelled like this, still without a value
 
 
 def spelled_out(argv: Sequence[str]) -> list[str]:
@@ -21,7 +21,7 @@ def spelled_out(argv: Sequence[str]) -> list[str]:
     for arg in argv:
         if arg.startswith("-"):
             spelled.append(f"--{arg.lstrip('-')}")
-        elif spelled and spelled[-1] in _VALUELESS:
+        elif spelled and spelled[-1] in _FLAGS:
             spelled[-1] += f"={arg}"
         else:
             spelled.append(arg)
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str], modes: Collection[str]) -> tuple[Config, str, str
       UserError: for any mistake, of the config file too.
     """
     argv = spelled_out(argv)
-    for flag in _VALUELESS:
+    for flag in _FLAGS:
         if flag in argv:  # absl would take the next flag for its value
             raise UserError(f"{flag} has no value; write {flag}=VALUE")
     overrides = [arg for arg in argv if arg.startswith("--config.")]

@@ -299,7 +299,8 @@ class Run:
         They are in `config.prune.checkpoint`, and once the run has begun in its own workdir.
 
         Raises:
-          UserError: if there are none, they are not final, or they are of another model.
+          UserError: if there are none, they are not final, of another model or of other classes,
+            or were trained on what `config.data.held_out` holds out.
         """
         folder = self.workdir / "checkpoints" / "dense"
         own = any(path.name.isdecimal() for path in folder.glob("*"))  # not one half saved
@@ -311,10 +312,11 @@ class Run:
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no trained network: there is no {folder}")
         of = self.identity(phase)
-        if workdir != self.workdir:  # another run's: what it was trained on must do for this one
+        if workdir != self.workdir:  # another run's: its classes must be this run's
             told = ["classes of the data"]
-            if self.config.data.held_out:  # and else it may have seen what is held out
-                told += ["config.data.held_out", "number of training images"]
+            if self.config.data.held_out:  # and it must not have been trained on what is held out
+                fields = ("name", "train_split", "train_examples", "held_out")
+                told += ["number of training images", *(f"config.data.{field}" for field in fields)]
             of = {name: of[name] for name in told}
         with Checkpoints(folder, of=of) as checkpoints:
             network = self.dynamic if phase == "prune" and self.dynamic else self.dense

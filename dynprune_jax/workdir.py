@@ -39,7 +39,7 @@ def folder_of(workdir: str | os.PathLike) -> Path:
     """The folder that is meant, which need not be there.
 
     Raises:
-      UserError: for one in the home of a user whom there is not.
+      UserError: for one in the home of a user who does not exist.
     """
     try:
         return Path(workdir).expanduser()
@@ -53,9 +53,9 @@ def make_folder(workdir: Path) -> None:
     Raises:
       UserError: if it cannot be written.
     """
-    if workdir.is_file():
-        raise UserError(f"--workdir={workdir} is a file; give a folder")
     try:
+        if workdir.is_file():
+            raise UserError(f"--workdir={workdir} is a file; give a folder")
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / ".writable").touch()
         (workdir / ".writable").unlink(missing_ok=True)  # another process may have been faster

@@ -168,6 +168,8 @@ def test_every_form_takes_no_images():
     for form in all_forms(gate, jnp.zeros((5, 6, 7, 8))):
         y = jax.eval_shape(CompactConv(gate, form), none)
         assert (y.shape, y.dtype) == ((0, 6, 7, 5), jnp.float32), form
+        if form.compiled:  # its gate is compiled too
+            assert CompactConv(gate, form)(none).shape == y.shape
 
 
 def test_a_kernel_mask_stays():

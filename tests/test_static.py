@@ -78,6 +78,12 @@ def test_no_allotment_reaches_everything():
         allot(model, images, 0.99, {link.name: 1.0 for link in links(model)})
 
 
+def test_an_allotment_of_nothing_is_refused():
+    model, images = build("resnet20")
+    with pytest.raises(ValueError, match="all shares are 0"):
+        allot(model, images, 0.1, {link.name: 0.0 for link in links(model)})
+
+
 def conv_with(filters):
     """A two-layer network whose first convolution has these 1x1 filters."""
     model, _ = build("resnet20")

@@ -294,6 +294,11 @@ def test_a_folder_that_changed_under_a_run_is_refused(config, workdir, tmp_path,
         for call in (train_and_evaluate, evaluate_workdir):
             with pytest.raises(UserError, match=f"of another run: {named} is"):
                 call(config, tmp_path / "run")
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: other)
+    config.prune.start, config.prune.checkpoint = "checkpoint", str(workdir)
+    with pytest.raises(UserError, match="of another run: classes of the data is"):
+        train_and_evaluate(config, tmp_path / "started")
+    assert not (tmp_path / "started").exists()
 
 
 def test_several_steps_in_one_dispatch_are_the_same_steps(config, tmp_path):

@@ -47,7 +47,7 @@ _HOPELESS = 2.0  # times the fastest dense way: what is slower is timed three ti
 
 
 def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Times inference: dense in every way at hand, masked, compact, at random, and static.
+    """Times inference: dense in every way at hand, masked, compact, with random masks, and static.
 
     The weights are those of the finished run in `workdir` or, if there is none, fresh ones: no
     time depends on them. Every batch size is measured at the config's own ratios, and at each of
@@ -59,8 +59,8 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
       Rows with the setting (`network`, `image_size`, `dtype`, `device`, `batch_size`,
       `channel_ratio`, `column_ratio`, `mac_reduction`), medians in milliseconds a batch
       (`fastest_dense_ms`, `masked_ms`, `compact_ms`, of the config's own ratios also
-      `random_masks_ms` and `static_ms`, the latter of the network that `--mode=static` makes,
-      where there is one, see `static.allot`), every dense way's (`dense_ms`), quartiles,
+      `random_masks_ms` and, where filters can go as far, `static_ms`: of filters removed by L1
+      norms as `config.static.allotment` says), every dense way's (`dense_ms`), quartiles,
       `images_per_second`, `speedup` over the fastest dense way in JAX, `ideal_speedup`,
       `realised` (the share of the ideal), the largest difference between the logits of compact
       and masked execution, and the memory that XLA plans for, in MB (what the kernels take
@@ -146,11 +146,10 @@ class _Bench:
         if controls:
             random = _choosing(build_dynamic(config, self._model, criterion="random"))
             ways["random masks"] = self._compile(compact(random, self._images, plan=plan))
-            try:
-                static, extra["static_mac_reduction"] = self._static(usage)
-            except ValueError as error:  # a residual network keeps what its units hand on
-                self._console.print(f"static network left out: {error}", highlight=False)
-            else:
+            static = self._static(usage.mac_reduction)
+            if static is not None:
+                left = dense_macs(static, self._images[:1])
+                extra["static_mac_reduction"] = float(1.0 - left / usage.dense_macs)
                 plan_of_it = self._plan("static", static)
                 ways["static"] = self._compile(compact(static, self._images, plan=plan_of_it))
             plots.save(
@@ -206,13 +205,15 @@ class _Bench:
     def _compile(self, model: nnx.Module) -> "_Compiled":
         return _Compiled(model, self._images)
 
-    def _static(self, usage: Any) -> tuple[nnx.Module, float]:
-        """The network with filters removed until as many MACs are gone, and its reduction."""
-        image = self._images[:1]
+    def _static(self, mac_reduction: float) -> nnx.Module | None:
+        """The network with filters removed until as many MACs are gone, where they can be."""
         allotted = shares(self._config, self._model)
-        ratios = allot(self._model, image, usage.mac_reduction, allotted)
-        static = remove_filters(self._model, l1(self._model), ratios)
-        return static, float(1.0 - dense_macs(static, image) / usage.dense_macs)
+        try:
+            ratios = allot(self._model, self._images[:1], mac_reduction, allotted)
+        except ValueError as error:  # a residual network keeps what its units hand on
+            self._console.print(f"static network left out: {error}", highlight=False)
+            return None
+        return remove_filters(self._model, l1(self._model), ratios)
 
     def _others(self) -> Mapping[str, Callable[[], Any]]:
         if self._config.dtype != "float32":

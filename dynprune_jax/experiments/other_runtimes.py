@@ -152,7 +152,7 @@ def _in_openvino(network: Any, planes: Any, threads: int) -> Callable[[], np.nda
 @contextlib.contextmanager
 def _exported(network: Any, planes: Any) -> Iterator[str]:
     """The path of the network as ONNX, for images of this shape only; it is deleted after."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # it may be mapped
         path = os.path.join(folder, "network.onnx")
         _export(network, planes, path)
         yield path

@@ -163,6 +163,8 @@ def allot(model: Any, image: Any, mac_reduction: float, shares: dict[str, float]
     Raises:
       ValueError: if none does.
     """
+    if not any(shares.values()):
+        raise ValueError("no removal of filters is asked for: all shares are 0")
     dense = dense_macs(model, image)
     order = {link.name: -np.arange(link.conv.out_features, dtype=float) for link in links(model)}
 

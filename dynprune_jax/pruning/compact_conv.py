@@ -117,7 +117,7 @@ class CompactConv(DynamicConv):
         groups = masks_lib.highest(channel_scores, self.kept_count(self.channel_ratio, ranked))
         members = jnp.arange(size, dtype=groups.dtype).reshape((1,) * groups.ndim + (size,))
         kept = groups[..., None] * size + members
-        kept = kept.reshape(*shape[:-3], groups.shape[-1] * size)  # -1 is not for no images
+        kept = kept.reshape(*shape[:-3], groups.shape[-1] * size)  # no images leave no -1 to infer
         return dataclasses.replace(masks, kept_channels=kept)
 
     def _keep(self, scores: Any, ratio: Any, follows: bool = False) -> Any:

@@ -39,7 +39,7 @@ def ratio_ascent(
     """
     if interval_steps < 1:
         raise ValueError(f"interval_steps is {interval_steps}; it must be at least 1")
-    interval_steps = min(interval_steps, 2**31 - 1)  # steps are int32, and none gets there
+    interval_steps = min(interval_steps, 2**31 - 1)  # steps are int32, and no run has so many
 
     def schedule(step):
         rises = jnp.asarray(step // interval_steps, jnp.float32)
