@@ -51,6 +51,8 @@ def other_runtimes(
       notes: a line for each runtime that was left out, and why.
     """
     threads = threads or available_cores()
+    # Without this package OpenVINO tells nobody that it is imported: here it is not asked for.
+    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType, reportCallIssue]  None bars an import
     notes = {name: why for name, needed in _RUNTIMES.items() if (why := _absent(needed))}
     network = None
     if "PyTorch" not in notes:
@@ -80,8 +82,6 @@ def other_runtimes(
 
 def _absent(packages: Sequence[str]) -> str | None:
     """Why the first of these packages that cannot be imported cannot be."""
-    # Without this package OpenVINO tells nobody that it is imported: here it is not asked for.
-    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType, reportCallIssue]  None bars an import
     for package in packages:
         try:
             importlib.import_module(package)
