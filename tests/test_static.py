@@ -8,11 +8,12 @@ from flax import nnx
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import models
-from dynprune_jax.build import training_images
+from dynprune_jax.build import build_dynamic, training_images
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import static as static_lib
-from dynprune_jax.experiments.static import CRITERIA, allot, links, remove_filters, static
+from dynprune_jax.experiments.static import CRITERIA, allot, links, remove_filters, shares, static
+from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs
 from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
@@ -70,6 +71,24 @@ def test_the_allotment_is_the_least_that_reaches_the_reduction(name, reduction):
     assert len(set(ratios.values())) == 1
     less = {name: ratio - 0.02 for name, ratio in ratios.items()}
     assert reached(less) < reduction
+
+
+@pytest.mark.parametrize("kind", ["predicted", "attention"])
+@pytest.mark.parametrize("name", ["vgg_digits", "resnet20"])
+def test_filters_are_allotted_as_the_gates_that_skip_them(config, kind, name):
+    config.static.allotment = "gate"
+    config.gate.kind, config.model, config.gate.layers = kind, name, ("*",)
+    config.gate.channel_ratio, config.gate.column_ratio = (0.25, 0.5, 0.75), ()
+    model, _ = build(name, width=1.0)
+    gates = dynamic_layers(build_dynamic(config, model))
+    for link in links(model):
+        gate, axis = (
+            (gates[link.name], "feature_ratio")
+            if kind == "predicted"
+            else (gates.get(link.reader_name), "channel_ratio")  # none in front of the head
+        )
+        ratio = 0.75 if gate is None else float(getattr(gate, axis)[...])
+        assert shares(config, model)[link.name] == ratio
 
 
 def test_no_allotment_reaches_everything():

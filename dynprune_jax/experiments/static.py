@@ -189,9 +189,10 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     The dense network comes from the dense phase, or from `config.prune.checkpoint`. Filters are
     removed until as many MACs are gone as the config's gates skip, all at once; what is left is
     trained as `config.prune` says. With `config.static.criterion` of `none` nothing is removed.
-    Otherwise every convolution loses the same fraction of its filters, or
-    with `config.static.allotment` of `gate` one in proportion to the channel ratio of the block
-    that reads them. Writes `report.json`.
+    Otherwise every convolution loses the same fraction of its filters, or with
+    `config.static.allotment` of `gate` one in proportion to the channel ratio of the gate that
+    skips them: of its own block where gates are predicted, of the block that reads them where
+    they go by attention. Writes `report.json`.
 
     Returns:
       The content of `report.json`.
@@ -270,7 +271,10 @@ def shares(config: Config, model: Any) -> dict[str, float]:
             "config.static.allotment is 'gate' and config.gate.channel_ratio is"
             f" {given}; give ratios, or choose uniform"
         )
-    return {link.name: given[link.block] for link in links(model)}
+    predicted = config.gate.kind == "predicted"  # then gates are where the filters are
+    return {
+        link.name: given[link.block if predicted else link.reader_block] for link in links(model)
+    }
 
 
 def _filters(link: Link) -> np.ndarray:

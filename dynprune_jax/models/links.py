@@ -17,7 +17,8 @@ class Link:
       name: path of the convolution.
       norm_name: path of its normalization.
       reader_name: path of the layer that reads its outputs.
-      block: index in `model.blocks` of the reader; of the last block where the head reads.
+      block: index in `model.blocks` of the convolution.
+      reader_block: that of the reader; of the last block where the head reads.
       conv: the convolution.
       norm: its normalization.
       reader: the one layer that reads its outputs.
@@ -27,6 +28,7 @@ class Link:
     norm_name: str
     reader_name: str
     block: int
+    reader_block: int
     conv: nnx.Conv
     norm: nnx.BatchNorm
     reader: nnx.Conv | nnx.Linear
@@ -43,8 +45,8 @@ def links(model: Any) -> list[Link]:
     """
     names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
     found = [
-        Link(names[id(conv)], names[id(norm)], names[id(reader)], block, conv, norm, reader)
-        for block, conv, norm, reader in _links(model)
+        Link(names[id(conv)], names[id(norm)], names[id(reader)], *blocks, conv, norm, reader)
+        for blocks, conv, norm, reader in _links(model)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no filters that can leave alone")
@@ -79,7 +81,7 @@ def _unit(unit: Any) -> list[tuple[nnx.Conv, nnx.BatchNorm]]:
     return pairs[strided[-1] + 1 :] if strided else pairs
 
 
-def _links(model: Any) -> Iterator[tuple[int, nnx.Conv, nnx.BatchNorm, Any]]:
+def _links(model: Any) -> Iterator[tuple[tuple[int, int], nnx.Conv, nnx.BatchNorm, Any]]:
     if isinstance(model, VGG):
         units = [
             (index, unit)
@@ -90,12 +92,13 @@ def _links(model: Any) -> Iterator[tuple[int, nnx.Conv, nnx.BatchNorm, Any]]:
         head: Any = model.head
         first = head if isinstance(head, nnx.Linear) else head.layers[0]
         readers = [(index, unit.conv) for index, unit in units[1:]] + [(units[-1][0], first)]
-        for (_, unit), (block, reader) in zip(units, readers, strict=True):
-            yield block, unit.conv, unit.norm, reader
+        for (block, unit), (reader_block, reader) in zip(units, readers, strict=True):
+            yield (block, reader_block), unit.conv, unit.norm, reader
     else:
         for index, block in enumerate(model.blocks):
             for unit in block.layers:
                 for i in (1, 2):
                     reader = getattr(unit, f"conv{i + 1}", None)
                     if reader is not None:
-                        yield index, getattr(unit, f"conv{i}"), getattr(unit, f"norm{i}"), reader
+                        conv, norm = getattr(unit, f"conv{i}"), getattr(unit, f"norm{i}")
+                        yield (index, index), conv, norm, reader
