@@ -270,8 +270,7 @@ class Checkpoints:
         if self._of is not None:
             here, there = self._of, of or {}
             for name in sorted(here):
-                told = name in there or name.startswith("config.")  # older versions told less
-                if told and here[name] != there.get(name):
+                if here[name] != there.get(name):
                     raise UserError(
                         f"{where} is of another run: {name} is {there.get(name)!r} there and"
                         f" {here[name]!r} here"

@@ -1,6 +1,7 @@
 """The command line's flags: a config file, the fields set over it, a workdir and a mode."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -58,12 +59,13 @@ def parse(argv: Sequence[str], modes: Collection[str]) -> tuple[Config, str, str
             raise UserError(f"--{name} is missing; see --help")
     if values.mode not in modes:
         raise UserError(f"--mode is {values.mode!r}; choose one of {', '.join(modes)}")
-    if not Path(values.config.split(":")[0]).is_file():
+    path = os.path.expanduser(values.config)  # a shell leaves the ~ of --config=~/my.py
+    if not Path(path.split(":")[0]).is_file():
         raise UserError(f"--config is {values.config!r}; there is no such file")
-    fields = flatten(_load(values.config, []))
+    fields = flatten(_load(path, []))
     for override in overrides:
         _check_field(override.removeprefix("--config.").split("=")[0], fields)
-    return _load(values.config, overrides), values.workdir, values.mode
+    return _load(path, overrides), values.workdir, values.mode
 
 
 def _check_field(field: str, fields: Collection[str]) -> None:

@@ -264,7 +264,7 @@ def _mean(ratios: Values) -> dict[str, float | None]:
 def _row(
     run: Run, name: str, recent: Sequence[Mapping[str, Any]], schedule: Any, step: int
 ) -> dict[str, Any]:
-    steps = [metrics.get("steps", 1) for metrics in recent]  # older checkpoints lack it
+    steps = [metrics["steps"] for metrics in recent]
     loss, accuracy = (
         float(np.average([metrics[key] for metrics in recent], weights=steps))
         for key in ("loss", "accuracy")

@@ -16,6 +16,7 @@ from conftest import CONFIGS
 from PIL import Image
 
 from dynprune_jax import main as main_module
+from dynprune_jax.flags import parse
 from dynprune_jax.main import MODES, main
 from dynprune_jax.stopping import Stopped
 
@@ -348,6 +349,14 @@ def test_one_command_line_leaves_nothing_for_the_next(tmp_path, capfd):
     empty.write_text("x = 1")
     assert main(["dynprune_jax", f"--config={empty}", f"--workdir={tmp_path / 'out'}"]) == 2
     assert "get_config" in capfd.readouterr().err
+
+
+def test_a_config_in_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves the ~ of --config=~/my.py to the program."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text((CONFIGS / "digits_vgg.py").read_text())
+    argv = ["main.py", "--config=~/mine.py", "--workdir=out", "--config.seed=7"]
+    assert parse(argv, ["train"])[0].seed == 7
 
 
 def test_help_needs_nothing_and_tells_every_mode(capfd):
