@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 import dynprune_jax
+from dynprune_jax import models
 from dynprune_jax.config import check, flatten
+from dynprune_jax.experiments.static import allot
 from dynprune_jax.experiments.study import find_method, read_rows, tables, with_fields
 from dynprune_jax.flags import parse
 from dynprune_jax.main import MODES
@@ -197,9 +199,16 @@ def test_the_table_of_times_is_what_was_measured():
     assert f"another runtime is ahead of it in {ahead} of the {len(rows)} rows" in PAGES
     assert {row["fastest_dense"] for row in rows} == {"best form of each layer"}
     assert all(abs(row["static_mac_reduction"] - row["mac_reduction"]) < 0.005 for row in rows)
-    commits = {row["versions"]["commit"] for row in rows}
-    assert len(commits) == 1
-    assert f"the rows are all of commit {commits.pop()}" in PAGES
+    later = speed("cifar10_vgg16_predicted")[1]
+    commits = [{row["versions"]["commit"] for row in of} for of in (later, rows)]
+    assert len(commits[0]) == 1
+    assert len(commits[1]) == 2
+    assert (
+        "of commit {}, those of predicted gates on VGG16 of {},".format(
+            *(commits[1] - commits[0]), *commits[0]
+        )
+        in PAGES
+    )
     (xeon,) = speed("xeon/imagenet_resnet50")[1]
     assert f"to {fastest(xeon) / xeon['compact_ms']:.2f}× over ONNX Runtime" in PAGES
     for label, name in SPEED.items():
@@ -221,7 +230,7 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
     shown = [r for r in speed("cifar10_vgg16_predicted")[0] if r["batch_size"] == 1]
     again = speed("cifar10_vgg16_predicted_again")[0]
     speedups = [row["speedup"] for row in (*shown, *again)]
-    assert len(speedups) == 10
+    assert len(speedups) == 11
     assert f"between {min(speedups):.2f}× and {max(speedups):.2f}×" in PAGES
     assert f"**the median is {statistics.median(speedups):.2f}×**" in README
     assert f"in the median to {statistics.median(speedups):.2f}×" in PAGES
@@ -344,6 +353,53 @@ def test_the_study_s_claims_are_what_its_runs_say():
         f"the maximum is level ({of('max'):.1f} %)",
     ):
         assert claim in PAGES, claim
+
+
+def test_what_an_allotment_costs_is_what_its_runs_say():
+    gates, own, readers = (
+        accuracies(f"allotment/{folder}", method, 0.65)
+        for folder, method in (
+            ("own_block", "predicted+distillation"),
+            ("own_block", "l1+as_predicted+distillation"),
+            ("reader_block", "l1+as_predicted+distillation"),
+        )
+    )
+    ahead = [own[seed] - gates[seed] for seed in (0, 1, 2)]
+    costs = statistics.mean(own.values()) - statistics.mean(readers.values())
+    behind = statistics.mean(gates.values()) - statistics.mean(readers.values())
+    for claim in (
+        *(
+            f"{statistics.mean(of.values()):.2f} ± {statistics.stdev(of.values()):.2f}"
+            for of in (gates, own, readers)
+        ),
+        f"static pruning is {statistics.mean(ahead):.2f} points ahead of them (by"
+        " {:.2f}, {:.2f} and {:.2f}), level".format(*ahead),
+        f"by the earlier rule it is {behind:.2f} behind",
+        f"costs static pruning {costs:.1f} points, and by today's, the gates' own, it is"
+        f" {statistics.mean(ahead):.1f} ahead",
+    ):
+        assert claim in PAGES, claim
+    model = models.vgg_digits(10, in_channels=3, image_size=16, rngs=nnx.Rngs(0))
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    steep = (0.25, 0.25, 0.9)
+    for block in ("block", "reader_block"):
+        filters = {link.name: link.conv.out_features for link in links(model)}
+        ratios = allot(model, image, 0.65, {x.name: steep[getattr(x, block)] for x in links(model)})
+        kept = [n - int(ratios[name] * n + 1e-6) for name, n in filters.items()]
+        assert f"| {', '.join(map(str, kept))} |" in PAGES
+    assert f"kept of {', '.join(map(str, filters.values()))} |" in PAGES
+    whole = models.vgg16(10, image_size=32, rngs=nnx.Rngs(0))
+    (row,) = (
+        row
+        for row in read_rows(ROOT / "docs" / "results" / "cifar10_vgg16")
+        if (row["method"], row["cut"]) == ("l1+as_predicted+distillation", 0.65) and not row["seed"]
+    )
+    given = row["config"]["gate.channel_ratio"]
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    by_reader = {link.name: given[link.reader_block] for link in links(whole)}
+    ratio = allot(whole, image, row["mac_reduction"], by_reader)["blocks/2/layers/2/conv"]
+    kept = [256 - int(256 * of + 1e-6) for of in (ratio, given[2])]
+    assert "kept {} of 256 filters, where the gates keep {} (".format(*kept) in README
 
 
 def test_what_training_on_does_is_what_its_runs_say():
