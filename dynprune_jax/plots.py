@@ -215,7 +215,7 @@ def macs_distribution_figure(
         f"mean {mean:,.1f} M, dense {dense:,.1f} M{share}",
         fontsize=11,
     )
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 
@@ -306,7 +306,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(color="0.9")
     panels[0].set_ylabel("test accuracy")
-    panels[-1].legend(frameon=False)
+    panels[-1].legend(loc="lower left", frameon=False)
     return figure
 
 
@@ -447,7 +447,7 @@ def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     axes.set_ylabel("speedup over the fastest dense network")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(color="0.9")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     return figure
 
 
