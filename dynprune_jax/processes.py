@@ -80,21 +80,22 @@ def joined() -> Iterator[None]:
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
     watch.start()
+
+    def end_the_watch(seconds_of_process_0: float) -> None:
+        ended.set()
+        # A thread that is in JAX's own code when Python ends takes the process down with it.
+        watch.join(seconds_of_process_0 if leads() else _ENDING_SECONDS)
+
     try:
         yield
         wait_for_all("end of the run")
-        ended.set()
-        if leads():  # with process 0 JAX ends all that are not gone yet
-            watch.join(_LEAVING_SECONDS)
+        end_the_watch(_LEAVING_SECONDS)  # with process 0 JAX ends all that are not gone yet
     except UserError:
-        ended.set()
-        if leads():  # the others may be about to find the same mistake, or be stuck for good
-            watch.join(_ENDING_SECONDS)
+        # The others may be about to find the same mistake, or be stuck for good.
+        end_the_watch(_ENDING_SECONDS)
         raise
     except Stopped:
-        ended.set()
-        if leads():  # all stop at the same step, and process 0 leaves last here too
-            watch.join(_HEARTBEAT_SECONDS)
+        end_the_watch(_HEARTBEAT_SECONDS)  # all stop at the same step, and process 0 leaves last
         raise
     except jax.errors.JaxRuntimeError:
         # Most likely a sum with a process that is gone; who that is, the watch is about to know.
@@ -116,10 +117,13 @@ def _number(name: str) -> int | None:
 
 
 def _watch(ended: threading.Event) -> None:
-    """Ends this process when another is gone; after the run, returns when all others are."""
+    """Ends this process when another is gone; returns after the run, in process 0 as the last."""
     alone = False
     while not alone:
-        time.sleep(_LOOK_SECONDS)
+        if leads():
+            time.sleep(_LOOK_SECONDS)
+        elif ended.wait(_LOOK_SECONDS):
+            return
         try:
             with multihost_utils.live_devices(jax.devices()) as live:
                 alone = {device.process_index for device in live} == {jax.process_index()}
