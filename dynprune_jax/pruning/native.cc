@@ -14,6 +14,9 @@
 // Where an image wants few, that reads nearly every line of the kernel that its kept channels have.
 // So a kernel can come in pairs of a channel and a feature too, all taps of a pair side by side:
 // they are packed together, and what is read is little more than what is multiplied.
+//
+// An image has so few channels that one tap of them is hardly worth fetching the sums for. There a
+// column is a patch: all that one column of the output sees, for a kernel of a single tap.
 
 #include <algorithm>
 #include <atomic>
@@ -53,6 +56,7 @@ constexpr int kLanes = 4, kVectors = 2, kTile = 6;
 constexpr int kAhead = 8;   // rows of the kernel that are fetched before they are multiplied
 constexpr int kPanel = 32;  // native.py lays the kernel out in panels as wide
 constexpr int kHalf = 16;   // panels of wanted features are of one or two of these
+constexpr int kThin = 8;    // channels of a map whose patches are multiplied, at the most
 constexpr int64_t kFew = 1 << 16;  // multiplications that are done before another thread wakes up
 constexpr int kSpins = 200;        // times that a thread yields before it sleeps until others end
 
@@ -79,6 +83,7 @@ struct Convolution {
   int64_t panels;  // that they are computed in, of at most 32 each
   bool pairs;      // how the kernel is laid out
   float* y;
+  std::shared_ptr<const Convolution> whole;  // whose patches are the columns of this one, or null
 
   int64_t taps() const { return kernel_height * kernel_width; }
 };
@@ -116,6 +121,11 @@ struct Ready {
   std::vector<int32_t> landings_down, landings_across;
   std::vector<int32_t> landings;  // of each tile, tap and column: the row of sums, or -1
   std::vector<float> packed;      // of each tile, channel and column
+  // Of patches: the rows of the map that they see with the zeros around them, how far apart two
+  // of those and of their images are, and where each value stands, from a patch's first.
+  std::vector<float> padded;
+  int64_t padded_row, padded_image;
+  std::vector<int32_t> offsets;
 
   int64_t places(const Convolution& c) const { return task.images * task.rows * c.out_width; }
 };
@@ -273,6 +283,50 @@ void FindLandings(int64_t size, int64_t kernel, int64_t stride, int64_t dilation
     }
 }
 
+// Copies what the patches of a task see.
+void FindPatches(const Convolution& whole, Ready& ready) {
+  const Task& task = ready.task;
+  const auto span = [](int64_t count, int64_t stride, int64_t kernel, int64_t dilation) {
+    return (count - 1) * stride + (kernel - 1) * dilation + 1;
+  };
+  const int64_t rows =
+      span(task.rows, whole.stride_down, whole.kernel_height, whole.dilation_down);
+  const int64_t across =
+      span(whole.out_width, whole.stride_across, whole.kernel_width, whole.dilation_across);
+  ready.padded_row = across * whole.channels;
+  ready.padded_image = rows * ready.padded_row;
+  ready.padded.assign(task.images * ready.padded_image, 0.0f);
+  const int64_t first = std::max<int64_t>(0, whole.left);
+  const int64_t count = std::min(across, whole.width + whole.left) - first;
+  for (int64_t i = 0; i < task.images && count > 0; ++i)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = task.row * whole.stride_down - whole.top + row;
+      if (at < 0 || at >= whole.height) continue;
+      const int64_t from = ((task.image + i) * whole.height + at) * whole.width;
+      std::memcpy(ready.padded.data() + i * ready.padded_image + row * ready.padded_row +
+                      first * whole.channels,
+                  whole.x + (from + first - whole.left) * whole.channels,
+                  count * whole.channels * sizeof(float));
+    }
+  ready.offsets.clear();
+  for (int64_t i = 0; i < whole.kernel_height; ++i)
+    for (int64_t j = 0; j < whole.kernel_width; ++j)
+      for (int64_t k = 0; k < whole.channels; ++k)
+        ready.offsets.push_back(i * whole.dilation_down * ready.padded_row +
+                                j * whole.dilation_across * whole.channels + k);
+}
+
+// Where the values of a column, or of a patch, are.
+const float* ColumnValues(const Convolution& c, const Column& column, const Ready& ready) {
+  const Task& task = ready.task;
+  if (c.whole)
+    return ready.padded.data() + column.image * ready.padded_image +
+           (column.row - task.row) * c.whole->stride_down * ready.padded_row +
+           column.across * c.whole->stride_across * c.whole->channels;
+  const int64_t row = (task.image + column.image) * c.height + column.row;
+  return c.x + (row * c.width + column.across) * c.channels;
+}
+
 // Packs the values of a tile, and notes where each tap of each of its columns lands.
 void FillTile(const Convolution& c, const Tile& tile, Ready& ready) {
   const Task& task = ready.task;
@@ -280,8 +334,7 @@ void FillTile(const Convolution& c, const Tile& tile, Ready& ready) {
   int32_t* landings = ready.landings.data() + tile.first * c.taps();
   for (int64_t m = 0; m < tile.columns; ++m) {
     const Column& column = ready.kept[tile.first + m];
-    const int64_t row = (task.image + column.image) * c.height + column.row;
-    columns[m] = c.x + (row * c.width + column.across) * c.channels;
+    columns[m] = ColumnValues(c, column, ready);
     const int32_t* down = ready.landings_down.data() + column.row * c.kernel_height;
     const int32_t* across = ready.landings_across.data() + column.across * c.kernel_width;
     for (int64_t i = 0, tap = 0; i < c.kernel_height; ++i) {
@@ -294,8 +347,9 @@ void FillTile(const Convolution& c, const Tile& tile, Ready& ready) {
       }
     }
   }
-  Of::pack[tile.columns - 1](tile.depth, ready.channels.members.data() + tile.first_channel,
-                             columns, ready.packed.data() + tile.packed);
+  const int32_t* places =
+      c.whole ? ready.offsets.data() : ready.channels.members.data() + tile.first_channel;
+  Of::pack[tile.columns - 1](tile.depth, places, columns, ready.packed.data() + tile.packed);
 }
 
 // Makes a task ready but for the filling of its tiles.
@@ -304,6 +358,7 @@ void Prepare(const Convolution& c, const Task& task, Ready& ready) {
   FindMembers(task, c.channel_mask, c.channels, ready.channels);
   if (c.feature_mask) FindMembers(task, c.feature_mask, c.features, ready.features);
   FindTiles(c, ready);
+  if (c.whole) FindPatches(*c.whole, ready);
   FindLandings(c.height, c.kernel_height, c.stride_down, c.dilation_down, c.top, task.row,
                task.rows, ready.landings_down);
   FindLandings(c.width, c.kernel_width, c.stride_across, c.dilation_across, c.left, 0, c.out_width,
@@ -625,6 +680,19 @@ void RunTogether(ffi::ThreadPool& pool, Convolution c, const Task& task, int64_t
   });
 }
 
+// The same convolution, of patches.
+Convolution OfPatches(const Convolution& whole) {
+  Convolution c = whole;
+  c.whole = std::make_shared<const Convolution>(whole);
+  c.channels = whole.taps() * whole.channels;
+  c.height = whole.out_height, c.width = whole.out_width;
+  c.kernel_height = c.kernel_width = 1;
+  c.stride_down = c.stride_across = c.dilation_down = c.dilation_across = 1;
+  c.top = c.left = 0;
+  c.column_mask = whole.out_column_mask, c.out_column_mask = nullptr;
+  return c;
+}
+
 ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
                     ffi::Buffer<ffi::PRED> channel_mask, ffi::Buffer<ffi::PRED> column_mask,
                     ffi::Buffer<ffi::PRED> feature_mask, ffi::Buffer<ffi::PRED> out_column_mask,
@@ -660,6 +728,8 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   for (int64_t i = 0; c.feature_mask && i < c.batch; ++i)
     c.wanted = std::max(c.wanted, Count(c.feature_mask + i * c.features, c.features));
   c.panels = Parts(c.wanted, kPanel);
+  if (c.channels <= kThin && c.taps() > 1 && !c.channel_mask && !c.column_mask && !c.pairs)
+    c = OfPatches(c);
 
   const int64_t rows = Count(c.channel_mask, c.batch * c.channels) * c.taps();
   const bool few = rows * c.out_height * c.out_width * c.features < kFew;
@@ -714,7 +784,47 @@ ffi::Error Keep(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, int64_t coun
   return ffi::Error::Success();
 }
 
+// Adds up the rows of a kernel, each times its weight; a row whose weight is 0 is not read.
+void AddRows(const float* weights, const float* kernel, int64_t n, int64_t features, float* y) {
+  const auto next = [=](int64_t i) {
+    while (i < n && weights[i] == 0.0f) ++i;
+    return i;
+  };
+  std::fill(y, y + features, 0.0f);
+  for (int64_t i = next(0), soon; i < n; i = soon) {
+    soon = next(i + 1);
+    for (int64_t j = 0; j < (soon < n ? features : 0); j += 16)
+      __builtin_prefetch(kernel + soon * features + j);
+    for (int64_t j = 0; j < features; ++j) y[j] += weights[i] * kernel[i * features + j];
+  }
+}
+
+ffi::Error Weigh(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::F32> kernel,
+                 ffi::ResultBuffer<ffi::F32> y) {
+  const auto rows = weights.dimensions(), size = kernel.dimensions();
+  if (rows.size() != 2 || size.size() != 2 || rows[1] != size[0] ||
+      int64_t(y->element_count()) != rows[0] * size[1])
+    return ffi::Error::InvalidArgument("the sizes of the operands do not fit each other");
+  const int64_t batch = rows[0], n = size[0], features = size[1];
+  if (batch == 0 || n * features == 0) return ffi::Error::Success();
+  const int64_t images = Parts(kFew, n * features);  // of a part that is worth a thread's while
+  ForEach(pool, Parts(batch, images),
+          [=, from = weights.typed_data(), rows = kernel.typed_data(),
+           to = y->typed_data()](int64_t part) {
+            for (int64_t i = part * images; i < std::min(batch, (part + 1) * images); ++i)
+              AddRows(from + i * n, rows, n, features, to + i * features);
+          });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_weigh, Weigh,
+                                         ffi::Ffi::Bind()
+                                             .Ctx<ffi::ThreadPool>()
+                                             .Arg<ffi::Buffer<ffi::F32>>()
+                                             .Arg<ffi::Buffer<ffi::F32>>()
+                                             .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_convolve, Convolve,
                                          ffi::Ffi::Bind()
