@@ -269,7 +269,7 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
             del alone[form]
     if len(alone) == 1:
         return _best_milliseconds(interleaved(alone, 1))
-    times = _best_milliseconds(interleaved(alone, 2, warmup=1))
+    times = _best_milliseconds(interleaved(alone, 2, warmup=0, least=_TURN))
     limit = _HOPELESS * min(times.values())
     hopeful = {form: run for form, run in alone.items() if times[form] <= limit}
     if count > 1:
