@@ -15,6 +15,7 @@ from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, execute, layout, possible
 from dynprune_jax.pruning.geometry import Geometry, repeat_map, repeats
 from dynprune_jax.pruning.masks import Masks
+from dynprune_jax.pruning.native import kernel_panels
 
 # Of up to so many scores, over a batch, `top_k` is the fastest way to choose (on 2 CPU cores).
 _FEW = 8192
@@ -75,12 +76,22 @@ class CompactConv(DynamicConv):
             self.kernel: Any = nnx.static(
                 jax.ShapeDtypeStruct(conv.kernel.shape, conv.kernel.dtype)
             )
+        if self.feature_ratio is not None and native.why_not() is None:
+            self.salience_kernel = nnx.Param(kernel_panels(self.salience_kernel[...][None, None]))
 
     def weigh(self, sums: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
         """The linear layer of the salience; rows for channels of nothing but 0 are not read."""
-        if native.why_not() is not None:
+        if self.salience_kernel[...].ndim == 2:
             return super().weigh(sums)
-        return native.weigh(sums, self.salience_kernel[...])
+        maps = sums.reshape(-1, 1, 1, sums.shape[-1])
+        y = native.kept_conv(
+            maps,
+            self.salience_kernel[...],
+            Masks(maps[:, 0, 0] != 0.0),  # NaN is something
+            Geometry(1, 1, kernel=(1, 1)),
+            features=self.out_features,
+        )
+        return y.reshape(*sums.shape[:-1], self.out_features)
 
     def kept_count(self, ratio: float | None, n: int) -> int:
         """How many of `n` are kept; all of them without a gate."""

@@ -784,47 +784,7 @@ ffi::Error Keep(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, int64_t coun
   return ffi::Error::Success();
 }
 
-// Adds up the rows of a kernel, each times its weight; a row whose weight is 0 is not read.
-void AddRows(const float* weights, const float* kernel, int64_t n, int64_t features, float* y) {
-  const auto next = [=](int64_t i) {
-    while (i < n && weights[i] == 0.0f) ++i;
-    return i;
-  };
-  std::fill(y, y + features, 0.0f);
-  for (int64_t i = next(0), soon; i < n; i = soon) {
-    soon = next(i + 1);
-    for (int64_t j = 0; j < (soon < n ? features : 0); j += 16)
-      __builtin_prefetch(kernel + soon * features + j);
-    for (int64_t j = 0; j < features; ++j) y[j] += weights[i] * kernel[i * features + j];
-  }
-}
-
-ffi::Error Weigh(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::F32> kernel,
-                 ffi::ResultBuffer<ffi::F32> y) {
-  const auto rows = weights.dimensions(), size = kernel.dimensions();
-  if (rows.size() != 2 || size.size() != 2 || rows[1] != size[0] ||
-      int64_t(y->element_count()) != rows[0] * size[1])
-    return ffi::Error::InvalidArgument("the sizes of the operands do not fit each other");
-  const int64_t batch = rows[0], n = size[0], features = size[1];
-  if (batch == 0 || n * features == 0) return ffi::Error::Success();
-  const int64_t images = Parts(kFew, n * features);  // of a part that is worth a thread's while
-  ForEach(pool, Parts(batch, images),
-          [=, from = weights.typed_data(), rows = kernel.typed_data(),
-           to = y->typed_data()](int64_t part) {
-            for (int64_t i = part * images; i < std::min(batch, (part + 1) * images); ++i)
-              AddRows(from + i * n, rows, n, features, to + i * features);
-          });
-  return ffi::Error::Success();
-}
-
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_weigh, Weigh,
-                                         ffi::Ffi::Bind()
-                                             .Ctx<ffi::ThreadPool>()
-                                             .Arg<ffi::Buffer<ffi::F32>>()
-                                             .Arg<ffi::Buffer<ffi::F32>>()
-                                             .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynprune_convolve, Convolve,
                                          ffi::Ffi::Bind()

@@ -27,7 +27,7 @@ from dynprune_jax.pruning.geometry import Geometry
 from dynprune_jax.pruning.masks import Masks
 
 _SOURCE = Path(__file__).with_name("native.cc")
-_TARGETS = ("dynprune_convolve", "dynprune_keep", "dynprune_weigh")
+_TARGETS = ("dynprune_convolve", "dynprune_keep")
 _PANEL = 32  # features side by side, as in the source
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 300  # seconds
@@ -118,21 +118,6 @@ def keep_highest(scores: Float[Array, "*batch n"], count: int) -> Bool[Array, "*
         "dynprune_keep", jax.ShapeDtypeStruct(flat.shape, bool), vmap_method="sequential"
     )
     return call(flat, count=np.int64(count)).reshape(scores.shape)
-
-
-def weigh(
-    weights: Float[Array, "*batch n"], kernel: Float[Array, "n features"]
-) -> Float[Array, "*batch features"]:
-    """The product `weights @ kernel`, which reads no row of the kernel whose weight is 0.
-
-    Raises:
-      RuntimeError: with the reason, if `why_not` has one.
-    """
-    _demand()
-    flat = weights.astype(jnp.float32).reshape(-1, weights.shape[-1])
-    shape = jax.ShapeDtypeStruct((flat.shape[0], kernel.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call("dynprune_weigh", shape, vmap_method="sequential")
-    return call(flat, kernel.astype(jnp.float32)).reshape(*weights.shape[:-1], kernel.shape[1])
 
 
 def _demand() -> None:
