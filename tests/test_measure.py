@@ -257,6 +257,17 @@ def test_counts_that_do_not_leave_the_model_are_told(call):
         measure(model, jnp.ones((2, 6, 6, 8)))
 
 
+def test_stacked_layers_are_told():
+    def stacked(conv, x):
+        return nnx.scan(lambda c, x: c(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(conv, x)
+
+    model = Within(stacked, nnx.Rngs(0))
+    make = nnx.vmap(lambda key: nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(key)))
+    model.conv = make(jax.random.split(jax.random.key(0), 3))
+    with pytest.raises(ValueError, match=r"conv sees maps of the shape \(3, 2\) .* are stacked"):
+        measure(model, jnp.ones((2, 6, 6, 8)))
+
+
 @pytest.mark.parametrize("make", [lambda model: model, lambda model: make_dynamic(model, 0.5)])
 def test_what_nnx_cannot_take_out_is_told(make, monkeypatch):
     """JAX tells of it with pytrees of something else than arrays, which no annotation allows."""

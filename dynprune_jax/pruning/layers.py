@@ -224,7 +224,7 @@ def select(model: nnx.Module, layers: Layers) -> list[str]:
         if not named and not inner:
             raise ValueError(
                 f"{type(model).__name__} has no 2-D nnx.Conv with more than {_IMAGE_CHANNELS}"
-                " input channels"
+                " input channels (of layers that are stacked, as by nnx.vmap, none can get a gate)"
             )
         chosen = set(named).union(*(matches(p, inner) for p in patterns if p not in named))
     return [name for name in convs if name in chosen]

@@ -87,7 +87,8 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         if layer.kept_channels.shape != batch:
             raise ValueError(
                 f"{layer.name} sees maps of the shape {layer.kept_channels.shape} for {batch[0]}"
-                " images; measure counts per image and needs one map for each"
+                " images; measure counts per image and needs one map for each, and layers of their"
+                " own where several are stacked (as nnx.scan takes them)"
             )
     of_layers = sum(layer.dense_macs for layer in layers)
     # Without the gates: their products are their own cost, and no part of the network's.
