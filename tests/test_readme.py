@@ -240,6 +240,25 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
         assert f"({min(times):.1f} to {max(times):.1f} ms)" in PAGES
 
 
+def test_the_curve_of_speedups_is_what_was_measured():
+    rows = speed("cifar10_vgg16")[0]
+    times = [(row["channel_ratio"][0], row["compact_ms"] / row["fastest_dense_ms"]) for row in rows]
+    light = [
+        time
+        for row, (ratio, time) in zip(rows, times, strict=True)
+        if row["batch_size"] < 64 and ratio in (0.05, 0.1)
+    ]
+    assert "At ratios up to .1 nothing is gained at batches of 1 and 8." in PAGES
+    assert min(light) > 0.98
+    table, curve = (speed(f"cifar10_vgg16{of}")[1][0]["speedup"] for of in ("_channels", ""))
+    assert f"{table:.2f}× in the table's run, {curve:.2f}× in the curve's" in PAGES
+    mild = [time for ratio, time in times if ratio in (0.0, 0.05, 0.1, 0.25)]
+    assert len(mild) == 4 * 3
+    assert f"took between {min(mild):.2f} and {max(mild):.3f} times the fastest dense" in PAGES
+    apart = max(abs(time - 1) for ratio, time in times if ratio == 0.0)
+    assert f"are the same program, and differ by up to {100 * apart:.0f} %:" in PAGES
+
+
 def test_the_price_of_choosing_anew_is_what_was_measured():
     rows = [row for name in SPEED.values() for row in speed(name)[1]]
     for way in ("random_masks_ms", "static_ms"):
