@@ -120,6 +120,33 @@ def test_it_divides_the_work_of_any_shape(shape, features):
 
 
 @needs_compiler
+@settings(max_examples=30)
+@given(st.data())
+def test_a_kernel_of_one_tap_equals_the_dense_convolution_too(data):
+    """Its sums are the output itself, if every place of that gets a column.
+
+    Some panels are of 32 features and the last one is not; images come one or several at a time.
+    """
+    draw = data.draw
+    batch, channels = draw(st.sampled_from([1, 2, 20])), draw(st.sampled_from([1, 16, 50]))
+    height, width = draw(st.integers(1, 30)), draw(st.integers(1, 30))
+    strides = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    padding = tuple((draw(st.integers(0, 1)), draw(st.integers(0, 1))) for _ in range(2))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    x = jnp.asarray(rng.normal(size=(batch, height, width, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(1, 1, channels, 70)), jnp.float32)
+    out = dense(x[:1], kernel, strides, (1, 1), padding).shape[1:3]
+    shapes = [(channels,), (height, width), out]
+    channel_mask, column_mask, out_column_mask = (
+        jnp.asarray(rng.random((batch, *shape)) < 0.5) if draw(st.booleans()) else None
+        for shape in shapes
+    )
+    kept = masks.Masks(channel_mask, column_mask, out_columns=out_column_mask)
+    y, reference = native_and_dense(x, kernel, kept, strides, (1, 1), padding)
+    np.testing.assert_allclose(y, reference, rtol=1e-5, atol=1e-5 * max(1, abs(reference).max()))
+
+
+@needs_compiler
 def test_a_kernel_in_pairs_is_for_features():
     kernel = native.kernel_pairs(jnp.ones((3, 3, 2, 4)))
     assert kernel.shape == (4, 2, 9)

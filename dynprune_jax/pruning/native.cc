@@ -16,7 +16,8 @@
 // they are packed together, and what is read is little more than what is multiplied.
 //
 // An image has so few channels that one tap of them is hardly worth fetching the sums for. There a
-// column is a patch: all that one column of the output sees, for a kernel of a single tap.
+// column is a patch: all that one column of the output sees, for a kernel of a single tap. Such a
+// kernel needs no sums at all: what it multiplies is what comes out.
 
 #include <algorithm>
 #include <atomic>
@@ -130,16 +131,19 @@ struct Ready {
   int64_t places(const Convolution& c) const { return task.images * task.rows * c.out_width; }
 };
 
-// Adds the product of a tile of M columns with V vectors of rows of the kernel to M rows of sums.
+// Adds the product of a tile of M columns with V vectors of rows of the kernel to M rows of sums,
+// or sets the sums to it.
 template <int M, int V>
 void MultiplyPart(int64_t depth, const float* __restrict tile, const float* __restrict kernel,
-                  const int32_t* __restrict rows, float* const* sums, int part, int64_t next) {
-  Vector total[M][V];
+                  const int32_t* __restrict rows, float* const* sums, bool adds, int part,
+                  int64_t next) {
+  Vector total[M][V] = {};
+  if (adds)
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * kLanes);
+      for (int v = 0; v < V; ++v)
+        total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * kLanes);
   for (int64_t k = 0; k < depth; ++k) {
     const float* row = kernel + int64_t{rows[k]} * kPanel + part;
     // Of rows that are picked out, the processor cannot guess the next by itself.
@@ -168,25 +172,71 @@ void MultiplyPart(int64_t depth, const float* __restrict tile, const float* __re
 // The same with the first `width` features of the rows.
 template <int M>
 void Multiply(int64_t depth, int64_t width, const float* tile, const float* kernel,
-              const int32_t* rows, float* const* sums, int64_t next) {
+              const int32_t* rows, float* const* sums, bool adds, int64_t next) {
   int part = 0;
   for (; part + kLanes < width; part += kVectors * kLanes)
-    MultiplyPart<M, kVectors>(depth, tile, kernel, rows, sums, part, next);
-  if (part < width) MultiplyPart<M, 1>(depth, tile, kernel, rows, sums, part, next);
+    MultiplyPart<M, kVectors>(depth, tile, kernel, rows, sums, adds, part, next);
+  if (part < width) MultiplyPart<M, 1>(depth, tile, kernel, rows, sums, adds, part, next);
 }
 
+#if defined(__AVX512F__)
+// Transposes sixteen vectors: in pairs, then fours, then between the quarters of the vectors.
+inline void Transpose(__m512 (&v)[16]) {
+  __m512 fours[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const auto pair = [&](bool high, int j) {
+      const __m512 a = v[i + j], b = v[i + j + 1];
+      return _mm512_castps_pd(high ? _mm512_unpackhi_ps(a, b) : _mm512_unpacklo_ps(a, b));
+    };
+    const __m512d a = pair(false, 0), b = pair(true, 0), c = pair(false, 2), d = pair(true, 2);
+    fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    fours[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    fours[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    fours[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters of two vectors
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], kEven);
+    const __m512 b = _mm512_shuffle_f32x4(fours[i], fours[i + 4], kOdd);
+    const __m512 c = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], kEven);
+    const __m512 d = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], kOdd);
+    v[i] = _mm512_shuffle_f32x4(a, c, kEven);
+    v[i + 4] = _mm512_shuffle_f32x4(b, d, kEven);
+    v[i + 8] = _mm512_shuffle_f32x4(a, c, kOdd);
+    v[i + 12] = _mm512_shuffle_f32x4(b, d, kOdd);
+  }
+}
+#endif
+
+// Packs some channels, in rising order, of the columns of a tile: those of a channel side by side.
 template <int M>
 void Pack(int64_t depth, const int32_t* channels, const float* const* columns, float* tile) {
-  for (int64_t k = 0; k < depth; ++k)
+  for (int64_t k = 0; k < depth; ++k, tile += M) {
+#if defined(__AVX512F__)
+    // Sixteen that are neighbours, as they all are where none is left out, go together.
+    for (; k + 16 <= depth && channels[k + 15] - channels[k] == 15; k += 16) {
+      __m512 v[16] = {};
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) tile[k * M + m] = columns[m][channels[k]];
+      for (int m = 0; m < M; ++m) v[m] = _mm512_loadu_ps(columns[m] + channels[k]);
+      Transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i, tile += M)
+        _mm512_mask_storeu_ps(tile, __mmask16((1 << M) - 1), v[i]);
+    }
+    if (k == depth) break;
+#endif
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) tile[m] = columns[m][channels[k]];
+  }
 }
 
 // Both for each number of columns that a tile can have.
 template <int... M>
 struct ForTiles {
   static constexpr void (*multiply[])(int64_t, int64_t, const float*, const float*, const int32_t*,
-                                      float* const*, int64_t) = {Multiply<M + 1>...};
+                                      float* const*, bool, int64_t) = {Multiply<M + 1>...};
   static constexpr void (*pack[])(int64_t, const int32_t*, const float* const*,
                                   float*) = {Pack<M + 1>...};
 };
@@ -233,6 +283,13 @@ bool Reached(int64_t from, int64_t kernel, int64_t stride, int64_t dilation) {
   for (int64_t tap = 0; tap < kernel; ++tap)
     if (tap * dilation % stride == from) return true;
   return false;
+}
+
+// How many of the rows (or positions across), of as many as the stride, any tap reaches.
+int64_t CountReached(int64_t kernel, int64_t stride, int64_t dilation) {
+  int64_t reached = 0;
+  for (int64_t from = 0; from < stride; ++from) reached += Reached(from, kernel, stride, dilation);
+  return reached;
 }
 
 // The kept columns that reach the rows of a task, in tiles.
@@ -490,14 +547,22 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
   thread_local std::vector<int32_t> order;  // 0, 1, 2, ...: packed rows are not picked out
   const Task& task = ready.task;
   const int64_t taps = c.taps(), nowhere = ready.places(c);
-  buffer.resize((nowhere + 1) * kPanel);
+  const int64_t low = index * kPanel, high = std::min(low + kPanel, c.features);
+  float* const y = c.y + (task.image * c.out_height + task.row) * c.out_width * c.features;
+  // Where each place gets one tap of one column, the output itself takes the sums.
+  const auto landed = [&] {
+    return std::count_if(ready.landings.begin(), ready.landings.end(),
+                         [](int32_t landing) { return landing >= 0; });
+  };
+  const bool once =
+      taps == 1 && !c.feature_mask && high - low == kPanel && landed() == nowhere;
+  buffer.resize(((once ? 0 : nowhere) + 1) * kPanel);
   float* sums = buffer.data();
-  std::memset(sums, 0, nowhere * kPanel * sizeof(float));
+  if (!once) std::memset(sums, 0, nowhere * kPanel * sizeof(float));
   if (c.feature_mask) {
     packed.resize(((c.pairs ? taps : 1) * c.channels + 1) * kPanel);
     for (int64_t k = order.size(); k < c.channels + kAhead; ++k) order.push_back(k);
   }
-  const int64_t low = index * kPanel, high = std::min(low + kPanel, c.features);
   Panel panel{nullptr, high - low, low, high};
   int64_t image;  // that `panel` is of, and what is packed
 
@@ -513,14 +578,17 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
     bool any = false;
     for (int64_t m = 0; m < tile.columns; ++m) {
       any |= landing[m] >= 0;
-      rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
+      if (once)
+        rows[m] = landing[m] < 0 ? sums : y + landing[m] * c.features + low;
+      else
+        rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
     }
     return any;
   };
   const auto multiply = [&](const Tile& tile, const float* kernel, const int32_t* channels,
                             int64_t next) {
     Of::multiply[tile.columns - 1](tile.depth, panel.width, ready.packed.data() + tile.packed,
-                                   kernel, channels, rows, next);
+                                   kernel, channels, rows, !once, next);
   };
   const auto channels = [&](const Tile& tile) {
     return ready.channels.members.data() + tile.first_channel;
@@ -551,12 +619,12 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
       }
     }
   }
+  if (once) return;
   const int64_t places = task.rows * c.out_width;
   for (int64_t i = 0; i < task.images; ++i) {
     if (c.feature_mask) panel = FindPanel(c, ready, i, index);
-    const int64_t row = (task.image + i) * c.out_height + task.row;
-    float* y = c.y + row * c.out_width * c.features;
-    WriteSums(sums + i * places * kPanel, places, panel, c.features, y);
+    // A task of several images has all their rows.
+    WriteSums(sums + i * places * kPanel, places, panel, c.features, y + i * places * c.features);
   }
 }
 
@@ -572,7 +640,10 @@ int64_t Mean(const bool* mask, int64_t batch, int64_t n) {
 // There are fewer than threads only for few images of few rows.
 std::vector<Task> Divide(const Convolution& c, int64_t threads) {
   const int64_t depth = Mean(c.channel_mask, c.batch, c.channels);
-  const int64_t columns = Mean(c.column_mask, c.batch, c.height * c.width);
+  const int64_t reached = CountReached(c.kernel_height, c.stride_down, c.dilation_down) *
+                          CountReached(c.kernel_width, c.stride_across, c.dilation_across);
+  const int64_t columns = Parts(Mean(c.column_mask, c.batch, c.height * c.width) * reached,
+                                c.stride_down * c.stride_across);
   const int64_t image_bytes = 4 * (columns * depth + c.out_height * c.out_width * kPanel);
   const int64_t pieces = Parts(image_bytes, CacheBytes());
   int64_t images = 1, bands = 1;
@@ -585,7 +656,11 @@ std::vector<Task> Divide(const Convolution& c, int64_t threads) {
   } else {
     // A map of few rows is left whole, as its kernel is the larger: features are divided then.
     const int64_t share = Parts(threads, c.batch), few = c.kernel_height > 1 ? 16 : 8;
-    const bool whole = pieces == 1 && c.panels >= share && c.out_height < few * share;
+    // So that no thread has far more of them than another, there must be enough to divide.
+    const int64_t units = c.feature_mask ? Parts(c.wanted, kHalf) : c.panels;
+    const bool even = 8 * units >= 7 * share * Parts(units, share) || c.out_height < 8 * share;
+    const bool whole =
+        pieces == 1 && c.panels >= share && even && c.out_height < few * share;
     bands = whole ? 1 : std::min(Parts(pieces, share) * share, c.out_height);
   }
   std::vector<Task> tasks;
