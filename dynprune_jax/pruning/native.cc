@@ -61,7 +61,10 @@ constexpr int kThin = 8;    // channels of a map whose patches are multiplied, a
 constexpr int64_t kFew = 1 << 16;  // multiplications that are done before another thread wakes up
 constexpr int kSpins = 200;        // times that a thread yields before it sleeps until others end
 
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+template <int Lanes>
+struct VectorOf {
+  typedef float Type __attribute__((vector_size(4 * Lanes), aligned(4), may_alias));
+};
 
 // Bytes that the tiles and sums of a task may take: a share of the second level cache.
 int64_t CacheBytes() {
@@ -131,32 +134,33 @@ struct Ready {
   int64_t places(const Convolution& c) const { return task.images * task.rows * c.out_width; }
 };
 
-// Adds the product of a tile of M columns with V vectors of rows of the kernel to M rows of sums,
-// or sets the sums to it.
-template <int M, int V>
+// Adds the product of a tile of M columns with V vectors of the kernel's rows to M rows of sums, or
+// sets the sums to it.
+template <int M, int V, int Lanes>
 void MultiplyPart(int64_t depth, const float* __restrict tile, const float* __restrict kernel,
                   const int32_t* __restrict rows, float* const* sums, bool adds, int part,
                   int64_t next) {
+  using Vector = typename VectorOf<Lanes>::Type;
   Vector total[M][V] = {};
   if (adds)
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v)
-        total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * kLanes);
+        total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * Lanes);
   for (int64_t k = 0; k < depth; ++k) {
     const float* row = kernel + int64_t{rows[k]} * kPanel + part;
     // Of rows that are picked out, the processor cannot guess the next by itself.
     const float* soon = kernel + int64_t{rows[k + kAhead]} * kPanel + part;
     __builtin_prefetch(soon);
-    if (V * kLanes > 16) __builtin_prefetch(soon + 16);
+    if (V * Lanes > 16) __builtin_prefetch(soon + 16);
     if (next) {
       __builtin_prefetch(row + next, 0, 2);
-      if (V * kLanes > 16) __builtin_prefetch(row + next + 16, 0, 2);
+      if (V * Lanes > 16) __builtin_prefetch(row + next + 16, 0, 2);
     }
     Vector weights[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weights[v] = *reinterpret_cast<const Vector*>(row + v * kLanes);
+    for (int v = 0; v < V; ++v) weights[v] = *reinterpret_cast<const Vector*>(row + v * Lanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -166,7 +170,7 @@ void MultiplyPart(int64_t depth, const float* __restrict tile, const float* __re
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      *reinterpret_cast<Vector*>(sums[m] + part + v * kLanes) = total[m][v];
+      *reinterpret_cast<Vector*>(sums[m] + part + v * Lanes) = total[m][v];
 }
 
 // The same with the first `width` features of the rows.
@@ -174,9 +178,14 @@ template <int M>
 void Multiply(int64_t depth, int64_t width, const float* tile, const float* kernel,
               const int32_t* rows, float* const* sums, bool adds, int64_t next) {
   int part = 0;
-  for (; part + kLanes < width; part += kVectors * kLanes)
-    MultiplyPart<M, kVectors>(depth, tile, kernel, rows, sums, adds, part, next);
-  if (part < width) MultiplyPart<M, 1>(depth, tile, kernel, rows, sums, adds, part, next);
+  // Of the widest vectors the last may be half empty, and half of one takes half the time.
+  constexpr int kLess = kLanes > 8 ? kLanes / 2 : 0;
+  for (; part + kLanes + kLess < width; part += kVectors * kLanes)
+    MultiplyPart<M, kVectors, kLanes>(depth, tile, kernel, rows, sums, adds, part, next);
+  for (; part + kLess < width; part += kLanes)
+    MultiplyPart<M, 1, kLanes>(depth, tile, kernel, rows, sums, adds, part, next);
+  if (part < width)
+    MultiplyPart<M, 1, kLanes / 2>(depth, tile, kernel, rows, sums, adds, part, next);
 }
 
 #if defined(__AVX512F__)
