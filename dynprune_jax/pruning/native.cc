@@ -563,8 +563,7 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
     return std::count_if(ready.landings.begin(), ready.landings.end(),
                          [](int32_t landing) { return landing >= 0; });
   };
-  const bool once =
-      taps == 1 && !c.feature_mask && high - low == kPanel && landed() == nowhere;
+  const bool once = taps == 1 && !c.feature_mask && high - low == kPanel && landed() == nowhere;
   buffer.resize(((once ? 0 : nowhere) + 1) * kPanel);
   float* sums = buffer.data();
   if (!once) std::memset(sums, 0, nowhere * kPanel * sizeof(float));
@@ -668,8 +667,7 @@ std::vector<Task> Divide(const Convolution& c, int64_t threads) {
     // So that no thread has far more of them than another, there must be enough to divide.
     const int64_t units = c.feature_mask ? Parts(c.wanted, kHalf) : c.panels;
     const bool even = 8 * units >= 7 * share * Parts(units, share) || c.out_height < 8 * share;
-    const bool whole =
-        pieces == 1 && c.panels >= share && even && c.out_height < few * share;
+    const bool whole = pieces == 1 && c.panels >= share && even && c.out_height < few * share;
     bands = whole ? 1 : std::min(Parts(pieces, share) * share, c.out_height);
   }
   std::vector<Task> tasks;
