@@ -107,16 +107,14 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
                 predict_channels, links=reads, salience_scales=config.gate.salience_scales
             )
         else:
-            surgery = functools.partial(
-                make_dynamic,
-                channel_group=config.gate.channel_group,
-                column_patch=config.gate.column_patch,
-            )
+            surgery = make_dynamic
         return surgery(
             model,
             **ratios,
             layers=config.gate.layers,
             column_blocks=column_blocks(model) if config.gate.block_columns else (),
+            channel_group=config.gate.channel_group,
+            column_patch=config.gate.column_patch,
             statistic=STATISTICS[config.gate.statistic],
             criterion=CRITERIA[criterion or config.gate.criterion],
             drop_probability=config.gate.drop_probability,

@@ -343,13 +343,6 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 def _check_combinations(config: Config) -> None:
     if not config.gate.layers:
         raise UserError("config.gate.layers is (); give a pattern of layer names, such as ('*',)")
-    if config.gate.kind == "predicted":
-        for field in ("channel_group", "column_patch"):
-            if config.gate[field] != 1:
-                raise UserError(
-                    f"config.gate.{field} is {config.gate[field]}; with gates of the kind"
-                    " predicted it must be 1"
-                )
     patch, side = config.gate.column_patch, config.data.image_size
     if any(config.gate.column_ratio) and patch > 1 and patch >= side:
         raise UserError(

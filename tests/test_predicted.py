@@ -9,7 +9,6 @@ from test_compact import mixed_plan
 
 from dynprune_jax import compact, measure, models
 from dynprune_jax.build import build_dynamic
-from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
 from dynprune_jax.pruning import plan as plan_lib
@@ -37,7 +36,7 @@ def reads(model):
     return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
 
 
-def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, salience_scales=True):
+def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, **options):
     """A model with norms as after some training, the same with predicted gates, and images."""
     factory, side, channels = FACTORIES[name]
     model = factory(10, image_size=side, in_channels=channels, width=0.25, rngs=nnx.Rngs(0))
@@ -54,7 +53,7 @@ def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, salience_
         reads(model),
         column_ratio,
         column_blocks=blocks,
-        salience_scales=salience_scales,
+        **options,
     )
     for i, layer in enumerate(dynamic_layers(dynamic).values()):
         if layer.feature_ratio is not None:  # saliences that differ from input to input
@@ -65,9 +64,10 @@ def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, salience_
     return model, dynamic, jax.random.normal(key, (3, side, side, channels))
 
 
-def test_a_unit_is_the_slow_reference():
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_unit_is_the_slow_reference(group):
     """One convolution, norm and relu of each image, its outputs chosen by hand."""
-    _, dynamic, _ = predicted("vgg")
+    _, dynamic, _ = predicted("vgg", channel_group=group)
     unit = dynamic.blocks[0].layers[1]
     x = jax.random.normal(jax.random.key(2), (3, 8, 8, 8))
     x = x.at[..., 5:].set(0.0)  # what the gate in front would have left out
@@ -78,9 +78,11 @@ def test_a_unit_is_the_slow_reference():
     for image in range(3):
         means = np.abs(np.asarray(x[image])).mean(axis=(0, 1))
         salience = np.maximum(means / np.sqrt(8) @ kernel + bias, 0)
-        wanted = np.argsort(-salience, kind="stable")[: 8 - int(0.4 * 8)]
+        groups = 8 // group
+        of_groups = [salience[group * i : group * (i + 1)].mean() for i in range(groups)]
+        kept = np.argsort(-np.asarray(of_groups), kind="stable")[: groups - int(0.4 * groups)]
         expected = np.zeros_like(dense[image])
-        for f in wanted:
+        for f in (group * i + j for i in kept for j in range(group)):
             y = (dense[image, ..., f] - norm.mean[f]) / np.sqrt(norm.var[f] + norm.epsilon)
             y = (y * norm.scale[f] + norm.bias[f]) * salience[f]
             expected[..., f] = np.maximum(y, 0)
@@ -95,17 +97,19 @@ def test_nan_is_not_skipped():
         assert np.isnan(layer.salience(x)).all()
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet20"])
-def test_readers_lose_nothing(name):
+@pytest.mark.parametrize(("name", "group"), [("vgg", 1), ("resnet20", 1), ("vgg", 4)])
+def test_readers_lose_nothing(name, group):
     """What a reader skips is zero: with the readers' own gates open the answers are the same."""
-    _, dynamic, images = predicted(name)
+    _, dynamic, images = predicted(name, channel_group=group)
     logits, usage = measure(dynamic, images)
     by_name = {layer.name: layer for layer in usage.layers}
     model_links = links(dynamic)
     for link in model_links:
         features = np.asarray(by_name[link.name].masks.features)
-        n = features.shape[1]
-        np.testing.assert_array_equal(features.sum(axis=1), n - int(0.4 * n + 1e-6))
+        of_groups = features.reshape(len(images), -1, group)
+        np.testing.assert_array_equal(of_groups.any(axis=2), of_groups.all(axis=2))
+        n = of_groups.shape[1]
+        np.testing.assert_array_equal(features.sum(axis=1), group * (n - int(0.4 * n + 1e-6)))
         if isinstance(link.reader, DynamicConv):
             np.testing.assert_array_equal(
                 by_name[link.reader_name].kept_channels, features.sum(axis=1)
@@ -156,11 +160,18 @@ def test_it_starts_as_a_model_with_plain_norms_and_dead_filters():
 
 
 @pytest.mark.parametrize(
-    ("name", "column_ratio", "block_columns"),
-    [("vgg", None, False), ("resnet20", 0.3, False), ("vgg", 0.3, True), ("resnet20", 0.3, True)],
+    ("name", "column_ratio", "block_columns", "sizes"),
+    [
+        ("vgg", None, False, {}),
+        ("resnet20", 0.3, False, {}),
+        ("vgg", 0.3, True, {}),
+        ("resnet20", 0.3, True, {}),
+        ("vgg", None, False, {"channel_group": 8}),
+        ("vgg", 0.3, True, {"channel_group": 2, "column_patch": 2}),
+    ],
 )
-def test_compact_equals_masked(name, column_ratio, block_columns):
-    _, dynamic, images = predicted(name, 0.4, column_ratio, block_columns)
+def test_compact_equals_masked(name, column_ratio, block_columns, sizes):
+    _, dynamic, images = predicted(name, 0.4, column_ratio, block_columns, **sizes)
     expected = nnx.jit(dynamic)(images)
     fast = compact(dynamic, images, plan=mixed_plan(dynamic))
     np.testing.assert_allclose(nnx.jit(fast)(images), expected, rtol=1e-4, atol=1e-4)
@@ -365,13 +376,16 @@ class Other(nnx.Conv):
     """It may compute something else."""
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 8, None])
-def test_a_reader_that_cannot_skip_single_channels_loses_nothing(groups):
+@pytest.mark.parametrize(
+    ("groups", "together"), [(1, 1), (2, 1), (4, 1), (8, 1), (None, 1), (1, 2), (8, 2)]
+)
+def test_a_reader_that_cannot_skip_single_channels_loses_nothing(groups, together):
     """Of groups of several channels: the wanted ones are spread over all. Or not known to us."""
     chain = Chain(groups or 1)
     if groups is None:
         chain.reader = Other(8, 8, (3, 3), rngs=nnx.Rngs(0))
-    model = predict_channels(chain, 0.5, {"conv": ("norm", "reader")})
+    links = {"conv": ("norm", "reader")}
+    model = predict_channels(chain, 0.4, links, channel_group=together)
     model.eval()
     x = jax.random.normal(jax.random.key(0), (3, 6, 6, 8))
     logits, usage = measure(model, x)
@@ -379,7 +393,8 @@ def test_a_reader_that_cannot_skip_single_channels_loses_nothing(groups):
     if groups is None:
         assert usage.other_macs == 36 * 72 * 8
     else:
-        assert usage.layers[1].kept_channels.tolist() == [4 if skips else 8] * 3
+        kept = {1: 5, 2: 6}[together]  # 5 of 8 channels, or 3 of 4 pairs
+        assert usage.layers[1].kept_channels.tolist() == [kept if skips else 8] * 3
     if skips:
         model.reader.channel_ratio = PruneRatio(jnp.float32(0.0))
     np.testing.assert_array_equal(model(x), logits)
@@ -474,6 +489,8 @@ def test_surgery_says_what_it_cannot_do():
     ):
         with pytest.raises(ValueError, match=r"blocks/0/layers/./conv has a predicted gate, or"):
             again()
+    with pytest.raises(ValueError, match=r"channel_group is 32, .* at most 32: no channel"):
+        predict_channels(model, 0.5, reads(model), channel_group=32)
     for nothing in (None, (None, None, None)):
         with pytest.raises(ValueError, match="give channel_ratio"):
             predict_channels(model, nothing, reads(model))
@@ -533,9 +550,9 @@ def test_a_run_with_predicted_gates(config, tmp_path):
         assert len(gates) == 7
         assert all(np.any(gate.salience_kernel[...]) == chooses for gate in gates)
         fresh = _choosing(fresh)
-    config.gate.channel_group = 2
-    with pytest.raises(UserError, match=r"config\.gate\.channel_group is 2"):
-        train_and_evaluate(config, tmp_path / "other")
+    config.gate.channel_group, config.gate.column_patch = 8, 2
+    gates = dynamic_layers(build_dynamic(config, trained)).values()
+    assert {(gate.channel_group, gate.column_patch) for gate in gates} == {(8, 2)}
 
 
 def test_folding_minds_no_earlier_call_and_no_norm_of_another_kind():

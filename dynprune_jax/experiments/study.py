@@ -66,6 +66,7 @@ METHODS = {
     # The patterns of a config are those of the convolutions with a gate in front.
     "predicted": Method("dynamic, predicted", {"gate.kind": "predicted", "gate.layers": ("*",)}),
     "unscaled": Method("whose salience only ranks", {"gate.salience_scales": False}),
+    "groups": Method("channels in groups of 8", {"gate.channel_group": 8}),
     "l1": Method("static, L1 norm", {"static.criterion": "l1"}, static),
     "geometric_median": Method(
         "static, geometric median", {"static.criterion": "geometric_median"}, static

@@ -145,6 +145,7 @@ class CompactConv(DynamicConv):
             masks = dataclasses.replace(masks, columns=None)
         height, width = x.shape[1:3]
         group, patch = self.group_size(channels), self.patch_side(height, width) ** 2
+        together = self.feature_group
         bias = None if self.bias is None else self.bias[...]
         x, weights, bias = self.promote_dtype((x, self.weights[...], bias), dtype=self.dtype)
         y = execute(
@@ -156,7 +157,8 @@ class CompactConv(DynamicConv):
             features=self.out_features,
             kept_channels=group * self.kept_count(self.channel_ratio, channels // group),
             kept_columns=patch * self.kept_count(self.column_ratio, height * width // patch),
-            wanted_features=self.kept_count(self.feature_ratio, self.out_features),
+            wanted_features=together
+            * self.kept_count(self.feature_ratio, self.out_features // together),
             group_size=group,
             precision=self.precision,
         )

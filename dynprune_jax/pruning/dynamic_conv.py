@@ -65,8 +65,8 @@ class DynamicConv(nnx.Conv):
       channel_ratio: prune ratio over channels in [0, 1), or None for no gate on channels.
       column_ratio: prune ratio over columns in [0, 1), or None for no gate on columns.
       feature_ratio: prune ratio over output channels in [0, 1), or None to compute them all.
-      channel_group: channels in a group; the largest divisor of the channels up to that is
-        taken. A grouped convolution has its own.
+      channel_group: channels in a group, of the input and of the output; the largest divisor of
+        the channels up to that is taken. A grouped convolution has its own.
       column_patch: side of a patch of columns; of a map that it does not divide, the largest
         side up to that which does.
       follows_features: the channel gate keeps what the gate in front of the map has wanted, with
@@ -160,7 +160,9 @@ class DynamicConv(nnx.Conv):
         if self.feature_ratio is None:
             return masks
         salience = self.salience(x)
-        wanted = self._keep(self.criterion(salience, self.rngs), self.feature_ratio)
+        size = self.feature_group
+        scores = self.criterion(_of_groups(salience, size), self.rngs)
+        wanted = jnp.repeat(self._keep(scores, self.feature_ratio), size, axis=-1)
         if not self.salience_scales:
             salience = 1.0 + (salience - jax.lax.stop_gradient(salience))  # exactly 1
         return dataclasses.replace(masks, features=wanted, salience=salience)
@@ -219,9 +221,7 @@ class DynamicConv(nnx.Conv):
         if self.channel_ratio is not None:
             size = self.group_size(channels)
             statistic = magnitude if self.follows_features else self.statistic
-            of_channels = channel_attention(x, statistic)
-            if size > 1:
-                of_channels = jnp.mean(of_channels.reshape(*batch, -1, size), axis=-1)
+            of_channels = _of_groups(channel_attention(x, statistic), size)
             if not self.follows_features:
                 of_channels = self.criterion(of_channels, self.rngs)
         if self.column_ratio is not None:
@@ -237,9 +237,14 @@ class DynamicConv(nnx.Conv):
 
     def group_size(self, channels: int) -> int:
         """How many neighbouring channels are kept or skipped together."""
-        if self.feature_group_count > 1:
+        if self.feature_group_count > 1 and not self.follows_features:
             return channels // self.feature_group_count
         return _divisor(self.channel_group, channels)
+
+    @property
+    def feature_group(self) -> int:
+        """How many neighbouring output channels are wanted or not wanted together."""
+        return _divisor(self.channel_group, self.out_features)
 
     def patch_side(self, height: int, width: int) -> int:
         """The side of the square of columns that are kept or skipped together."""
@@ -298,6 +303,13 @@ def _relative_norms(
     norms = jnp.sum(jnp.abs(kernel), axis=(0, 1, 2), dtype=jnp.float32)
     mean = jnp.mean(norms)
     return jnp.where(mean > 0.0, jnp.maximum(norms / mean, 0.1), 1.0)
+
+
+def _of_groups(scores: Float[Array, "*batch n"], size: int) -> Float[Array, "*batch groups"]:
+    """The mean of each group of neighbours."""
+    if size == 1:
+        return scores
+    return jnp.mean(scores.reshape(*scores.shape[:-1], scores.shape[-1] // size, size), axis=-1)
 
 
 def _divisor(size: int, n: int) -> int:

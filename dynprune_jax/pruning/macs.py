@@ -204,12 +204,13 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
     ranked = []
     if masks.channels is not None:
         groups = conv.feature_group_count  # of a grouped convolution it ranks these
-        size = conv.group_size(channels) if dynamic else 1
-        ranked.append(groups if groups > 1 else channels // size)
+        if dynamic:
+            groups = channels // conv.group_size(channels)
+        ranked.append(groups if groups > 1 else channels)
     if masks.columns is not None:
         ranked.append(height * width // (conv.patch_side(height, width) ** 2 if dynamic else 1))
     if masks.features is not None:
-        ranked.append(conv.out_features)
+        ranked.append(conv.out_features // (conv.feature_group if dynamic else 1))
     columns = jnp.ones((*batch, height, width), bool) if masks.columns is None else masks.columns
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),

@@ -188,12 +188,18 @@ def circumstances(model: nnx.Module, images: Images) -> dict[str, str]:
         for axis in ("channel_ratio", "column_ratio", "feature_ratio")
         if (ratio := getattr(gate, axis)) is not None
     }
+    sizes = {
+        f"{name} {size}"
+        for gate in dynamic_layers(model).values()
+        for name in ("channel_group", "column_patch")
+        if (size := getattr(gate, name)) > 1
+    }
     batch = batch_of(images)
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "images": f"{'x'.join(map(str, batch.shape))} {batch.dtype}",
-        "ratios": ", ".join(sorted(ratios)) or "none",
+        "ratios": ", ".join([*sorted(ratios), *sorted(sizes)]) or "none",
         "native": native.why_not() or "compiled",
     }
 

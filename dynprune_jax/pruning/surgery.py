@@ -95,15 +95,7 @@ def make_dynamic(
         rngs=rngs,
     )
     gates = [gate for gate in dynamic_layers(dynamic).values() if gate.channel_ratio is not None]
-    if (
-        channel_group > 1
-        and gates
-        and all(g.group_size(g.in_features) == g.in_features for g in gates)
-    ):
-        raise ValueError(
-            f"channel_group is {channel_group}, and the convolutions with a gate on channels have"
-            f" at most {max(gate.in_features for gate in gates)}: no channel would be skipped"
-        )
+    _check_groups(channel_group, [(g.in_features, g.group_size(g.in_features)) for g in gates])
     return dynamic
 
 
@@ -115,6 +107,8 @@ def predict_channels(
     *,
     layers: Layers = "*",
     column_blocks: Blocks = (),
+    channel_group: int = 1,
+    column_patch: int = 1,
     salience_scales: bool = True,
     statistic: Statistic = mean,
     criterion: Criterion = attention,
@@ -144,6 +138,9 @@ def predict_channels(
       column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
       layers: patterns of names: which of the linked convolutions, and which for columns.
       column_blocks: as in `make_dynamic`.
+      channel_group: how many neighbouring outputs are computed or skipped together; they are
+        ranked by their mean salience, and each is scaled by its own.
+      column_patch: as in `make_dynamic`.
       salience_scales: whether saliences multiply the outputs, or only rank them.
       statistic: as in `make_dynamic`, for columns.
       criterion: ranks saliences and column attention.
@@ -180,7 +177,7 @@ def predict_channels(
     column = {}
     if column_ratio is not None:
         column = ratio_of_each(model, select(model, layers), column_ratio, "column_ratio")
-    return _with_gates(
+    dynamic = _with_gates(
         model,
         {reader: feature[name] for reader, name in readers.items()},
         column,
@@ -188,12 +185,17 @@ def predict_channels(
         norms={name: links[name][0] for name in feature},
         readers=readers,
         blocks=column_blocks,
+        channel_group=channel_group,
+        column_patch=column_patch,
         salience_scales=salience_scales,
         statistic=statistic,
         criterion=criterion,
         drop_probability=drop_probability,
         rngs=rngs,
     )
+    gates = [gate for gate in dynamic_layers(dynamic).values() if gate.feature_ratio is not None]
+    _check_groups(channel_group, [(gate.out_features, gate.feature_group) for gate in gates])
+    return dynamic
 
 
 def _with_gates(
@@ -275,6 +277,15 @@ def _with_gates(
             raise ValueError(f"{norm} is named as the normalization of several convolutions")
         new[norm] = GatedNorm(modules[norm], new[name])
     return replaced(model, new)
+
+
+def _check_groups(channel_group: int, channels: Sequence[tuple[int, int]]) -> None:
+    """Refuses groups of which no gate could skip any: of each, its channels and their groups."""
+    if channel_group > 1 and channels and all(n == size for n, size in channels):
+        raise ValueError(
+            f"channel_group is {channel_group}, and the convolutions with a gate on channels have"
+            f" at most {max(n for n, _ in channels)}: no channel would be skipped"
+        )
 
 
 def _check_kind(
