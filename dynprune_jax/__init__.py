@@ -9,7 +9,7 @@ from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.macs import LayerUsage, Usage
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.plan import Plan, measure_plan
-from dynprune_jax.pruning.ratios import set_ratios
+from dynprune_jax.pruning.ratios import scale_ratios, set_ratios
 from dynprune_jax.pruning.readers import find_links
 from dynprune_jax.pruning.schedules import ratio_ascent
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
@@ -31,5 +31,6 @@ __all__ = [
     "models",
     "predict_channels",
     "ratio_ascent",
+    "scale_ratios",
     "set_ratios",
 ]

@@ -81,7 +81,8 @@ def base_config() -> Config:
                 # Columns are chosen once a block (of a ResNet: a unit), for inputs and outputs.
                 "block_columns": False,
                 "layers": ("*",),  # patterns of layer names: which convolutions are gated
-                "channel_group": 1,  # neighbouring channels that are kept or skipped together
+                # Neighbouring channels, of predicted gates outputs, kept or skipped together.
+                "channel_group": 1,
                 "column_patch": 1,  # side of the square of columns kept or skipped together
                 "statistic": "mean",  # what attention is of a channel or column; or max, l2
                 "criterion": "attention",  # or a control: random, inverse, shared

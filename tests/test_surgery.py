@@ -7,7 +7,7 @@ from flax import nnx
 import dynprune_jax
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.layers import dynamic_layers
-from dynprune_jax.pruning.ratios import set_ratios
+from dynprune_jax.pruning.ratios import scale_ratios, set_ratios
 from dynprune_jax.pruning.surgery import make_dynamic
 
 
@@ -130,6 +130,48 @@ def test_set_ratios_changes_the_masks_in_place(zoo, images):
     plan = dynprune_jax.Plan({"blocks/0/conv1": dynprune_jax.Form()})
     with pytest.raises(ValueError, match="ratios of a compact model are fixed"):
         set_ratios(dynprune_jax.compact(model, images, plan=plan), 0.2)
+
+
+@pytest.mark.parametrize("cut", [0.2, 0.6])
+@pytest.mark.parametrize("predicted", [False, True])
+def test_ratios_are_scaled_to_a_budget(cut, predicted):
+    """In proportion, as little as it takes: with a little less the cut is missed."""
+    model = dynprune_jax.models.vgg_digits(10, image_size=8, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    if predicted:
+        found = dynprune_jax.find_links(model, images)
+        model = dynprune_jax.predict_channels(model, (0.2, 0.3, 0.4), found, (None, 0.1, None))
+    else:
+        model = make_dynamic(model, (0.2, 0.3, 0.4), (None, 0.1, None))
+    model.train()
+    before = nnx.state(model, dynprune_jax.PruneRatio)
+    scale_ratios(model, cut, images)
+    assert not model.blocks[0].layers[1].conv.deterministic  # its mode stays
+    after = nnx.state(model, dynprune_jax.PruneRatio)
+    factors = jax.tree.map(lambda old, new: float(new / old), before, after)
+    np.testing.assert_allclose(jax.tree.leaves(factors), jax.tree.leaves(factors)[0], rtol=2e-3)
+    model.eval()
+    assert dynprune_jax.measure(model, images)[1].mac_reduction >= cut
+    nnx.update(model, jax.tree.map(lambda ratio: 0.998 * ratio, after))
+    assert dynprune_jax.measure(model, images)[1].mac_reduction < cut
+
+
+def test_a_budget_that_cannot_be_kept_changes_nothing(zoo, images):
+    model = make_dynamic(zoo, {"blocks/0/conv1": 0.5})
+    for cut, message in (
+        (0.9, r"cut is 0.9; with all ratios at 0.95 the gates cut \d.*%"),
+        (1.0, r"cut is 1.0; it must be in \(0, 1\)"),
+        (float("nan"), "cut is nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scale_ratios(model, cut, images)
+    assert float(dynamic_layers(model)["blocks/0/conv1"].channel_ratio[...]) == 0.5
+    set_ratios(model, 0.0)
+    with pytest.raises(ValueError, match="no gate has a prune ratio above 0"):
+        scale_ratios(model, 0.1, images)
+    plan = dynprune_jax.Plan({"blocks/0/conv1": dynprune_jax.Form()})
+    with pytest.raises(ValueError, match="ratios of a compact model are fixed"):
+        scale_ratios(dynprune_jax.compact(model, images, plan=plan), 0.2, images)
 
 
 def test_a_ratio_may_be_traced():

@@ -5,7 +5,6 @@ and budget of training, same counter. A *criterion* gives every filter of a conv
 those with the lowest leave the network, and with them the next layer's kernel rows.
 """
 
-import bisect
 import os
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.models.links import Link, links
 from dynprune_jax.pruning.layers import intercept
 from dynprune_jax.pruning.measure import dense_macs
+from dynprune_jax.pruning.ratios import least_factor, scaled
 from dynprune_jax.report import provenance
 from dynprune_jax.run import Run
 from dynprune_jax.train import run_phase, train_dense
@@ -33,7 +33,6 @@ from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import screen, write_json
 
 _TAYLOR_BATCHES = 8
-HIGHEST_RATIO = 0.95  # that a ratio is scaled up to
 
 Scores = dict[str, Float[np.ndarray, " filters"]]
 
@@ -169,18 +168,16 @@ def allot(model: Any, image: Any, mac_reduction: float, shares: dict[str, float]
     order = {link.name: -np.arange(link.conv.out_features, dtype=float) for link in links(model)}
 
     def at(factor: float) -> dict[str, float]:
-        return {name: min(factor * share, HIGHEST_RATIO) for name, share in shares.items()}
+        return {name: scaled(share, factor) for name, share in shares.items()}
 
-    def reached(step: int) -> bool:
-        small = remove_filters(model, order, at(step * unit))
+    def reaches(factor: float) -> bool:
+        small = remove_filters(model, order, at(factor))
         return 1.0 - dense_macs(small, image) / dense >= mac_reduction - 1e-9
 
-    steps = range(2**16 + 1)
-    unit = HIGHEST_RATIO / min(share for share in shares.values() if share > 0) / steps[-1]
-    step = bisect.bisect_left(steps, True, key=reached)
-    if step == len(steps):
+    factor = least_factor(shares.values(), reaches)
+    if factor is None:
         raise ValueError(f"no removal of filters takes {mac_reduction:.1%} of the MACs away")
-    return at(step * unit)
+    return at(factor)
 
 
 def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:

@@ -6,7 +6,6 @@ stopped, and several processes may share one over their seeds. Its folder keeps 
 refused to another.
 """
 
-import bisect
 import contextlib
 import copy
 import dataclasses
@@ -28,9 +27,10 @@ from dynprune_jax import config as config_lib
 from dynprune_jax import plots
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.static import HIGHEST_RATIO, static
+from dynprune_jax.experiments.static import static
 from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.ratios import least_factor, scaled
 from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
 from dynprune_jax.workdir import (
@@ -269,29 +269,27 @@ def at_cut(config: Config, cut: float) -> Config:
       UserError: if no factor makes that cut.
     """
     for layers in dict.fromkeys((tuple(config.gate.layers), ("*",))):
-        scaled = copy.deepcopy(config)
-        scaled.gate.layers = layers
+        changed = copy.deepcopy(config)
+        changed.gate.layers = layers
         with tempfile.TemporaryDirectory() as nobodys:
-            run = Run.open(scaled, nobodys)
+            run = Run.open(changed, nobodys)
         if run.dynamic is None:
             break
         targets = {name: float(ratio) for name, ratio in run.dynamic.values(PruneRatio).items()}
-
-        steps = range(2**12 + 1)
-        unit = HIGHEST_RATIO / min(targets.values()) / steps[-1]
-        step = bisect.bisect_left(steps, cut, key=functools.partial(_reduction, run, targets, unit))
-        if step < len(steps):
+        reaches = functools.partial(_reaches, run, targets, cut)
+        factor = least_factor(targets.values(), reaches)
+        if factor is not None:
             for axis in ("channel_ratio", "column_ratio"):
-                scaled.gate[axis] = tuple(_scaled(r, step * unit) for r in scaled.gate[axis])
-            return scaled
+                changed.gate[axis] = tuple(scaled(r, factor) for r in changed.gate[axis])
+            return changed
     raise UserError(
         f"config.study: no factor on the ratios {config.gate.channel_ratio} and"
         f" {config.gate.column_ratio} cuts {cut:.0%} of the MACs"
     )
 
 
-def _reduction(run: Run, targets: Mapping[str, float], unit: float, step: int) -> float:
-    return run.mac_reduction({name: _scaled(r, step * unit) for name, r in targets.items()})
+def _reaches(run: Run, targets: Mapping[str, float], cut: float, factor: float) -> bool:
+    return run.mac_reduction({name: scaled(r, factor) for name, r in targets.items()}) >= cut
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -488,7 +486,3 @@ def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
         section, _, field = name.rpartition(".")
         (changed[section] if section else changed)[field] = value
     return changed
-
-
-def _scaled(ratio: float, factor: float) -> float:
-    return round(min(factor * ratio, HIGHEST_RATIO), 4)

@@ -1,8 +1,10 @@
-"""Prune ratios: spelled out for each layer, and set in place."""
+"""Prune ratios: spelled out for each layer, set in place, and scaled to a budget."""
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -10,11 +12,15 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from dynprune_jax.pruning.compact_conv import CompactConv
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, Ratio
-from dynprune_jax.pruning.layers import dynamic_layers, matches
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio, Ratio
+from dynprune_jax.pruning.layers import Images, dynamic_layers, matches
+from dynprune_jax.pruning.measure import measure
 
 # One number; one for each block; or one for each pattern of layer names. All are checked by value.
 Ratios = float | np.generic | np.ndarray | Array | Sequence[Any] | Mapping[str, Any] | None
+
+_HIGHEST = 0.95  # that a ratio is scaled up to
+_STEPS = 2**16  # that factors are tried in
 
 
 def set_ratios(
@@ -38,12 +44,8 @@ def set_ratios(
       ValueError: as in `make_dynamic`, where no layer has a gate on that axis, where one is
         named that has none or follows, and for a compact model.
     """
+    _refuse_compact(model)
     gates = dynamic_layers(model)
-    if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
-        raise ValueError(
-            "the ratios of a compact model are fixed: set them on the model that it was made from,"
-            " and make that compact"
-        )
     changes = []
     for axis, ratios in (("channel_ratio", channel_ratio), ("column_ratio", column_ratio)):
         if ratios is None:
@@ -63,6 +65,77 @@ def set_ratios(
                 changes += [(variable, ratio) for variable in own[name]]
     for variable, ratio in changes:  # all of them, or none
         variable[...] = jnp.asarray(ratio, jnp.float32)
+
+
+def scale_ratios(model: nnx.Module, cut: float, images: Images, *others: Any) -> None:
+    """Scales the prune ratios of a dynamic model's gates, in place, to a budget of MACs.
+
+    All are multiplied by one factor, up or down: the smallest with which the model loses as much
+    as is asked for. So what they are before are proportions. None gets above 0.95.
+
+    Args:
+      model: from `make_dynamic` or `predict_channels`, with ratios above 0 where it shall prune.
+      cut: the `Usage.mac_reduction` to reach, of the whole network, in (0, 1). Whole channels and
+        columns are kept, so it is exceeded by as little as they allow.
+      images: a batch, as for `measure`; a few will do. Images cost the same but where a block
+        shares its columns: there the mean over these counts.
+      *others: what else the model is called with.
+
+    Raises:
+      ValueError: for a `cut` out of its range, one that no factor makes, ratios that are all 0, a
+        compact model, and as `measure`. The ratios stay what they were.
+    """
+    _refuse_compact(model)
+    if not 0.0 < cut < 1.0:
+        raise ValueError(f"cut is {cut!r}; it must be in (0, 1)")
+    trial = nnx.clone(model)
+    trial.eval()
+    graph, ratios, rest = nnx.split(trial, PruneRatio, ...)
+    before = [float(ratio) for ratio in jax.tree.leaves(ratios)]
+    if not any(before):
+        raise ValueError("no gate has a prune ratio above 0: give them proportions to scale")
+
+    @jax.jit
+    def usage(ratios: Any, rest: Any, images: Any) -> Any:
+        return measure(nnx.merge(graph, ratios, rest), images, *others)[1]
+
+    def at(factor: float) -> Any:
+        return jax.tree.map(lambda ratio: jnp.float32(scaled(float(ratio), factor)), ratios)
+
+    def reduction(factor: float) -> float:
+        return usage(at(factor), rest, images).mac_reduction
+
+    factor = least_factor(before, lambda factor: reduction(factor) >= cut)
+    if factor is None:
+        most = reduction(_HIGHEST / min(filter(None, before)))
+        raise ValueError(f"cut is {cut}; with all ratios at {_HIGHEST} the gates cut {most:.1%}")
+    nnx.update(model, at(factor))
+
+
+def scaled(ratio: float, factor: float) -> float:
+    """A ratio times a factor, at most 0.95, to four places."""
+    return round(min(factor * ratio, _HIGHEST), 4)
+
+
+def least_factor(ratios: Iterable[float], reaches: Callable[[float], bool]) -> float | None:
+    """The smallest factor on ratios with which something is reached; None if none does it.
+
+    Args:
+      ratios: in proportion to each other; those of 0 stay 0.
+      reaches: whether the ratios, `scaled` by a factor, are high enough; if so, higher ones are.
+    """
+    steps = range(_STEPS + 1)
+    unit = _HIGHEST / min(filter(None, ratios)) / _STEPS
+    step = bisect.bisect_left(steps, True, key=lambda step: reaches(step * unit))
+    return step * unit if step < len(steps) else None
+
+
+def _refuse_compact(model: nnx.Module) -> None:
+    if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
+        raise ValueError(
+            "the ratios of a compact model are fixed: set them on the model that it was made from,"
+            " and make that compact"
+        )
 
 
 def _choices(gates: Mapping[str, DynamicConv], axis: str) -> dict[str, list[Any]]:
