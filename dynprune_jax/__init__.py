@@ -3,6 +3,7 @@
 from dynprune_jax import models
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
+from dynprune_jax.pruning.exported import export_model, load_exported
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import dynamic_layers
@@ -23,8 +24,10 @@ __all__ = [
     "Usage",
     "compact",
     "dynamic_layers",
+    "export_model",
     "find_links",
     "fold_batch_norms",
+    "load_exported",
     "make_dynamic",
     "measure",
     "measure_plan",

@@ -27,7 +27,7 @@ from dynprune_jax.pruning.geometry import Geometry
 from dynprune_jax.pruning.masks import Masks
 
 _SOURCE = Path(__file__).with_name("native.cc")
-_TARGETS = ("dynprune_convolve", "dynprune_keep")
+TARGETS = ("dynprune_convolve", "dynprune_keep")
 _PANEL = 32  # features side by side, as in the source
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 300  # seconds
@@ -144,7 +144,7 @@ def why_not() -> str | None:
         )
     try:
         library = _load(compiler)
-        for target in _TARGETS:
+        for target in TARGETS:
             handler = jax.ffi.pycapsule(getattr(library, target))
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
     except subprocess.CalledProcessError as error:

@@ -1,0 +1,88 @@
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from flax import nnx
+
+import dynprune_jax
+from dynprune_jax.pruning import native
+
+SHAPE = (2, 8, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def dynamic():
+    model = dynprune_jax.models.vgg_digits(10, image_size=8, width=0.25, rngs=nnx.Rngs(0))
+    dynamic = dynprune_jax.make_dynamic(model, 0.5, 0.3)
+    dynamic.eval()
+    return dynamic
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(0), SHAPE)
+
+
+@pytest.fixture(scope="module")
+def compiled(dynamic, images):
+    """A compact model whose gated convolutions all are of the compiled form."""
+    form = dynprune_jax.Form("native", channels=True, columns=True)
+    plan = dynprune_jax.Plan(dict.fromkeys(dynprune_jax.dynamic_layers(dynamic), form))
+    return dynprune_jax.compact(dynamic, images, plan=plan)
+
+
+_CALLER = """
+import sys
+import numpy as np
+from dynprune_jax import load_exported
+images, data, logits = sys.argv[1:]
+np.save(logits, load_exported(open(data, "rb").read())(np.load(images)))
+"""
+
+
+@pytest.mark.skipif(bool(native.why_not()), reason=f"{native.why_not()}")
+def test_another_process_answers_as_the_compact_model(compiled, images, tmp_path):
+    names = [tmp_path / name for name in ("images.npy", "model", "logits.npy")]
+    np.save(names[0], images)
+    names[1].write_bytes(dynprune_jax.export_model(compiled, images))
+    subprocess.run([sys.executable, "-c", _CALLER, *map(str, names)], check=True)
+    np.testing.assert_array_equal(np.load(names[2]), nnx.jit(compiled)(images))
+
+
+@pytest.mark.skipif(bool(native.why_not()), reason=f"{native.why_not()}")
+def test_without_a_compiler_it_says_what_is_missing(compiled, images, monkeypatch):
+    data = dynprune_jax.export_model(compiled, images)
+    monkeypatch.setattr(native, "why_not", lambda: "no C++ compiler")
+    with pytest.raises(RuntimeError, match="the compiled kernel for CPUs: no C"):
+        dynprune_jax.load_exported(data)
+
+
+@pytest.fixture
+def symbolic_shapes():
+    """What checks our annotations in tests cannot tell that a batch of n images has n masks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("symbolic_shapes")
+def test_a_masked_model_is_exported_for_any_batch_and_platform(dynamic, images):
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 8, 8, 1"), jnp.float32)
+    dynamic = nnx.clone(dynamic)
+    dynamic.train()
+    data = dynprune_jax.export_model(dynamic, shape, platforms=("cpu", "cuda", "tpu"))
+    assert not dynamic.blocks[0].layers[0].norm.use_running_average  # its mode stays
+    dynamic.eval()
+    call = dynprune_jax.load_exported(data)
+    for some in (images, images[:1]):
+        np.testing.assert_allclose(call(some), nnx.jit(dynamic)(some), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("data", [b"", b"something else", bytes(100)])
+def test_other_bytes_are_refused(data):
+    with pytest.raises(ValueError, match="this is no exported model"):
+        dynprune_jax.load_exported(data)
