@@ -19,6 +19,7 @@ batch, the patches of a large map take longer to write than to multiply.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -128,10 +129,14 @@ def execute(
         return jnp.zeros((0, *geometry.out, features), jnp.promote_types(jnp.float32, x.dtype))
     if form.compiled:
         return kept_conv(
-            x,
+            Masks(
+                None if form.channels else masks.channels,
+                None if form.columns else masks.columns,
+            ).apply(x),
             weights,
-            dataclasses.replace(
-                masks,
+            Masks(
+                masks.channels if form.channels else None,
+                masks.columns if form.columns else None,
                 features=masks.features if form.features else None,
                 out_columns=masks.out_columns if form.columns else None,
             ),
@@ -386,7 +391,10 @@ def possible(
     if pair(conv.strides)[0] == 1 and pair(conv.kernel_size)[0] > 1:
         products.append("rows")
     columns = columns and not repeats(conv)
-    forms = [Form(), *map(Form, products), Form("native", channels=channels, columns=columns)]
+    forms = [Form(), *map(Form, products)]
+    # Kept channels are each image's own: of small maps that keep most, all at once is faster.
+    for gathered in itertools.product({False, channels}, {False, columns}):
+        forms.append(Form("native", *gathered))
     if channels:
         forms += [Form(product, channels=True) for product in ("conv", *products)]
         plain = pair(conv.strides) == pair(conv.kernel_dilation) == (1, 1)
