@@ -61,6 +61,11 @@ def test_without_a_compiler_it_says_what_is_missing(compiled, images, monkeypatc
         dynprune_jax.load_exported(data)
 
 
+def test_a_compact_model_is_for_one_platform(compiled, images):
+    with pytest.raises(ValueError, match=r"platforms is \('cuda',\); a compact model is exported"):
+        dynprune_jax.export_model(compiled, images, platforms=("cuda",))
+
+
 @pytest.fixture
 def symbolic_shapes():
     """What checks our annotations in tests cannot tell that a batch of n images has n masks."""
@@ -84,5 +89,5 @@ def test_a_masked_model_is_exported_for_any_batch_and_platform(dynamic, images):
 
 @pytest.mark.parametrize("data", [b"", b"something else", bytes(100)])
 def test_other_bytes_are_refused(data):
-    with pytest.raises(ValueError, match="this is no exported model"):
+    with pytest.raises(ValueError, match="this is no exported model that"):
         dynprune_jax.load_exported(data)

@@ -7,7 +7,7 @@ from flax import nnx
 import dynprune_jax
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.layers import dynamic_layers
-from dynprune_jax.pruning.ratios import scale_ratios, set_ratios
+from dynprune_jax.pruning.ratios import least_factor, scale_ratios, set_ratios
 from dynprune_jax.pruning.surgery import make_dynamic
 
 
@@ -156,10 +156,17 @@ def test_ratios_are_scaled_to_a_budget(cut, predicted):
     assert dynprune_jax.measure(model, images)[1].mac_reduction < cut
 
 
+@pytest.mark.parametrize("ratios", [(0.5,), (1e-6, 0.5, 0.0), (0.9, 0.5)])
+def test_the_least_factor_is_found_whatever_the_proportions(ratios):
+    assert least_factor(ratios, lambda factor: 0.5 * factor >= 0.3) == pytest.approx(0.6, rel=1e-3)
+    assert least_factor(ratios, lambda factor: True) == pytest.approx(1e-4 / max(ratios))
+    assert least_factor(ratios, lambda factor: False) is None
+
+
 def test_a_budget_that_cannot_be_kept_changes_nothing(zoo, images):
     model = make_dynamic(zoo, {"blocks/0/conv1": 0.5})
     for cut, message in (
-        (0.9, r"cut is 0.9; with all ratios at 0.95 the gates cut \d.*%"),
+        (0.9, r"cut is 0.9; with all ratios that are not 0 at 0.95 the gates cut \d.*%"),
         (1.0, r"cut is 1.0; it must be in \(0, 1\)"),
         (float("nan"), "cut is nan"),
     ):

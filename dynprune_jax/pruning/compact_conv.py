@@ -103,8 +103,6 @@ class CompactConv(DynamicConv):
     ) -> Masks:
         """The masks of maps of a shape; where few channels are ranked, their indices too."""
         if channel_scores is None or not self.form.channels:
-            if self.follows_features:  # what it would mask is zero
-                channel_scores = None
             return super().choose(shape, channel_scores, column_scores)
         if self.follows_features and self.form.compiled:
             # Whatever is not zero: no more than the count that is kept, and perhaps less.

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import export
 
 from dynprune_jax.pruning import native
+from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.layers import Images
 
 
@@ -16,7 +17,8 @@ def export_model(
 ) -> bytes:
     """Exports a model for inference, compact or not, by `jax.export`.
 
-    Weights, ratios and, of a compact model, the forms of its layers are part of it. Who calls it
+    Weights, ratios and, of a compact model, the forms of its layers are part of it, and so is the
+    state of a criterion that draws: every call draws the same. Who calls it
     needs JAX, and of a compact one for CPUs this package and a C++ compiler, since the kernel is
     compiled there for the processor there is.
 
@@ -27,12 +29,19 @@ def export_model(
         model that is not compact takes any number of them, with a symbolic shape:
         `jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 32, 32, 3"), "float32")`.
       *others: what else the model is called with; it becomes part of the program.
-      platforms: such as `("cpu", "cuda", "tpu")`; by default the one at hand, and of a compact
-        model no other.
+      platforms: such as `("cpu", "cuda", "tpu")`; by default, and always of a compact model, the
+        one at hand.
 
     Raises:
-      ValueError: where `jax.export` refuses the model, with its reason.
+      ValueError: for a compact model and platforms. What `jax.export` refuses it refuses in its
+        own words, such as a model that calls back to Python.
     """
+    compact = any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model))
+    if compact and platforms is not None:
+        raise ValueError(
+            f"platforms is {platforms!r}; a compact model is exported for the one at hand alone:"
+            " for others, export the model that it was made from"
+        )
     model = nnx.clone(model)
     model.eval()
     graph, state = nnx.split(model)
@@ -41,23 +50,24 @@ def export_model(
         return nnx.merge(graph, state)(images, *others)
 
     ours = [export.DisabledSafetyCheck.custom_call(name) for name in native.TARGETS]
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), images)
     exporter = export.export(jax.jit(call), platforms=platforms, disabled_checks=ours)
-    return bytes(exporter(shapes).serialize())
+    return bytes(exporter(jax.eval_shape(lambda images: images, images)).serialize())
 
 
 def load_exported(data: bytes) -> Callable[[Any], Any]:
     """Loads what `export_model` has made: a compiled function of images.
 
     Raises:
-      ValueError: for bytes that are no exported model.
+      ValueError: for bytes that are no exported model, or one of a JAX too new or too old.
       RuntimeError: for a compact model whose kernel is not to be had here, with the reason.
     """
     try:
         exported = export.deserialize(bytearray(data))
         program = exported.mlir_module_serialized
+    except ImportError:
+        raise
     except Exception as error:  # whatever reading other bytes as a table of offsets leads to
-        raise ValueError("this is no exported model") from error
+        raise ValueError(f"this is no exported model that can be read here: {error}") from error
     if any(name.encode() in program for name in native.TARGETS) and (reason := native.why_not()):
         raise RuntimeError(f"this model needs the compiled kernel for CPUs: {reason}")
     return jax.jit(exported.call)

@@ -204,9 +204,8 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
     ranked = []
     if masks.channels is not None:
         groups = conv.feature_group_count  # of a grouped convolution it ranks these
-        if dynamic:
-            groups = channels // conv.group_size(channels)
-        ranked.append(groups if groups > 1 else channels)
+        size = channels // groups if groups > 1 else 1
+        ranked.append(channels // (conv.group_size(channels) if dynamic else size))
     if masks.columns is not None:
         ranked.append(height * width // (conv.patch_side(height, width) ** 2 if dynamic else 1))
     if masks.features is not None:

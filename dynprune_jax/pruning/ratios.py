@@ -20,6 +20,7 @@ from dynprune_jax.pruning.measure import measure
 Ratios = float | np.generic | np.ndarray | Array | Sequence[Any] | Mapping[str, Any] | None
 
 _HIGHEST = 0.95  # that a ratio is scaled up to
+_LOWEST = 1e-4  # that the highest is scaled down to
 _STEPS = 2**16  # that factors are tried in
 
 
@@ -96,19 +97,21 @@ def scale_ratios(model: nnx.Module, cut: float, images: Images, *others: Any) ->
         raise ValueError("no gate has a prune ratio above 0: give them proportions to scale")
 
     @jax.jit
-    def usage(ratios: Any, rest: Any, images: Any) -> Any:
+    def usage(ratios: Any, rest: Any) -> Any:
         return measure(nnx.merge(graph, ratios, rest), images, *others)[1]
 
     def at(factor: float) -> Any:
         return jax.tree.map(lambda ratio: jnp.float32(scaled(float(ratio), factor)), ratios)
 
     def reduction(factor: float) -> float:
-        return usage(at(factor), rest, images).mac_reduction
+        return usage(at(factor), rest).mac_reduction
 
     factor = least_factor(before, lambda factor: reduction(factor) >= cut)
     if factor is None:
         most = reduction(_HIGHEST / min(filter(None, before)))
-        raise ValueError(f"cut is {cut}; with all ratios at {_HIGHEST} the gates cut {most:.1%}")
+        raise ValueError(
+            f"cut is {cut}; with all ratios that are not 0 at {_HIGHEST} the gates cut {most:.1%}"
+        )
     nnx.update(model, at(factor))
 
 
@@ -124,10 +127,15 @@ def least_factor(ratios: Iterable[float], reaches: Callable[[float], bool]) -> f
       ratios: in proportion to each other; those of 0 stay 0.
       reaches: whether the ratios, `scaled` by a factor, are high enough; if so, higher ones are.
     """
+    above = [ratio for ratio in ratios if ratio]
+    lowest, highest = _LOWEST / max(above), _HIGHEST / min(above)
     steps = range(_STEPS + 1)
-    unit = _HIGHEST / min(filter(None, ratios)) / _STEPS
-    step = bisect.bisect_left(steps, True, key=lambda step: reaches(step * unit))
-    return step * unit if step < len(steps) else None
+
+    def at(step: int) -> float:
+        return lowest * (highest / lowest) ** (step / _STEPS)
+
+    step = bisect.bisect_left(steps, True, key=lambda step: reaches(at(step)))
+    return at(step) if step < len(steps) else None
 
 
 def _refuse_compact(model: nnx.Module) -> None:
