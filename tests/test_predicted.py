@@ -400,6 +400,16 @@ def test_a_reader_that_cannot_skip_single_channels_loses_nothing(groups, togethe
     np.testing.assert_array_equal(model(x), logits)
 
 
+def test_a_plan_times_what_a_reader_can_skip(monkeypatch):
+    monkeypatch.setattr(plan_lib, "_HOPELESS", np.inf)  # all of it, however slow
+    chain = Chain(1)
+    chain.eval()
+    links = {"conv": ("norm", "reader")}
+    x = jax.ShapeDtypeStruct((1, 4, 4, 8), jnp.float32)
+    timed = measure_plan(predict_channels(chain, 0.5, links), x).milliseconds["reader"]
+    assert {form.channels for form in timed} == {True, False}
+
+
 def test_followers_are_found_where_equal_networks_share_a_program():
     call = nnx.jit(lambda block, x: block(x))
 
