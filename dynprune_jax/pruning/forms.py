@@ -19,7 +19,6 @@ batch, the patches of a large map take longer to write than to multiply.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -393,8 +392,7 @@ def possible(
     columns = columns and not repeats(conv)
     forms = [Form(), *map(Form, products)]
     # Kept channels are each image's own: of small maps that keep most, all at once is faster.
-    for gathered in itertools.product({False, channels}, {False, columns}):
-        forms.append(Form("native", *gathered))
+    forms += {Form("native"): None, Form("native", channels=channels, columns=columns): None}
     if channels:
         forms += [Form(product, channels=True) for product in ("conv", *products)]
         plain = pair(conv.strides) == pair(conv.kernel_dilation) == (1, 1)
