@@ -168,6 +168,11 @@ class CompactConv(DynamicConv):
         return self.hand_over(y, outputs)
 
 
+def is_compact(model: nnx.Module) -> bool:
+    """Whether any layer of a model is a `CompactConv`."""
+    return any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model))
+
+
 def _number(ratio: Any) -> float | None:
     """A ratio as a plain number; None for a gate that keeps everything."""
     return None if ratio is None else float(ratio[...]) or None

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import export
 
 from dynprune_jax.pruning import native
-from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.compact_conv import is_compact
 from dynprune_jax.pruning.layers import Images
 
 
@@ -25,8 +25,9 @@ def export_model(
     Args:
       model: any NNX model, usually from `compact`, or from `make_dynamic` or `predict_channels`
         for platforms without compact forms. It is exported in the mode of evaluation.
-      images: an example batch, or its shape and dtype, which the batches to come must have. A
-        model that is not compact takes any number of them, with a symbolic shape:
+      images: an example batch, `(batch, height, width, channels)`, or its shape and dtype, which
+        the batches to come must have; or a pytree, as for `measure`. A model that is not compact
+        takes any number of images, with a symbolic shape:
         `jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 32, 32, 3"), "float32")`.
       *others: what else the model is called with; it becomes part of the program.
       platforms: such as `("cpu", "cuda", "tpu")`; by default, and always of a compact model, the
@@ -36,8 +37,7 @@ def export_model(
       ValueError: for a compact model and platforms. What `jax.export` refuses it refuses in its
         own words, such as a model that calls back to Python.
     """
-    compact = any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model))
-    if compact and platforms is not None:
+    if is_compact(model) and platforms is not None:
         raise ValueError(
             f"platforms is {platforms!r}; a compact model is exported for the one at hand alone:"
             " for others, export the model that it was made from"
@@ -55,7 +55,11 @@ def export_model(
 
 
 def load_exported(data: bytes) -> Callable[[Any], Any]:
-    """Loads what `export_model` has made: a compiled function of images.
+    """Loads what `export_model` has made.
+
+    Returns:
+      A compiled function of images, of the shape and dtype that it was exported for, with what the
+      model returns of them.
 
     Raises:
       ValueError: for bytes that are no exported model, or one of a JAX too new or too old.

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.compact_conv import is_compact
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.layers import (
     Images,
@@ -46,7 +46,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         that is JAX's own UnexpectedTracerError), a layer sees another number of maps than there are
         images, or the model is compact: its masks are those of the dynamic model it was made from.
     """
-    if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
+    if is_compact(model):
         raise ValueError("this model is compact; measure the model that it was made from")
     batch = batch_of(images).shape[:1]
     clock = itertools.count().__next__

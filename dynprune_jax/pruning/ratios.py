@@ -11,7 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array
 
-from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.compact_conv import is_compact
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio, Ratio
 from dynprune_jax.pruning.layers import Images, dynamic_layers, matches
 from dynprune_jax.pruning.measure import measure
@@ -139,7 +139,7 @@ def least_factor(ratios: Iterable[float], reaches: Callable[[float], bool]) -> f
 
 
 def _refuse_compact(model: nnx.Module) -> None:
-    if any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model)):
+    if is_compact(model):
         raise ValueError(
             "the ratios of a compact model are fixed: set them on the model that it was made from,"
             " and make that compact"

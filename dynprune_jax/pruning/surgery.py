@@ -1,7 +1,7 @@
 """Surgery on any NNX model: make its convolutions dynamic."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -14,7 +14,6 @@ from dynprune_jax.pruning.layers import (
     Model,
     all_modules,
     conv_layers,
-    dynamic_layers,
     matches,
     patterns_of,
     replaced,
@@ -82,7 +81,7 @@ def make_dynamic(
     chosen = select(model, layers)
     channel = ratio_of_each(model, chosen, channel_ratio, "channel_ratio")
     column = ratio_of_each(model, chosen, column_ratio, "column_ratio")
-    dynamic = _with_gates(
+    return _with_gates(
         model,
         channel,
         column,
@@ -94,9 +93,6 @@ def make_dynamic(
         drop_probability=drop_probability,
         rngs=rngs,
     )
-    gates = [gate for gate in dynamic_layers(dynamic).values() if gate.channel_ratio is not None]
-    _check_groups(channel_group, [(g.in_features, g.group_size(g.in_features)) for g in gates])
-    return dynamic
 
 
 def predict_channels(
@@ -177,7 +173,7 @@ def predict_channels(
     column = {}
     if column_ratio is not None:
         column = ratio_of_each(model, select(model, layers), column_ratio, "column_ratio")
-    dynamic = _with_gates(
+    return _with_gates(
         model,
         {reader: feature[name] for reader, name in readers.items()},
         column,
@@ -193,9 +189,6 @@ def predict_channels(
         drop_probability=drop_probability,
         rngs=rngs,
     )
-    gates = [gate for gate in dynamic_layers(dynamic).values() if gate.feature_ratio is not None]
-    _check_groups(channel_group, [(gate.out_features, gate.feature_group) for gate in gates])
-    return dynamic
 
 
 def _with_gates(
@@ -207,6 +200,7 @@ def _with_gates(
     norms: Mapping[str, str] = {},
     readers: Mapping[str, str] = {},
     blocks: Blocks = (),
+    channel_group: int,
     **gate: Any,
 ) -> Model:
     """The model with gates of these ratios, by the names of the convolutions.
@@ -219,6 +213,7 @@ def _with_gates(
       norms: the normalization behind each convolution that chooses its outputs.
       readers: of each convolution that reads such outputs, the one that makes them.
       blocks: see `make_dynamic`.
+      channel_group: see `make_dynamic`.
       **gate: what else a `DynamicConv` takes.
     """
     ratios = itertools.chain(channel.values(), column.values(), feature.values())
@@ -264,10 +259,12 @@ def _with_gates(
                 follows_features=name in readers,
                 follows_columns=chooses.get(name, name) != name,
                 wants_columns=name in chooses,
+                channel_group=channel_group,
                 **gate,
             )
             if new[name].chooses_outputs:
                 new[name].handover.maker = name
+    _check_groups(channel_group, new.values())
     for name, chooser in readers.items():
         new[name].channels_of = nnx.static(new[chooser].handover)
     for name, chooser in chooses.items():
@@ -279,12 +276,18 @@ def _with_gates(
     return replaced(model, new)
 
 
-def _check_groups(channel_group: int, channels: Sequence[tuple[int, int]]) -> None:
-    """Refuses groups of which no gate could skip any: of each, its channels and their groups."""
-    if channel_group > 1 and channels and all(n == size for n, size in channels):
+def _check_groups(channel_group: int, gates: Iterable[DynamicConv]) -> None:
+    """Refuses groups of which no gate could skip any."""
+    sizes = []  # of the channels that a gate ranks: how many there are, and in a group
+    for gate in gates:
+        if gate.channel_ratio is not None:
+            sizes.append((gate.in_features, gate.group_size(gate.in_features)))
+        if gate.feature_ratio is not None:
+            sizes.append((gate.out_features, gate.feature_group))
+    if channel_group > 1 and sizes and all(n == size for n, size in sizes):
         raise ValueError(
             f"channel_group is {channel_group}, and the convolutions with a gate on channels have"
-            f" at most {max(n for n, _ in channels)}: no channel would be skipped"
+            f" at most {max(n for n, _ in sizes)}: no channel would be skipped"
         )
 
 
