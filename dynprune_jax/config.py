@@ -144,6 +144,8 @@ def base_config() -> Config:
             },
             # --mode=sweep: the ratios above times each of these, with every criterion.
             "sweep": {"fractions": (0.0, 0.25, 0.5, 0.75, 1.0)},
+            # --mode=sensitivity: each ratio above that is not 0 takes these in turn, and its own.
+            "sensitivity": {"ratios": (0.0, 0.2, 0.4, 0.6, 0.8)},
             # --mode=benchmark and --mode=step_cost: how often each side, and each form of a layer,
             # is timed. The benchmark's batch sizes, and ratios for all blocks to be measured
             # besides the config's own.
@@ -283,6 +285,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.weight_decay": _at_least(0.0),
     "optim.label_smoothing": _in(0.0, 1.0),
     "sweep.fractions": _each((lambda value: 0 <= value <= 1, "it must be in [0, 1]")),
+    "sensitivity.ratios": _each(_in(0.0, 1.0)),
     "study.seeds": _each((lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"), int),
     "study.cuts": _each((lambda value: 0 < value < 1, "it must be in (0, 1)")),
     "study.methods": _each((bool, "it must be a name of experiments/study.py"), str),

@@ -6,6 +6,8 @@ python -m dynprune_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode
 MODE  train      the dense network, then targeted dropout, then the evaluation (the default)
       evaluate   a finished run again
       sweep      a finished run over a curve of prune ratios, beside the controls
+      sensitivity  a finished run, with the ratio of one block changed at a time
+      export     a finished run's network as files for inference, compact too
       static     the dense network, then filters removed for good, at the dynamic one's MACs
       study      methods, ablations and controls over seeds and cuts, as files, a table, figures
       benchmark  inference, compact and dense, over batch sizes and prune ratios
@@ -30,6 +32,8 @@ from absl import logging
 
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import benchmark
+from dynprune_jax.experiments.export import export
+from dynprune_jax.experiments.sensitivity import sensitivity
 from dynprune_jax.experiments.static import static
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.study import study
@@ -46,6 +50,8 @@ MODES: dict[str, Callable[..., Any]] = {
     "static": static,
     "study": study,
     "sweep": sweep,
+    "export": export,
+    "sensitivity": sensitivity,
     "benchmark": benchmark,
     "step_cost": step_cost,
 }

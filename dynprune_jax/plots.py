@@ -310,6 +310,52 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
+def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Draws accuracy over MAC reduction as one block alone is pruned, a panel for each weights.
+
+    Of two lines the higher one is of the block that loses the same MACs at less cost.
+
+    Args:
+      rows: of sensitivity.json, each with "weights", "block", "axis", "mac_reduction", "accuracy".
+
+    Returns:
+      The figure, with one line for each block and axis; None if there is no row.
+    """
+    if not rows:
+        return None
+    weights = list(dict.fromkeys(row["weights"] for row in rows))
+    names = list(dict.fromkeys(block_name(row) for row in rows))
+    figure = Figure(figsize=(4.5 * len(weights), 4), layout="constrained")
+    panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
+    colours = (_BLUE, _ORANGE, _VERMILION, _SKY, "black")
+    for axes, panel in zip(panels, weights, strict=True):
+        for i, name in enumerate(names):
+            points = [r for r in rows if (r["weights"], block_name(r)) == (panel, name)]
+            points.sort(key=lambda row: row["ratio"])
+            axes.plot(
+                [row["mac_reduction"] for row in points],
+                [row["accuracy"] for row in points],
+                color=colours[points[0]["block"] % len(colours)],
+                linestyle="-" if points[0]["axis"] == "channel_ratio" else ":",
+                marker="osv^D"[i % 5],
+                label=name,
+            )
+        others = "nothing else pruned" if panel == "dense" else "the others at their targets"
+        axes.set_title(f"weights: {panel}; {others}")
+        axes.set_xlabel("MACs removed (of the whole network)")
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(color="0.9")
+    panels[0].set_ylabel("test accuracy")
+    panels[0].legend(loc="lower left", frameon=False)
+    return figure
+
+
+def block_name(row: Mapping[str, Any]) -> str:
+    """What a block's gates on an axis are called: "block 2, channels"."""
+    return f"block {row['block']}, {row['axis'].removesuffix('_ratio')}s"
+
+
 def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure | None:
     """Draws accuracy over MAC reduction for some methods of a study, mean and spread over seeds.
 

@@ -27,6 +27,7 @@ FREE_FIELDS = (
     "study.ablations",
     "study.ablation_cut",
     "sweep.fractions",
+    "sensitivity.ratios",
     "benchmark.repeats",
     "benchmark.batch_sizes",
     "benchmark.ratios",

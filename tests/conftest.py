@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 from ml_collections import ConfigDict
 
@@ -65,3 +66,11 @@ def config(data_dir):
     config.sweep.fractions = (0.0, 1.0)
     config.benchmark.repeats = 3
     return config
+
+
+@pytest.fixture
+def symbolic_shapes():
+    """What checks our annotations in tests cannot tell that a batch of n images has n masks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

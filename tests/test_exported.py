@@ -3,7 +3,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -64,14 +63,6 @@ def test_without_a_compiler_it_says_what_is_missing(compiled, images, monkeypatc
 def test_a_compact_model_is_for_one_platform(compiled, images):
     with pytest.raises(ValueError, match=r"platforms is \('cuda',\); a compact model is exported"):
         dynprune_jax.export_model(compiled, images, platforms=("cuda",))
-
-
-@pytest.fixture
-def symbolic_shapes():
-    """What checks our annotations in tests cannot tell that a batch of n images has n masks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("symbolic_shapes")

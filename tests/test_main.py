@@ -248,6 +248,7 @@ MISTAKES = {
     "workdir with an impossible name": ([f"--workdir={'x' * 300}"], "cannot be a folder"),
     "evaluation of nothing": (["--mode=evaluate"], "holds no trained network"),
     "sweep of nothing": (["--mode=sweep"], "holds no trained network"),
+    "sensitivity of nothing": (["--mode=sensitivity"], "holds no trained network"),
 }
 
 

@@ -212,6 +212,35 @@ def test_bars_and_lines_differ_in_lightness():
     assert abs(dense - pruned) > 0.2
 
 
+def test_sensitivity_draws_a_line_for_each_block_and_axis(tmp_path):
+    rows = [
+        {
+            "weights": weights,
+            "block": block,
+            "axis": f"{axis}_ratio",
+            "ratio": ratio,
+            "mac_reduction": ratio / 2,
+            "accuracy": 1 - ratio * (1 + block),
+        }
+        for weights in ("dense", "dropout")
+        for axis, block in (("channel", 0), ("channel", 1), ("column", 1))
+        for ratio in (0.4, 0.0, 0.2)
+    ]
+    figure = plots.sensitivity_figure(rows)
+    names = ["block 0, channels", "block 1, channels", "block 1, columns"]
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines] == names
+        for line, block in zip(axes.lines, (0, 1, 1), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), [0.0, 0.1, 0.2])
+            np.testing.assert_allclose(
+                line.get_ydata(), [1.0, 0.8 - 0.2 * block, 0.6 - 0.4 * block]
+            )
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(looks) == 3
+    plots.save(figure, tmp_path / "sensitivity.png")
+    assert plots.sensitivity_figure([]) is None
+
+
 def test_sweep_draws_a_line_for_each_criterion_in_a_panel_for_each_set_of_weights(tmp_path):
     rows = [
         {"weights": weights, "criterion": criterion, "mac_reduction": cut, "accuracy": 1 - cut}

@@ -18,15 +18,18 @@ from dynprune_jax import build, plots
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.data.sources import Split
 from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.export import export
+from dynprune_jax.experiments.sensitivity import sensitivity
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.feed import Feed
 from dynprune_jax.pruning.compact import compact
+from dynprune_jax.pruning.exported import load_exported
 from dynprune_jax.run import Run
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
 from dynprune_jax.train import evaluate_workdir, train_and_evaluate
-from dynprune_jax.train_step import TrainState
+from dynprune_jax.train_step import Network, TrainState
 from dynprune_jax.writers import read_metrics
 
 
@@ -445,6 +448,58 @@ def test_sweep_scales_the_ratios(config, workdir):
     assert full["mac_reduction"] == report["pruned"]["mac_reduction"]
     assert json.loads((workdir / "sweep.json").read_text()) == rows
     assert (workdir / "sweep.png").stat().st_size > 10_000
+
+
+def test_sensitivity_changes_one_ratio_alone(config, workdir):
+    rows = sensitivity(config, workdir)
+    report = json.loads((workdir / "report.json").read_text())
+    points = {tuple(row[key] for key in ("weights", "axis", "block", "ratio")): row for row in rows}
+    gates = {("channel_ratio", 0), ("channel_ratio", 1), ("channel_ratio", 2)}
+    gates |= {("column_ratio", 0), ("column_ratio", 2)}  # the second block's is 0
+    for axis, block in gates:
+        untouched = points["dense", axis, block, 0.0]
+        assert untouched["accuracy"] == report["dense"]["accuracy"]
+        assert untouched["mac_reduction"] == 0.0
+        target = points["dropout", axis, block, config.gate[axis][block]]
+        assert target["accuracy"] == report["pruned"]["accuracy"]
+        assert target["mac_reduction"] == report["pruned"]["mac_reduction"]
+    assert {point[1:3] for point in points} == gates
+    # Two weights, five gates, the ratios 0, .2, .4, .6, .8; .3 and .5 are besides, .3 twice.
+    assert len(points) == len(rows) == 2 * (5 * 5 + 3)
+    # The same point of a network that has no other gates.
+    trained = Run.open(config, workdir)
+    dense, pruned = trained.trained_values()
+    config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.6, 0.0), ()
+    alone = Network(build.build_dynamic(config, trained.model))
+    expected = trained.evaluate(alone, dense)
+    found = points["dense", "channel_ratio", 1, 0.6]
+    assert found["accuracy"] == expected.accuracy
+    assert found["executed_mac_reduction"] == expected.usage.executed_mac_reduction
+    # And one of the trained network with all its gates, one of them another.
+    config.gate.channel_ratio, config.gate.column_ratio = (0.3, 0.4, 0.5), (0.2, 0.0, 0.8)
+    changed = Network(build.build_dynamic(config, trained.model))
+    expected = trained.evaluate(changed, pruned)
+    found = points["dropout", "column_ratio", 2, 0.8]
+    assert found["accuracy"] == expected.accuracy
+    assert found["executed_mac_reduction"] == expected.usage.executed_mac_reduction
+    assert json.loads((workdir / "sensitivity.json").read_text()) == rows
+    assert (workdir / "sensitivity.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("symbolic_shapes")
+def test_the_network_of_a_run_is_exported(config, workdir):
+    config.benchmark.batch_sizes = (4,)
+    run = Run.open(config, workdir)
+    stored, _ = run.dataset.test.read(np.arange(4))
+    model = run.dynamic.bind(run.trained_values()[1])
+    model.eval()
+    mixed_plan(model).save(workdir / "plan_batch_4.json")  # to measure one takes half a minute
+    files = export(config, workdir)
+    assert [file.name for file in files] == ["exported.bin", "exported_compact_4.bin"]
+    expected = nnx.jit(model)(build.evaluation_images(config, jnp.asarray(stored)))
+    for file, images in ((files[0], stored), (files[0], stored[:1]), (files[1], stored)):
+        logits = load_exported(file.read_bytes())(images)
+        np.testing.assert_allclose(logits, expected[: len(images)], rtol=1e-4, atol=1e-5)
 
 
 def test_step_cost_times_both_steps(config, tmp_path):

@@ -1,0 +1,94 @@
+"""A finished run's network as files that are called without its code."""
+
+import functools
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dynprune_jax.build import evaluation_images
+from dynprune_jax.config import Config
+from dynprune_jax.errors import UserError
+from dynprune_jax.pruning.compact import compact
+from dynprune_jax.pruning.exported import export_model
+from dynprune_jax.run import Run
+from dynprune_jax.writers import progress_bar, screen, write_bytes
+
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+class _FromStored(nnx.Module):
+    """A network that takes images as they are stored."""
+
+    def __init__(self, config: Config, model: nnx.Module):
+        self._prepare = functools.partial(evaluation_images, config)
+        self.model = model
+
+    def __call__(
+        self, images: UInt8[Array, "batch height width channels"]
+    ) -> Float[Array, "batch classes"]:
+        return self.model(self._prepare(images))  # pyright: ignore[reportCallIssue]  every model here can be called
+
+
+def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
+    """Exports the network of a finished run for inference.
+
+    Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images, and
+    for each of `config.benchmark.batch_sizes` `exported_compact_N.bin`, which skips what the gates
+    leave out, on the device at hand. All take uint8 images of `config.data.image_size`, which they
+    normalise, and give logits. `dynprune_jax.load_exported` reads them. How each layer of a compact
+    one is executed is measured, and kept in `plan_batch_N.json`; a plan that is there is followed.
+
+    Returns:
+      The files.
+
+    Raises:
+      UserError: for a mistake in the config, if the run is not finished, for a plan that does not
+        fit it, or for many processes.
+    """
+    if jax.process_count() > 1:
+        raise UserError(f"--mode=export is for one process, not {jax.process_count()}")
+    run = Run.open(config, workdir)
+    dense, pruned = run.trained_values()
+    model = run.dense.bind(dense or {}) if run.dynamic is None else run.dynamic.bind(pruned or {})
+    model.eval()
+    shape = run.one_image.shape[1:]
+    any_number = jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}")
+    written = [
+        _write(
+            run.workdir / "exported.bin",
+            export_model(
+                _FromStored(config, model),
+                jax.ShapeDtypeStruct(any_number, jnp.uint8),
+                platforms=_PLATFORMS,
+            ),
+            f"any number of images, on {', '.join(_PLATFORMS)}",
+        )
+    ]
+    for size in config.benchmark.batch_sizes:
+        seen = jax.ShapeDtypeStruct((size, *shape), run.one_image.dtype)
+        with progress_bar(f"batch {size}: measuring the forms of each layer") as progress:
+            plan = run.workdir / f"plan_batch_{size}.json"
+            try:
+                fast = compact(model, seen, plan=plan, progress=progress)
+            except ValueError as error:  # what the plan says
+                raise UserError(str(error)) from error
+        stored = jax.ShapeDtypeStruct(seen.shape, jnp.uint8)
+        written.append(
+            _write(
+                run.workdir / f"exported_compact_{size}.bin",
+                export_model(_FromStored(config, fast), stored),
+                f"{size} images, compact, on {jax.devices()[0].device_kind} and its like",
+            )
+        )
+    screen().print("dynprune_jax.load_exported(open(FILE, 'rb').read()) is a function of images")
+    return written
+
+
+def _write(path: Path, data: bytes, what: str) -> Path:
+    write_bytes(path, data)
+    screen().print(f"{path}: {len(data) / 2**20:.1f} MB; {what}", soft_wrap=True, markup=False)
+    return path

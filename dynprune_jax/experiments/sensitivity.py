@@ -1,0 +1,109 @@
+"""Accuracy where one block alone is pruned more or less: which blocks can lose how much."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import rich.table
+
+from dynprune_jax import plots, processes
+from dynprune_jax.config import Config
+from dynprune_jax.errors import UserError
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.ratios import set_ratios
+from dynprune_jax.run import Run
+from dynprune_jax.train_step import Network
+from dynprune_jax.writers import progress_bar, screen, write_json
+
+_AXES = ("channel_ratio", "column_ratio")
+
+
+def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Evaluates a finished run with the ratio of one block changed, without any training.
+
+    Each ratio of the config that is not 0 takes the values of `config.sensitivity.ratios` and its
+    own in turn: on the weights of the dense phase with nothing else pruned, as Li et al. 2017
+    (arXiv 1608.08710) do for filters, and on those after targeted dropout with the others at their
+    targets. The ratios are traced: all that compiles one program. Writes `sensitivity.json` and
+    `sensitivity.png`.
+
+    It is measured on what the run is evaluated on. Ratios that are chosen by it are chosen by those
+    images: `config.data.held_out` takes them from the training split.
+
+    Returns:
+      A row for each point: `weights`, `block`, `axis`, `ratio`, `accuracy`, `mac_reduction`,
+      `executed_mac_reduction`.
+
+    Raises:
+      UserError: for a mistake in the config, or if the run is not finished or prunes nothing.
+    """
+    run = Run.open(config, workdir)
+    if run.dynamic is None:
+        raise UserError("config.prune.epochs is 0: this run has no ratios to change")
+    dense, pruned = run.trained_values()
+    targets = {axis: config.gate[axis] for axis in _AXES if any(config.gate[axis])}
+    nothing = {axis: (0.0,) * len(ratios) for axis, ratios in targets.items()}
+    points = []
+    for weights, values, others in (
+        ("dense", dense and run.gated(dense), nothing),
+        ("dropout", pruned, targets),
+    ):
+        for axis, ratios in targets.items():
+            for block, target in enumerate(ratios):
+                for ratio in sorted({*config.sensitivity.ratios, target}) if target else ():
+                    points.append((weights, values, others, axis, block, ratio))
+    rows = []
+    with progress_bar("evaluating") as progress:
+        for done, (weights, values, others, axis, block, ratio) in enumerate(points):
+            progress(done, len(points))
+            changed = [*others[axis]]
+            changed[block] = ratio
+            result = run.evaluate(run.dynamic, values, _ratios(run, others | {axis: changed}))
+            rows.append(
+                {
+                    "weights": weights,
+                    "block": block,
+                    "axis": axis,
+                    "ratio": ratio,
+                    "accuracy": result.accuracy,
+                    "mac_reduction": result.usage.mac_reduction,
+                    "executed_mac_reduction": result.usage.executed_mac_reduction,
+                }
+            )
+    write_json(run.workdir / "sensitivity.json", rows)
+    if processes.leads():
+        plots.save(plots.sensitivity_figure(rows), run.workdir / "sensitivity.png")
+    _print_table(rows, config)
+    return rows
+
+
+def _ratios(run: Run, ratios: Mapping[str, Any]) -> dict[str, Any]:
+    """The ratio of each gate, by name, from one for each block; a block without a gate has none."""
+    assert run.dynamic is not None
+    model = run.dynamic.bind()
+    gated = {axis: [target > 0 for target in run.config.gate[axis]] for axis in ratios}
+    set_ratios(
+        model,
+        **{
+            axis: [ratio if there else None for ratio, there in zip(of, gated[axis], strict=True)]
+            for axis, of in ratios.items()
+        },
+    )
+    return Network(model).values(PruneRatio)
+
+
+def _print_table(rows: list[dict[str, Any]], config: Config) -> None:
+    for weights in dict.fromkeys(row["weights"] for row in rows):
+        curves: dict[str, dict[float, float]] = {}
+        for row in rows:
+            if row["weights"] == weights:
+                curves.setdefault(plots.block_name(row), {})[row["ratio"]] = row["accuracy"]
+        title = f"Accuracy of {config.model} on {config.data.name}, {weights} weights"
+        table = rich.table.Table(title=title)
+        table.add_column("ratio", justify="right")
+        for name in curves:
+            table.add_column(name, justify="right")
+        for ratio in sorted({ratio for curve in curves.values() for ratio in curve}):
+            found = [curve.get(ratio) for curve in curves.values()]
+            table.add_row(f"{ratio:g}", *("" if x is None else f"{x:.4f}" for x in found))
+        screen().print(table)
