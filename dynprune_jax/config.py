@@ -147,8 +147,8 @@ def base_config() -> Config:
             # --mode=sensitivity: each ratio above that is not 0 takes these in turn, and its own.
             "sensitivity": {"ratios": (0.0, 0.2, 0.4, 0.6, 0.8)},
             # --mode=benchmark and --mode=step_cost: how often each side, and each form of a layer,
-            # is timed. The benchmark's batch sizes, and ratios for all blocks to be measured
-            # besides the config's own.
+            # is timed. The batch sizes of the benchmark and of --mode=export, and ratios for all
+            # blocks to be measured besides the config's own.
             "benchmark": {"repeats": 15, "batch_sizes": (1, 8, 64), "ratios": (0.0, 0.5)},
         }
     )

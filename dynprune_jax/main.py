@@ -3,15 +3,15 @@
 python -m dynprune_jax.main --config=configs/NAME.py[:arg] --workdir=DIR [--mode=MODE]
                             [--config.FIELD=VALUE ...]
 
-MODE  train      the dense network, then targeted dropout, then the evaluation (the default)
-      evaluate   a finished run again
-      sweep      a finished run over a curve of prune ratios, beside the controls
+MODE  train        the dense network, then targeted dropout, then the evaluation (the default)
+      evaluate     a finished run again
+      sweep        a finished run over a curve of prune ratios, beside the controls
       sensitivity  a finished run, with the ratio of one block changed at a time
-      export     a finished run's network as files for inference, compact too
-      static     the dense network, then filters removed for good, at the dynamic one's MACs
-      study      methods, ablations and controls over seeds and cuts, as files, a table, figures
-      benchmark  inference, compact and dense, over batch sizes and prune ratios
-      step_cost  a training step, dynamic and dense
+      export       a finished run's network as files for inference, compact too
+      static       the dense network, then filters removed for good, at the dynamic one's MACs
+      study        methods, ablations and controls over seeds and cuts, as files, a table, figures
+      benchmark    inference, compact and dense, over batch sizes and prune ratios
+      step_cost    a training step, dynamic and dense
 
 FIELD  such as seed or gate.channel_ratio: dynprune_jax/config.py has them all, with what they
        mean and their defaults.

@@ -1,4 +1,4 @@
-"""Figures: training curves, MACs by layer and by image, columns kept, sweeps, speedups.
+"""Figures: training curves, MACs by layer and image, columns kept, sweeps, sensitivity, speedups.
 
 Each function draws one figure, or returns None where it has nothing to show; `save` writes it.
 """
@@ -313,7 +313,8 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
 def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Draws accuracy over MAC reduction as one block alone is pruned, a panel for each weights.
 
-    Of two lines the higher one is of the block that loses the same MACs at less cost.
+    Where more MACs are removed than at the point in which all lines meet, the higher of two lines
+    is of the block that loses them at less cost; where fewer are, of the one that they cost more.
 
     Args:
       rows: of sensitivity.json, each with "weights", "block", "axis", "mac_reduction", "accuracy".

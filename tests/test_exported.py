@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import dynprune_jax
 from dynprune_jax.pruning import native
+from dynprune_jax.pruning.pallas_conv import kept_groups_conv
 
 SHAPE = (2, 8, 8, 1)
 
@@ -58,6 +60,26 @@ def test_without_a_compiler_it_says_what_is_missing(compiled, images, monkeypatc
     monkeypatch.setattr(native, "why_not", lambda: "no C++ compiler")
     with pytest.raises(RuntimeError, match="the compiled kernel for CPUs: no C"):
         dynprune_jax.load_exported(data)
+
+
+class _OfGroups(nnx.Module):
+    """A layer as compact execution has it on an NVIDIA GPU."""
+
+    def __call__(self, images):
+        groups = jnp.zeros((len(images), 1), jnp.int32)
+        kernel = jnp.ones((3, 3, 32, 16))
+        padding = ((1, 1), (1, 1))
+        return kept_groups_conv(images, kernel, groups, group_size=16, padding=padding)
+
+
+# JAX deprecates the back end from 0.12 on.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_the_form_for_nvidia_gpus_can_be_exported():
+    h100 = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    images = jax.ShapeDtypeStruct((2, 8, 8, 32), jnp.float32)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
+        data = dynprune_jax.export_model(_OfGroups(), images, platforms=("cuda",))
+    assert jax.export.deserialize(bytearray(data)).platforms == ("cuda",)
 
 
 def test_a_compact_model_is_for_one_platform(compiled, images):

@@ -249,6 +249,7 @@ MISTAKES = {
     "evaluation of nothing": (["--mode=evaluate"], "holds no trained network"),
     "sweep of nothing": (["--mode=sweep"], "holds no trained network"),
     "sensitivity of nothing": (["--mode=sensitivity"], "holds no trained network"),
+    "export of nothing": (["--mode=export"], "holds no trained network"),
 }
 
 
@@ -364,7 +365,7 @@ def test_help_needs_nothing_and_tells_every_mode(capfd):
     assert main(["dynprune_jax", "--help"]) == 0
     told = capfd.readouterr().out
     assert "--config=configs/NAME.py" in told
-    assert not [mode for mode in MODES if f"{mode:10} " not in told]
+    assert not [mode for mode in MODES if f"  {mode:11}  " not in told]
 
 
 def test_the_entry_point_trains_on_class_folders_in_a_process_of_its_own(tmp_path):

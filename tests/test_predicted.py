@@ -266,6 +266,22 @@ def test_columns_are_chosen_once_a_block(name):
             np.testing.assert_allclose(layer.macs, layer.dense_macs * share, rtol=1e-6)
 
 
+def test_at_ratio_0_columns_chosen_once_a_block_change_nothing():
+    """Not even where a map has columns of zeros by itself."""
+    model = models.vgg_digits(10, image_size=8, width=0.25, rngs=nnx.Rngs(0))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.bias[...] -= 1.0
+    model.eval()
+    dynamic = make_dynamic(model, column_ratio=0.0, column_blocks=column_blocks(model))
+    dynamic.eval()
+    images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+    assert (model.blocks[0].layers[0](images) == 0).all(axis=-1).any()
+    logits, usage = measure(dynamic, images)
+    np.testing.assert_array_equal(logits, model(images))
+    assert usage.mac_reduction == usage.executed_mac_reduction == 0.0
+
+
 def test_a_unit_leaves_the_columns_it_skips_as_they_were():
     model = models.resnet20(10, image_size=8, width=0.5, rngs=nnx.Rngs(0))
     dynamic = make_dynamic(model, column_ratio=0.5, column_blocks=column_blocks(model))

@@ -236,6 +236,10 @@ def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tm
     assert scratch["dense"] is None
     assert scratch["pruned_without_targeted_dropout"] is None
     assert scratch["parameters_digest"] != first["parameters_digest"]
+    config.sensitivity.ratios = ()
+    rows = sensitivity(config, tmp_path / "scratch")
+    assert {row["weights"] for row in rows} == {"dropout"}
+    assert {row["accuracy"] for row in rows} == {scratch["pruned"]["accuracy"]}
 
 
 def advanced(run, devices, counts):

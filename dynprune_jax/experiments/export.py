@@ -1,4 +1,4 @@
-"""A finished run's network as files that are called without its code."""
+"""A finished run's network as files for inference, by `jax.export`."""
 
 import functools
 import os
@@ -38,9 +38,10 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
     Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images, and
     for each of `config.benchmark.batch_sizes` `exported_compact_N.bin`, which skips what the gates
-    leave out, on the device at hand. All take uint8 images of `config.data.image_size`, which they
-    normalise, and give logits. `dynprune_jax.load_exported` reads them. How each layer of a compact
-    one is executed is measured, and kept in `plan_batch_N.json`; a plan that is there is followed.
+    leave out, on the device at hand; on CPUs it needs this package and a C++ compiler. All take
+    uint8 images of `config.data.image_size`, which they normalise, and give logits.
+    `dynprune_jax.load_exported` reads them. How each layer of a compact one is executed is
+    measured, and kept in `plan_batch_N.json`; a plan that is there is followed.
 
     Returns:
       The files.
@@ -53,7 +54,9 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
         raise UserError(f"--mode=export is for one process, not {jax.process_count()}")
     run = Run.open(config, workdir)
     dense, pruned = run.trained_values()
-    model = run.dense.bind(dense or {}) if run.dynamic is None else run.dynamic.bind(pruned or {})
+    network, values = (run.dense, dense) if run.dynamic is None else (run.dynamic, pruned)
+    assert values is not None  # config.check has seen to it
+    model = network.bind(values)
     model.eval()
     shape = run.one_image.shape[1:]
     any_number = jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}")
@@ -72,10 +75,13 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
         seen = jax.ShapeDtypeStruct((size, *shape), run.one_image.dtype)
         with progress_bar(f"batch {size}: measuring the forms of each layer") as progress:
             plan = run.workdir / f"plan_batch_{size}.json"
+            given = plan.exists()
             try:
                 fast = compact(model, seen, plan=plan, progress=progress)
-            except ValueError as error:  # what the plan says
-                raise UserError(str(error)) from error
+            except ValueError as error:
+                if given:  # and it is no plan, or another network's
+                    raise UserError(str(error)) from error
+                raise
         stored = jax.ShapeDtypeStruct(seen.shape, jnp.uint8)
         written.append(
             _write(

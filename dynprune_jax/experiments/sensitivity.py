@@ -1,7 +1,6 @@
 """Accuracy where one block alone is pruned more or less: which blocks can lose how much."""
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import rich.table
@@ -41,24 +40,34 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
     if run.dynamic is None:
         raise UserError("config.prune.epochs is 0: this run has no ratios to change")
     dense, pruned = run.trained_values()
-    targets = {axis: config.gate[axis] for axis in _AXES if any(config.gate[axis])}
-    nothing = {axis: (0.0,) * len(ratios) for axis, ratios in targets.items()}
+    # A block without a gate on an axis has no ratio there: None.
+    targets = {
+        axis: [ratio or None for ratio in config.gate[axis]]
+        for axis in _AXES
+        if any(config.gate[axis])
+    }
+    nothing = {axis: [ratio and 0.0 for ratio in ratios] for axis, ratios in targets.items()}
     points = []
     for weights, values, others in (
-        ("dense", dense and run.gated(dense), nothing),
+        ("dense", None if dense is None else run.gated(dense), nothing),
         ("dropout", pruned, targets),
     ):
+        if values is None:  # there is no dense phase
+            continue
         for axis, ratios in targets.items():
             for block, target in enumerate(ratios):
-                for ratio in sorted({*config.sensitivity.ratios, target}) if target else ():
-                    points.append((weights, values, others, axis, block, ratio))
+                if target is not None:
+                    for ratio in sorted({*config.sensitivity.ratios, target}):
+                        points.append((weights, values, others, axis, block, ratio))
     rows = []
     with progress_bar("evaluating") as progress:
         for done, (weights, values, others, axis, block, ratio) in enumerate(points):
             progress(done, len(points))
-            changed = [*others[axis]]
-            changed[block] = ratio
-            result = run.evaluate(run.dynamic, values, _ratios(run, others | {axis: changed}))
+            ratios = {name: [*of] for name, of in others.items()}
+            ratios[axis][block] = ratio
+            model = run.dynamic.bind()
+            set_ratios(model, **ratios)
+            result = run.evaluate(run.dynamic, values, Network(model).values(PruneRatio))
             rows.append(
                 {
                     "weights": weights,
@@ -77,32 +86,17 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
     return rows
 
 
-def _ratios(run: Run, ratios: Mapping[str, Any]) -> dict[str, Any]:
-    """The ratio of each gate, by name, from one for each block; a block without a gate has none."""
-    assert run.dynamic is not None
-    model = run.dynamic.bind()
-    gated = {axis: [target > 0 for target in run.config.gate[axis]] for axis in ratios}
-    set_ratios(
-        model,
-        **{
-            axis: [ratio if there else None for ratio, there in zip(of, gated[axis], strict=True)]
-            for axis, of in ratios.items()
-        },
-    )
-    return Network(model).values(PruneRatio)
-
-
 def _print_table(rows: list[dict[str, Any]], config: Config) -> None:
-    for weights in dict.fromkeys(row["weights"] for row in rows):
-        curves: dict[str, dict[float, float]] = {}
+    for weights, axis in dict.fromkeys((row["weights"], row["axis"]) for row in rows):
+        curves: dict[int, dict[float, float]] = {}
         for row in rows:
-            if row["weights"] == weights:
-                curves.setdefault(plots.block_name(row), {})[row["ratio"]] = row["accuracy"]
+            if (row["weights"], row["axis"]) == (weights, axis):
+                curves.setdefault(row["block"], {})[row["ratio"]] = row["accuracy"]
         title = f"Accuracy of {config.model} on {config.data.name}, {weights} weights"
         table = rich.table.Table(title=title)
-        table.add_column("ratio", justify="right")
-        for name in curves:
-            table.add_column(name, justify="right")
+        table.add_column(axis.replace("_", " "), justify="right")
+        for block in curves:
+            table.add_column(f"block {block}", justify="right")
         for ratio in sorted({ratio for curve in curves.values() for ratio in curve}):
             found = [curve.get(ratio) for curve in curves.values()]
             table.add_row(f"{ratio:g}", *("" if x is None else f"{x:.4f}" for x in found))

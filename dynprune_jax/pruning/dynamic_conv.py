@@ -171,11 +171,12 @@ class DynamicConv(nnx.Conv):
         """The wanted columns of the output: those of the input that are kept.
 
         To make up its count a follower may keep columns that are all zero, which a gate before
-        it has left out, or not; wanted they are not.
+        it has left out, or not; wanted they are not. At a ratio of 0 no gate leaves any out.
         """
-        if masks.columns is None:
-            return None
-        return masks.columns & jnp.any(x != 0, axis=-1) if self.follows_columns else masks.columns
+        if masks.columns is None or not self.follows_columns:
+            return masks.columns
+        nothing_left_out = jnp.asarray(self.column_ratio) == 0
+        return masks.columns & (jnp.any(x != 0, axis=-1) | nothing_left_out)
 
     def salience(
         self, x: Float[Array, "*batch height width channels"]

@@ -10,6 +10,10 @@ from jax import export
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.compact_conv import is_compact
 from dynprune_jax.pruning.layers import Images
+from dynprune_jax.pruning.pallas_conv import TARGET
+
+# Calls of which `jax.export` cannot know that they mean the same in another version.
+_UNCHECKED = (*native.TARGETS, TARGET)
 
 
 def export_model(
@@ -20,7 +24,7 @@ def export_model(
     Weights, ratios and, of a compact model, the forms of its layers are part of it, and so is the
     state of a criterion that draws: every call draws the same. Who calls it
     needs JAX, and of a compact one for CPUs this package and a C++ compiler, since the kernel is
-    compiled there for the processor there is.
+    compiled there for the processor there is; one with the Pallas form is for this version of JAX.
 
     Args:
       model: any NNX model, usually from `compact`, or from `make_dynamic` or `predict_channels`
@@ -49,8 +53,8 @@ def export_model(
     def call(images: Any) -> Any:
         return nnx.merge(graph, state)(images, *others)
 
-    ours = [export.DisabledSafetyCheck.custom_call(name) for name in native.TARGETS]
-    exporter = export.export(jax.jit(call), platforms=platforms, disabled_checks=ours)
+    unchecked = [export.DisabledSafetyCheck.custom_call(name) for name in _UNCHECKED]
+    exporter = export.export(jax.jit(call), platforms=platforms, disabled_checks=unchecked)
     return bytes(exporter(jax.eval_shape(lambda images: images, images)).serialize())
 
 
