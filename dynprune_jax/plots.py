@@ -348,7 +348,7 @@ def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(color="0.9")
     panels[0].set_ylabel("test accuracy")
-    panels[0].legend(loc="lower left", frameon=False)
+    panels[-1].legend(loc="lower left", frameon=False)
     return figure
 
 

@@ -426,6 +426,68 @@ def test_what_an_allotment_costs_is_what_its_runs_say():
         assert claim in PAGES, claim
 
 
+def test_the_claims_on_proportions_are_what_its_runs_say():
+    def told(folder):
+        return " ".join(part.removeprefix("0") for part in folder.split("-"))
+
+    small = {}
+    for path in (ROOT / "docs" / "results" / "proportions" / "vgg_small").glob("*/*.json"):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        ratios, accuracy = told(path.parent.name), 100 * row["accuracy"]
+        scaled = " ".join(f"{ratio:.2f}"[1:] for ratio in row["config"]["gate.channel_ratio"])
+        assert f"| {ratios} | {scaled} | {row['mac_reduction']:.1%} | {accuracy:.2f} |" in PAGES
+        small[ratios] = accuracy
+    best, *near, _, _, worst = sorted(small.values(), reverse=True)
+    assert (small[".3 .4 .6"], small[".1 .4 .9"]) == (best, worst)
+    assert f"cost {best - near[0]:.1f} to {best - near[1]:.1f} points" in PAGES
+    assert f"The ends cost {best - worst:.1f}." in PAGES
+    seeds = accuracies("channel_groups", "predicted", 0.65)
+    assert (
+        f"three seeds of the first row are within {np.ptp([*seeds.values()]):.2f} points" in PAGES
+    )
+
+    path = ROOT / "docs" / "results" / "proportions" / "sensitivity.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    alone = {(row["block"], row["ratio"]): row for row in rows if row["weights"] == "dense"}
+    last, middle, first = alone[2, 0.4], alone[1, 0.6], alone[0, 0.8]
+    assert f"{middle['mac_reduction']:.0%}" == f"{first['mac_reduction']:.0%}"
+    claim = (
+        f"with {100 * last['mac_reduction']:.0f} % of the network's MACs taken from it alone"
+        f" {100 * last['accuracy']:.1f} % is left, with {100 * middle['mac_reduction']:.0f} % from"
+        f" the block before {100 * middle['accuracy']:.1f}, from the first"
+        f" {100 * first['accuracy']:.1f}"
+    )
+    assert claim in PAGES
+    for block, own in enumerate((0.2812, 0.375, 0.5625)):
+        trained = [r for r in rows if (r["weights"], r["block"]) == ("dropout", block)]
+        assert max(trained, key=lambda row: row["accuracy"])["ratio"] == own
+
+    def resnet(folder, method="predicted+channels+distillation", cut=0.62):
+        return accuracies(f"proportions/{folder}", method, cut)
+
+    def line(label, found, cut):
+        cells = [f"{found[s]:.2f}" if s in found else "not measured" for s in (0, 1, 2)]
+        return f"| {label} | {cut:.1%} | " + " | ".join(cells) + " |"
+
+    assert line("dense", resnet("resnet20", "dense", 0.0), 0.0) in PAGES
+    static = "l1+as_predicted+channels+distillation"
+    for folder, cut in (
+        ("0.3-0.5-0.8", 0.631),
+        ("0.4-0.5-0.6", 0.625),
+        ("0.5-0.5-0.5", 0.623),
+        ("0.6-0.5-0.4", 0.622),
+    ):
+        assert line(f"predicted, {told(folder)}", resnet(f"resnet20/{folder}"), cut) in PAGES
+        removed = resnet(f"resnet20/{folder}", static)
+        if folder == "0.4-0.5-0.6":
+            removed |= accuracies("salience_rate/all", static, 0.62)
+        label = f"static, L1 norm, allotted as these gates, {told(folder)}"
+        assert not removed or line(label, removed, cut) in PAGES
+    tenth = resnet("resnet20_tenth/0.5-0.5-0.5")
+    label = "predicted, saliences at a tenth of the rate, .5 .5 .5"
+    assert line(label, tenth, 0.623) in PAGES
+
+
 def test_the_filters_of_an_allotment_are_those_it_leaves():
     def left(model, side, mac_reduction, given, block):
         image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)

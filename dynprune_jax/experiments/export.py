@@ -87,10 +87,10 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
             _write(
                 run.workdir / f"exported_compact_{size}.bin",
                 export_model(_FromStored(config, fast), stored),
-                f"{size} images, compact, on {jax.devices()[0].device_kind} and its like",
+                f"batches of {size}, compact, on {jax.devices()[0].device_kind}",
             )
         )
-    screen().print("dynprune_jax.load_exported(open(FILE, 'rb').read()) is a function of images")
+    screen().print("dynprune_jax.load_exported(BYTES_OF_A_FILE) is a function of uint8 images")
     return written
 
 
