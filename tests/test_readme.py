@@ -486,6 +486,25 @@ def test_the_claims_on_proportions_are_what_its_runs_say():
     tenth = resnet("resnet20_tenth/0.5-0.5-0.5")
     label = "predicted, saliences at a tenth of the rate, .5 .5 .5"
     assert line(label, tenth, 0.623) in PAGES
+    config_s, alike = resnet("resnet20/0.4-0.5-0.6"), resnet("resnet20/0.5-0.5-0.5")
+    removed = resnet("resnet20/0.5-0.5-0.5", static)
+    removed_s = resnet("resnet20/0.4-0.5-0.6", static) | accuracies(
+        "salience_rate/all", static, 0.62
+    )
+
+    def apart(one, other):
+        return [one[seed] - other[seed] for seed in (0, 1, 2)]
+
+    for claim in (
+        "the gates are {:.2f}, {:.2f} and {:.2f} points better".format(*apart(alike, config_s)),
+        f"ten times slower {statistics.mean(apart(tenth, alike)):.2f} more in the mean",
+        f"from {statistics.mean(apart(removed_s, config_s)):.2f} behind it to"
+        f" {statistics.mean(apart(removed, tenth)):.2f} behind"
+        " ({:.2f}, {:.2f} and {:.2f} by seed)".format(*apart(removed, tenth)),
+        f"in all stages besides {statistics.mean(apart(removed, tenth)):.2f} (three seeds;",
+    ):
+        assert claim in PAGES, claim
+    assert min(apart(removed, removed_s)) < 0 < max(apart(removed, removed_s))
 
 
 def test_the_filters_of_an_allotment_are_those_it_leaves():
