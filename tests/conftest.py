@@ -1,5 +1,6 @@
 """Settings that hold for every test: strict JAX, several fake devices; a small config."""
 
+import itertools
 import os
 import runpy
 import signal
@@ -74,3 +75,12 @@ def symbolic_shapes():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def few_forms(monkeypatch):
+    """Plans of two forms a layer: to measure all takes a minute, and tells nothing here."""
+    from dynprune_jax.pruning import plan
+
+    every = plan.candidates
+    monkeypatch.setattr(plan, "candidates", lambda *a, **k: itertools.islice(every(*a, **k), 2))

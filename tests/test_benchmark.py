@@ -6,8 +6,6 @@ import pytest
 
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _time, benchmark, summary
-from dynprune_jax.pruning import plan
-from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.plan import Plan, interleaved
 
 
@@ -17,7 +15,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def rows(config, folder):
+def rows(config, folder, few_forms):
     """The benchmark of the small digits network, run once: its own ratios, and ratio 0."""
     if not (folder / "benchmark.json").exists():
         config.gate.layers = ("blocks/[12]/layers/0/*",)  # of the others there is a dense plan
@@ -120,11 +118,9 @@ def test_a_config_that_prunes_nothing_has_nothing_to_compare(config, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_where_filters_cannot_go_as_far_the_static_network_is_left_out(
-    config, tmp_path, capsys, monkeypatch
-):
+@pytest.mark.usefixtures("few_forms")
+def test_where_filters_cannot_go_as_far_the_static_network_is_left_out(config, tmp_path, capsys):
     """Its filters go where the ratios are, in the last block; its gates leave columns out too."""
-    monkeypatch.setattr(plan, "candidates", lambda *args, **given: [Form()])  # no time counts here
     config.width, config.static.allotment = 0.25, "gate"
     config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.0, 0.1), (0.9, 0.9, 0.9)
     config.benchmark.batch_sizes, config.benchmark.ratios = (1,), ()

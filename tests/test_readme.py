@@ -57,6 +57,7 @@ def mean_and_spread(values):
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
+@pytest.mark.usefixtures("few_forms")
 def test_the_example_runs(capsys):
     use, train = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, Any] = {}
