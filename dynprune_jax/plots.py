@@ -325,13 +325,13 @@ def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not rows:
         return None
     weights = list(dict.fromkeys(row["weights"] for row in rows))
-    names = list(dict.fromkeys(block_name(row) for row in rows))
+    names = list(dict.fromkeys(_block_name(row) for row in rows))
     figure = Figure(figsize=(4.5 * len(weights), 4), layout="constrained")
     panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
     colours = (_BLUE, _ORANGE, _VERMILION, _SKY, "black")
     for axes, panel in zip(panels, weights, strict=True):
         for i, name in enumerate(names):
-            points = [r for r in rows if (r["weights"], block_name(r)) == (panel, name)]
+            points = [r for r in rows if (r["weights"], _block_name(r)) == (panel, name)]
             points.sort(key=lambda row: row["ratio"])
             axes.plot(
                 [row["mac_reduction"] for row in points],
@@ -352,7 +352,7 @@ def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def block_name(row: Mapping[str, Any]) -> str:
+def _block_name(row: Mapping[str, Any]) -> str:
     """What a block's gates on an axis are called: "block 2, channels"."""
     return f"block {row['block']}, {row['axis'].removesuffix('_ratio')}s"
 

@@ -84,3 +84,12 @@ def few_forms(monkeypatch):
 
     every = plan.candidates
     monkeypatch.setattr(plan, "candidates", lambda *a, **k: itertools.islice(every(*a, **k), 2))
+
+
+@pytest.fixture
+def one_control(monkeypatch):
+    """Reports with one control of three: each is compiled by itself, and not tested here."""
+    from dynprune_jax import report
+
+    few = {name: report.CRITERIA[name] for name in ("attention", "random")}
+    monkeypatch.setattr(report, "CRITERIA", few)

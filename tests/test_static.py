@@ -187,6 +187,7 @@ def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path):
     assert static(config, tmp_path / "static")["parameters_digest"] == report["parameters_digest"]
 
 
+@pytest.mark.usefixtures("one_control")
 def test_the_control_trains_a_whole_dense_network_on(config, tmp_path):
     """As a network with gates is that never drops anything in training."""
     config.static.criterion, config.prune.distillation = "none", 0.5

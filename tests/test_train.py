@@ -157,6 +157,7 @@ def failing():
     raise RuntimeError("cut off")
 
 
+@pytest.mark.usefixtures("one_control")
 @pytest.mark.parametrize(
     ("memory_limit_mb", "method", "call", "end", "outcome", "saved"),
     [
@@ -205,6 +206,7 @@ def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
     assert rows(tmp_path / "cut") == rows(undisturbed)
 
 
+@pytest.mark.usefixtures("one_control")
 def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tmp_path):
     first = json.loads((workdir / "report.json").read_text())
     config.prune.start = "checkpoint"
@@ -338,6 +340,7 @@ def test_what_a_config_says_reaches_the_step(config, tmp_path):
         assert metrics(**fields)["loss"] != base["loss"], fields
 
 
+@pytest.mark.usefixtures("one_control")
 def test_waiting_for_a_stream_is_not_time_in_the_step(config, tmp_path, monkeypatch):
     config.data.memory_limit_mb = 0
     next_batch = Feed.next_batch
@@ -352,6 +355,7 @@ def test_waiting_for_a_stream_is_not_time_in_the_step(config, tmp_path, monkeypa
         assert report["phases"][phase]["outside_step"] > 0.2 * (steps - 1)
 
 
+@pytest.mark.usefixtures("one_control")
 def test_pictures_show_what_the_network_sees(config, tmp_path, monkeypatch):
     config.data.image_size = 8
     config.data.stored_size = 12
