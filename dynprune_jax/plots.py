@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
@@ -301,10 +302,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
                 label=f"by {criterion}",
             )
         axes.set_title(f"weights: {name}")
-        axes.set_xlabel("MACs removed (of the whole network)")
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.grid(color="0.9")
+        _accuracy_over_macs(axes)
     panels[0].set_ylabel("test accuracy")
     panels[-1].legend(loc="lower left", frameon=False)
     return figure
@@ -343,13 +341,17 @@ def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             )
         others = "nothing else pruned" if panel == "dense" else "the others at their targets"
         axes.set_title(f"weights: {panel}; {others}")
-        axes.set_xlabel("MACs removed (of the whole network)")
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.grid(color="0.9")
+        _accuracy_over_macs(axes)
     panels[0].set_ylabel("test accuracy")
     panels[-1].legend(loc="lower left", frameon=False)
     return figure
+
+
+def _accuracy_over_macs(axes: Axes) -> None:
+    axes.set_xlabel("MACs removed (of the whole network)")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(color="0.9")
 
 
 def _block_name(row: Mapping[str, Any]) -> str:
@@ -400,12 +402,9 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
             label=labels[name],
             zorder=4 if i == 0 else 3,
         )
-    axes.set_xlabel("MACs removed (of the whole network)")
     axes.set_ylabel("test accuracy")
     axes.xaxis.set_major_locator(MultipleLocator(0.05))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(color="0.9")
+    _accuracy_over_macs(axes)
     figure.legend(loc="outside lower center", ncols=side_by_side, frameon=False, fontsize="small")
     return figure
 

@@ -293,6 +293,20 @@ class Run:
             pruned = self._read(self.workdir, "prune").values
         return dense, pruned
 
+    def finished_weights(self) -> dict[str, Values]:
+        """What a finished run's gates can be tried on: weights of the phases that it has, by name.
+
+        Returns:
+          `dense`, with the gates as they start, and `dropout`, after targeted dropout.
+
+        Raises:
+          UserError: if the run is not finished.
+        """
+        dense, pruned = self.trained_values()
+        started = None if dense is None else self.gated(dense)
+        found = {"dense": started, "dropout": pruned}
+        return {name: values for name, values in found.items() if values is not None}
+
     def start_state(self) -> TrainState:
         """Reads the dense weights that phase two starts from.
 

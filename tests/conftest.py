@@ -80,7 +80,7 @@ def symbolic_shapes():
 @pytest.fixture
 def few_forms(monkeypatch):
     """Plans of two forms a layer: to measure all takes a minute, and tells nothing here."""
-    from dynprune_jax.pruning import plan
+    from dynprune_jax.pruning import plan  # not above: annotations are not checked yet there
 
     every = plan.candidates
     monkeypatch.setattr(plan, "candidates", lambda *a, **k: itertools.islice(every(*a, **k), 2))
@@ -89,7 +89,7 @@ def few_forms(monkeypatch):
 @pytest.fixture
 def one_control(monkeypatch):
     """Reports with one control of three: each is compiled by itself, and not tested here."""
-    from dynprune_jax import report
+    from dynprune_jax import report  # as above
 
     few = {name: report.CRITERIA[name] for name in ("attention", "random")}
     monkeypatch.setattr(report, "CRITERIA", few)

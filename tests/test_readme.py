@@ -450,6 +450,7 @@ def test_the_claims_on_proportions_are_what_its_runs_say():
     path = ROOT / "docs" / "results" / "proportions" / "sensitivity.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
     alone = {(row["block"], row["ratio"]): row for row in rows if row["weights"] == "dense"}
+    assert f"the same dense network ({100 * alone[0, 0.0]['accuracy']:.2f} %)" in PAGES
     last, middle, first = alone[2, 0.4], alone[1, 0.6], alone[0, 0.8]
     assert f"{middle['mac_reduction']:.0%}" == f"{first['mac_reduction']:.0%}"
     claim = (

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
 
 from dynprune_jax.build import evaluation_images
 from dynprune_jax.config import Config
@@ -20,28 +19,16 @@ from dynprune_jax.writers import progress_bar, screen, write_bytes
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-class _FromStored(nnx.Module):
-    """A network that takes images as they are stored."""
-
-    def __init__(self, config: Config, model: nnx.Module):
-        self._prepare = functools.partial(evaluation_images, config)
-        self.model = model
-
-    def __call__(
-        self, images: UInt8[Array, "batch height width channels"]
-    ) -> Float[Array, "batch classes"]:
-        return self.model(self._prepare(images))  # pyright: ignore[reportCallIssue]  every model here can be called
-
-
 def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     """Exports the network of a finished run for inference.
 
     Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images, and
     for each of `config.benchmark.batch_sizes` `exported_compact_N.bin`, which skips what the gates
     leave out, on the device at hand; on CPUs it needs this package and a C++ compiler. All take
-    uint8 images of `config.data.image_size`, which they normalise, and give logits.
-    `dynprune_jax.load_exported` reads them. How each layer of a compact one is executed is
-    measured, and kept in `plan_batch_N.json`; a plan that is there is followed.
+    uint8 images, `(batch, side, side, channels)` with the side `config.data.image_size`, which they
+    normalise, and give logits, `(batch, classes)`. `dynprune_jax.load_exported` reads them. How
+    each layer of a compact one is executed is measured, and kept in `plan_batch_N.json`; a plan
+    that is there is followed.
 
     Returns:
       The files.
@@ -58,13 +45,14 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     assert values is not None  # config.check has seen to it
     model = network.bind(values)
     model.eval()
+    prepare = functools.partial(evaluation_images, config)
     shape = run.one_image.shape[1:]
     any_number = jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}")
     written = [
         _write(
             run.workdir / "exported.bin",
             export_model(
-                _FromStored(config, model),
+                nnx.Sequential(prepare, model),
                 jax.ShapeDtypeStruct(any_number, jnp.uint8),
                 platforms=_PLATFORMS,
             ),
@@ -86,7 +74,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
         written.append(
             _write(
                 run.workdir / f"exported_compact_{size}.bin",
-                export_model(_FromStored(config, fast), stored),
+                export_model(nnx.Sequential(prepare, fast), stored),
                 f"batches of {size}, compact, on {jax.devices()[0].device_kind}",
             )
         )

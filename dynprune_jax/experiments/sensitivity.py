@@ -8,6 +8,7 @@ import rich.table
 from dynprune_jax import plots, processes
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
+from dynprune_jax.evaluate import Evaluation
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import set_ratios
 from dynprune_jax.run import Run
@@ -39,7 +40,7 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
     run = Run.open(config, workdir)
     if run.dynamic is None:
         raise UserError("config.prune.epochs is 0: this run has no ratios to change")
-    dense, pruned = run.trained_values()
+    trained = run.finished_weights()
     # A block without a gate on an axis has no ratio there: None.
     targets = {
         axis: [ratio or None for ratio in config.gate[axis]]
@@ -47,27 +48,29 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
         if any(config.gate[axis])
     }
     nothing = {axis: [ratio and 0.0 for ratio in ratios] for axis, ratios in targets.items()}
-    points = []
-    for weights, values, others in (
-        ("dense", None if dense is None else run.gated(dense), nothing),
-        ("dropout", pruned, targets),
-    ):
-        if values is None:  # there is no dense phase
-            continue
-        for axis, ratios in targets.items():
-            for block, target in enumerate(ratios):
-                if target is not None:
-                    for ratio in sorted({*config.sensitivity.ratios, target}):
-                        points.append((weights, values, others, axis, block, ratio))
+    points = [
+        (weights, axis, block, ratio)
+        for weights in trained
+        for axis, ratios in targets.items()
+        for block, target in enumerate(ratios)
+        if target is not None
+        for ratio in sorted({*config.sensitivity.ratios, target})
+    ]
+    known: dict[Any, Evaluation] = {}  # all lines of some weights meet in one point
     rows = []
     with progress_bar("evaluating") as progress:
-        for done, (weights, values, others, axis, block, ratio) in enumerate(points):
+        for done, (weights, axis, block, ratio) in enumerate(points):
             progress(done, len(points))
+            others = nothing if weights == "dense" else targets
             ratios = {name: [*of] for name, of in others.items()}
             ratios[axis][block] = ratio
-            model = run.dynamic.bind()
-            set_ratios(model, **ratios)
-            result = run.evaluate(run.dynamic, values, Network(model).values(PruneRatio))
+            point = (weights, *map(tuple, ratios.values()))
+            if point not in known:
+                model = run.dynamic.bind()
+                set_ratios(model, **ratios)
+                given = Network(model).values(PruneRatio)
+                known[point] = run.evaluate(run.dynamic, trained[weights], given)
+            result = known[point]
             rows.append(
                 {
                     "weights": weights,

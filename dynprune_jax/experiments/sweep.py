@@ -31,15 +31,12 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     run = Run.open(config, workdir)
     if run.dynamic is None:
         raise UserError("config.prune.epochs is 0: this run has no ratios to sweep")
-    dense, pruned = run.trained_values()
-    started = None if dense is None else run.gated(dense)
+    trained = run.finished_weights()
     targets = run.dynamic.values(PruneRatio)
     rows = []
     for criterion in CRITERIA:
         network = run.network_with(criterion)
-        for weights, values in (("dense", started), ("dropout", pruned)):
-            if values is None:
-                continue
+        for weights, values in trained.items():
             for fraction in config.sweep.fractions:
                 ratios = {name: fraction * target for name, target in targets.items()}
                 result = run.evaluate(network, values, ratios)
