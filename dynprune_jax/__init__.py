@@ -12,7 +12,8 @@ from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.plan import Plan, measure_plan
 from dynprune_jax.pruning.ratios import scale_ratios, set_ratios
 from dynprune_jax.pruning.readers import find_links
-from dynprune_jax.pruning.schedules import ratio_ascent
+from dynprune_jax.pruning.recalibrate import recalibrate
+from dynprune_jax.pruning.schedules import elastic, ratio_ascent
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Usage",
     "compact",
     "dynamic_layers",
+    "elastic",
     "export_model",
     "find_links",
     "fold_batch_norms",
@@ -34,6 +36,7 @@ __all__ = [
     "models",
     "predict_channels",
     "ratio_ascent",
+    "recalibrate",
     "scale_ratios",
     "set_ratios",
 ]

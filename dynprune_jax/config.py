@@ -89,8 +89,16 @@ def base_config() -> Config:
                 # Of a target in training; 1: as at test time; 0: never, for comparison.
                 "drop_probability": 1.0,
             },
-            # The ratios of phase two: min(target, warmup + increment * number of intervals).
-            "ascent": {"warmup": 0.1, "increment": 0.05, "interval_epochs": 1.0},
+            # The ratios of phase two: min(target, warmup + increment * number of intervals), of
+            # which each step draws a fraction in [lowest_fraction, 1], and every fourth takes all.
+            # Below 1 one network learns a range of ratios, for --mode=sweep; it needs
+            # prune.recalibration_images.
+            "ascent": {
+                "warmup": 0.1,
+                "increment": 0.05,
+                "interval_epochs": 1.0,
+                "lowest_fraction": 1.0,
+            },
             # Phase one: the dense network. 0 epochs: none.
             "dense": {"epochs": 10, "learning_rate": 0.1, "warmup_epochs": 0.0},
             # Phase two: targeted dropout.
@@ -105,6 +113,9 @@ def base_config() -> Config:
                 # The dense network's share in the loss, as a teacher, at a temperature.
                 "distillation": 0.0,
                 "temperature": 4.0,
+                # Before a network with gates is evaluated its batch statistics are made anew, at
+                # its ratios, of so many training images; 0: they are what training has left.
+                "recalibration_images": 0,
             },
             "optim": {"momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0},
             # --mode=static: filters removed for good, by l1, geometric_median, taylor or random, or
@@ -271,6 +282,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ascent.warmup": _in(0.0, 1.0),
     "ascent.increment": _at_least(1e-6),
     "ascent.interval_epochs": _above(0.0, 100_000.0),
+    "ascent.lowest_fraction": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
     "dense.epochs": _in(0, 100_000),
     "dense.learning_rate": _above(0.0, 1000.0),
     "dense.warmup_epochs": _at_least(0.0),
@@ -281,6 +293,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prune.checkpoint": _PATH,
     "prune.distillation": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
     "prune.temperature": _above(0.0, 1000.0),
+    "prune.recalibration_images": _at_least(0),
     "optim.momentum": _in(0.0, 1.0),
     "optim.weight_decay": _at_least(0.0),
     "optim.label_smoothing": _in(0.0, 1.0),
@@ -387,6 +400,12 @@ def _check_combinations(config: Config) -> None:
         raise UserError(
             "config.gate.channel_ratio and config.gate.column_ratio prune nothing; give a ratio"
             " above 0, or set config.prune.epochs to 0"
+        )
+    if config.ascent.lowest_fraction < 1 and not config.prune.recalibration_images:
+        raise UserError(
+            f"config.ascent.lowest_fraction is {config.ascent.lowest_fraction} and"
+            " config.prune.recalibration_images is 0; the batch statistics of many ratios together"
+            " fit none of them: give some hundred images"
         )
     if config.data.held_out and config.data.test_examples:
         raise UserError(

@@ -12,7 +12,7 @@ from dynprune_jax.build import training_images
 from dynprune_jax.data.batches import device_batch, stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.pruning.schedules import ratio_ascent
+from dynprune_jax.pruning.schedules import elastic, ratio_ascent
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network, TrainState, Values, train_step
 
@@ -50,6 +50,7 @@ class Feed:
             {
                 "order": order_key,
                 "augment": augment_key,
+                "fraction": jax.random.fold_in(phase_key, 2),
                 "settings": network.settings,
                 "teacher": None if teacher is None else dict(teacher),
             },
@@ -75,7 +76,7 @@ class Feed:
             batch = training_images(run.config, key, images), labels
             settings = given["settings"]
             targets = {name: settings[name] for name in network.values(PruneRatio)}
-            ratios = ratio_schedule(run, targets)
+            ratios = ratio_schedule(run, targets, given["fraction"])
             return one(state, batch, settings=settings, ratios=ratios, teacher=model)
 
         def learn_from_memory(
@@ -161,7 +162,13 @@ class Feed:
         return self._step(state, batch["image"], batch["label"], self._given)
 
 
-def ratio_schedule(run: Run, targets: Values) -> Callable[[Any], Values]:
-    """The step of a phase to the ratio of every gate, by name as the targets are, traced or not."""
+def ratio_schedule(run: Run, targets: Values, key: Any = None) -> Callable[[Any], Values]:
+    """The step of a phase to the ratio of every gate, by name as the targets are, traced or not.
+
+    With a key they are what a step trains with, without one the highest that it may draw.
+    """
     schedules = {name: ratio_ascent(target, **run.ascent) for name, target in targets.items()}
+    lowest = run.config.ascent.lowest_fraction
+    if key is not None and lowest < 1.0:
+        schedules = {name: elastic(s, key, lowest=lowest) for name, s in schedules.items()}
     return lambda step: {name: schedule(step) for name, schedule in schedules.items()}

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import processes, sharding
-from dynprune_jax.build import build_dataset, build_dynamic, build_model, evaluation_images
+from dynprune_jax.build import (
+    build_dataset,
+    build_dynamic,
+    build_model,
+    evaluation_images,
+    training_images,
+)
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.config import Config
 from dynprune_jax.data.batches import eval_batches
@@ -29,6 +35,8 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.layers import path_name
+from dynprune_jax.pruning.recalibrate import batch_statistics, mean_of
 from dynprune_jax.pruning.schedules import ascent_steps
 from dynprune_jax.train_step import Network, TrainState, Values
 from dynprune_jax.workdir import (
@@ -198,16 +206,62 @@ class Run:
         """Evaluates a network on the test split, whose batches are of mixed classes.
 
         Args:
-          network: to evaluate.
+          network: to evaluate; one with gates with the statistics of `recalibrated`, unless
+            `config.prune.recalibration_images` is 0.
           *values: parameters, batch statistics and, if not the model's own, ratios by name.
 
         Returns:
           What it did on each example, in the split's own order.
         """
+        if self.config.prune.recalibration_images and network.values(PruneRatio):
+            values = (self.recalibrated(network, *values),)
         found = self._evaluate_on(self._test_batches(), network, *values)
         back = np.argsort(self._test_order)
         usage = jax.tree.map(lambda leaf: leaf[back], found.usage)
         return Evaluation(found.correct[back], usage)
+
+    def recalibrated(self, network: Network, *values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values, with the batch statistics of training images at the ratios among them.
+
+        Of `config.prune.recalibration_images`, in whole batches.
+
+        Args:
+          network: a dynamic network.
+          *values: parameters, batch statistics and, if not the model's own, ratios by name.
+        """
+        if network not in self._statistics:
+
+            def statistics(values: Values, images: Any, key: Any) -> Values:
+                augmented = training_images(self.config, key, images)
+                found = batch_statistics(network.bind(values), augmented)
+                return {path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(found)}
+
+            out = sharding.whole(self.mesh)
+            self._statistics[network] = jax.jit(statistics, out_shardings=out)
+        merged = _merged(network.settings, *values)
+        placed = sharding.replicate(merged, self.mesh)
+        statistics, batches = self._statistics[network], self._recalibration_batches
+        return merged | mean_of(jax.device_get(statistics(placed, *batch)) for batch in batches)
+
+    @functools.cached_property
+    def _statistics(self) -> dict[Network, Callable[..., Values]]:
+        return {}  # compiled once for each network
+
+    @functools.cached_property
+    def _recalibration_batches(self) -> list[tuple[Any, Any]]:
+        """Training images as they are stored, and a key to augment them as in training."""
+        split = self.dataset.train
+        images = min(self.config.prune.recalibration_images, len(split))
+        size = max(min(self.config.eval_batch_size, images) // self.mesh.size, 1) * self.mesh.size
+        order = np.random.default_rng(0).permutation(len(split))
+        local = sharding.local_rows(size, self.mesh)
+        starts = range(0, max(images - size, 0) + 1, size)
+        chosen = [order[start : start + size][local] for start in starts]
+        keys = jax.random.split(jax.random.key(0), len(chosen))
+        return [
+            (sharding.place_batch(split.read(rows)[0], size, self.mesh), key)
+            for rows, key in zip(chosen, keys, strict=True)
+        ]
 
     def _evaluate_on(
         self, batches: Iterable[tuple[Any, Any, Any]], network: Network, *values: Mapping[str, Any]
@@ -217,8 +271,7 @@ class Run:
             prepare = functools.partial(evaluation_images, self.config)
             evaluator = make_evaluator(network, prepare, sharding.whole(self.mesh))
             self._evaluators[network] = evaluator
-        given = (network.settings, *values)
-        merged = {name: value for part in given for name, value in part.items()}
+        merged = _merged(network.settings, *values)
         return evaluate(evaluator, sharding.replicate(merged, self.mesh), batches)
 
     @functools.cached_property
@@ -360,6 +413,10 @@ class Run:
         return learning_rate(
             section.learning_rate, warmup_steps=min(warmup, total - 1), total_steps=total
         )
+
+
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def _build_both(

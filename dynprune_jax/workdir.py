@@ -13,7 +13,7 @@ from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.writers import write_json
 
-# What may differ between a run and the command that goes on with it: it changes no result.
+# What may differ between a run and the command that goes on with it: it changes nothing trained.
 FREE_FIELDS = (
     "data.archive",
     "data.data_dir",
@@ -21,6 +21,7 @@ FREE_FIELDS = (
     "evaluate_every_epochs",
     "checkpoint_every_epochs",
     "log_every_steps",
+    "prune.recalibration_images",
     "study.seeds",
     "study.cuts",
     "study.methods",

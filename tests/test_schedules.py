@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynprune_jax.pruning.schedules import ascent_steps, ratio_ascent
+from dynprune_jax.pruning.schedules import ascent_steps, elastic, ratio_ascent
 
 
 def test_the_ascent_by_hand():
@@ -33,3 +33,28 @@ def test_an_interval_of_no_step_is_refused_and_one_of_ages_is_not():
     with pytest.raises(ValueError, match="interval_steps is 0; it must be at least 1"):
         ratio_ascent(0.3, interval_steps=0)
     assert ratio_ascent(0.3, interval_steps=10**10)(jnp.int32(3)) == jnp.float32(0.1)
+
+
+def test_an_elastic_schedule_draws_fractions_and_a_share_of_the_steps_is_whole():
+    high = ratio_ascent(jnp.asarray([0.2, 0.6]), interval_steps=10, warmup=0.3, increment=0.3)
+    schedule = elastic(high, jax.random.key(3), lowest=0.4, at_highest=0.25)
+    steps = jnp.arange(1000)
+    fractions = np.asarray(jax.vmap(schedule)(steps) / jax.vmap(high)(steps))
+    np.testing.assert_allclose(fractions[:, 0], fractions[:, 1], rtol=1e-6)  # of one key alike
+    whole = fractions[:, 0] == 1.0
+    assert 0.2 < whole.mean() < 0.3
+    others = np.sort(fractions[~whole, 0])  # uniform in [.4, 1]
+    np.testing.assert_allclose(others, np.linspace(0.4, 1.0, len(others)), atol=0.04)
+    # One that has gone on from a checkpoint draws the same.
+    np.testing.assert_array_equal(schedule(jnp.int32(700)), jax.vmap(schedule)(steps)[700])
+    other = elastic(high, jax.random.key(4), lowest=0.4)
+    assert not np.array_equal(jax.vmap(other)(steps), jax.vmap(schedule)(steps))
+
+
+def test_the_ends_of_an_elastic_schedule():
+    high, key = ratio_ascent(0.5, interval_steps=1), jax.random.key(0)
+    for whole in (elastic(high, key, lowest=1.0), elastic(high, key, at_highest=1.0)):
+        assert [float(whole(step)) for step in range(9)] == [float(high(s)) for s in range(9)]
+    for name in ("lowest", "at_highest"):
+        with pytest.raises(ValueError, match=rf"{name} is 1.5; it must be in \[0, 1\]"):
+            elastic(high, key, **{name: 1.5})

@@ -98,6 +98,11 @@ METHODS = {
     "no_dropout": Method("trained as long without dropout", {"gate.drop_probability": 0.0}),
     "stochastic": Method("targets dropped with probability .5", {"gate.drop_probability": 0.5}),
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
+    # At the cut; --mode=sweep in the run's folder has the other ratios.
+    "elastic": Method(
+        "one network for all ratios up to it",
+        {"ascent.lowest_fraction": 0.0, "prune.recalibration_images": 2000},
+    ),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
 _NEEDED = {"method", "cut", "seed", "accuracy", "mac_reduction"}  # of a result

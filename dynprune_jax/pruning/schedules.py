@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 RatioSchedule = Callable[[Int[ArrayLike, ""]], Float[Array, "..."]]
 
@@ -46,6 +47,55 @@ def ratio_ascent(
         return jnp.minimum(jnp.asarray(target, jnp.float32), warmup + increment * rises)
 
     return schedule
+
+
+def elastic(
+    schedule: RatioSchedule,
+    key: Key[Array, ""],
+    *,
+    lowest: float = 0.0,
+    at_highest: float = 0.25,
+) -> RatioSchedule:
+    r"""Multiplies a schedule's ratio by a fraction that every step draws anew.
+
+    So one network learns all ratios of a range, as in AntiDoteX (TCAD 2022). The highest ratio
+    costs the most and has steps of its own, after the sandwich rule of universally slimmable
+    networks (Yu and Huang 2019, arXiv 1903.05134, section 3.2).
+
+    .. math:: r(t) = u_t \, s(t), \quad u_t = 1 \text{ with probability } p,
+        \text{ else } u_t \sim U[lowest, 1]
+
+    The batch statistics of such a network are of all its ratios together: see `recalibrate`.
+
+    Args:
+      schedule: the step to the highest ratio of that step.
+      key: of random numbers. The fraction depends on it and on the step alone: schedules of one
+        key, such as those of all gates of a network, have the same.
+      lowest: the smallest fraction, in [0, 1]; 1 leaves the schedule as it is.
+      at_highest: p, the share of the steps whose fraction is 1, in [0, 1].
+
+    Returns:
+      A function of the step (traced or not) to the float32 ratio.
+
+    Raises:
+      ValueError: for a `lowest` or an `at_highest` that is not in [0, 1].
+
+    Example:
+      >>> schedule = elastic(lambda step: jnp.float32(0.5), jax.random.key(0), lowest=0.2)
+      >>> all(0.1 <= schedule(step) <= 0.5 for step in range(100))
+      True
+    """
+    for name, value in (("lowest", lowest), ("at_highest", at_highest)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is {value}; it must be in [0, 1]")
+
+    def drawn(step):
+        which, where = jax.random.split(jax.random.fold_in(key, step))
+        fraction = jax.random.uniform(where, minval=lowest, maxval=1.0)
+        fraction = jnp.where(jax.random.bernoulli(which, at_highest), 1.0, fraction)
+        return fraction * schedule(step)
+
+    return drawn
 
 
 def ascent_steps(

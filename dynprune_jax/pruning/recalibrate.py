@@ -1,0 +1,75 @@
+"""Batch statistics made anew, for the ratios that a network has now."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dynprune_jax.pruning.compact_conv import is_compact
+from dynprune_jax.pruning.layers import Images, all_modules
+
+
+def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
+    """Sets the statistics of a model's batch norms to those that images have at its ratios.
+
+    What is skipped changes the mean and the variance of all maps behind it. A network that was
+    trained at other ratios, or at many, has the statistics of those: without any training, and
+    without labels, this gives it the right ones (Yu and Huang 2019, arXiv 1903.05134, section
+    3.3). All else stays as it is. Before `compact`, which folds the statistics into the kernels.
+
+    Args:
+      model: a dynamic model, or any other. It is called in evaluation mode, but with the
+        statistics of each batch; its own mode stays.
+      batches: of training images, augmented as in training, for that is what the model was fitted
+        to; some hundred images of mixed classes in each, and all of one size. The statistics are
+        the mean of what the batches have.
+
+    Raises:
+      ValueError: for no batches, or a model that is compact, or has no batch norm.
+    """
+    if is_compact(model):
+        raise ValueError("this model is compact; recalibrate the model that it was made from")
+    if not any(isinstance(module, nnx.BatchNorm) for module in all_modules(model).values()):
+        raise ValueError(f"{type(model).__name__} has no nnx.BatchNorm, and so no batch statistics")
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def statistics(state: Any, images: Images) -> Any:
+        return batch_statistics(nnx.merge(graph, state), images)
+
+    nnx.update(model, mean_of(statistics(state, images) for images in batches))
+
+
+def batch_statistics(model: nnx.Module, images: Images) -> Any:
+    """The mean and the variance that each batch norm sees on a batch, in evaluation otherwise.
+
+    Args:
+      model: it is left as it is.
+      images: what it is called with.
+
+    Returns:
+      An `nnx.State` of `nnx.BatchStat`, of the same paths as the model's.
+    """
+    copy = nnx.clone(model)
+    copy.eval()
+    for module in all_modules(copy).values():
+        if isinstance(module, nnx.BatchNorm):
+            module.use_running_average = False
+            module.momentum = 0.0  # nothing of what was stored before
+    copy(images)
+    return nnx.state(copy, nnx.BatchStat)
+
+
+def mean_of(trees: Iterable[Any]) -> Any:
+    """The mean of several pytrees of arrays, leaf by leaf.
+
+    Raises:
+      ValueError: for none.
+    """
+    mean = None
+    for n, tree in enumerate(trees, 1):
+        mean = tree if mean is None else jax.tree.map(lambda m, x, n=n: m + (x - m) / n, mean, tree)
+    if mean is None:
+        raise ValueError("batches has none; statistics are of some")
+    return mean

@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_compact import mixed_plan
+
+from dynprune_jax import compact, make_dynamic, predict_channels, recalibrate
+from dynprune_jax.models import vgg_digits
+from dynprune_jax.models.links import links
+from dynprune_jax.pruning.recalibrate import mean_of
+
+
+def images(seed, batch=6):
+    return jax.random.normal(jax.random.key(seed), (batch, 8, 8, 1))
+
+
+def small():
+    return vgg_digits(10, image_size=8, width=0.1, rngs=nnx.Rngs(0))
+
+
+@nnx.jit
+def call(model, x):
+    return model(x)
+
+
+def copied(model):
+    """Its variables, but for keys of random numbers."""
+    state = nnx.state(model, nnx.Not(nnx.RngState))
+    return {path: np.array(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
+
+
+def test_the_statistics_are_those_of_what_the_gates_keep():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(6, 4, (1, 1), use_bias=False, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(self.conv(x))
+
+    model = make_dynamic(Net(), channel_ratio=0.5)
+    batches = [jax.random.normal(jax.random.key(seed), (5, 3, 3, 6)) for seed in range(3)]
+    means, variances = [], []
+    for batch in np.asarray(batches, np.float64):
+        kept = np.zeros_like(batch)
+        for image in range(5):
+            attention = batch[image].mean(axis=(0, 1))
+            chosen = np.argsort(-attention)[:3]
+            kept[image, :, :, chosen] = batch[image, :, :, chosen]
+        y = kept.reshape(-1, 6) @ np.asarray(model.conv.kernel[...], np.float64)[0, 0]
+        means.append(y.mean(axis=0))
+        variances.append(y.var(axis=0))
+    recalibrate(model, batches)
+    np.testing.assert_allclose(model.norm.mean[...], np.mean(means, axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.norm.var[...], np.mean(variances, axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["attention", "predicted"])
+def test_with_the_statistics_of_a_batch_evaluation_is_what_training_computes_of_it(kind):
+    model = small()
+    if kind == "attention":
+        model = make_dynamic(model, 0.5, 0.25)
+    else:
+        reads = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+        model = predict_channels(model, 0.5, reads)
+    model.train()
+    expected = call(nnx.clone(model), images(1))
+    before = copied(model)
+    recalibrate(model, [images(1)])
+    after = copied(model)
+    statistics = {path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))}
+    for path, value in before.items():
+        assert np.array_equal(after[path], value) == (path not in statistics)
+    assert not model.blocks[0].layers[0].norm.use_running_average  # its mode is as it was
+    model.eval()
+    np.testing.assert_allclose(call(model, images(1)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_of_several_batches_it_is_their_mean():
+    trees = [{"a": jnp.asarray([1.0, 2.0])}, {"a": jnp.asarray([3.0, 6.0])}, {"a": jnp.zeros(2)}]
+    np.testing.assert_allclose(mean_of(trees)["a"], [4 / 3, 8 / 3], rtol=1e-6)
+
+
+def test_what_cannot_be_recalibrated_is_refused():
+    model = make_dynamic(small(), 0.5)
+    with pytest.raises(ValueError, match="batches has none"):
+        recalibrate(model, [])
+    fast = compact(model, images(0), plan=mixed_plan(model))
+    with pytest.raises(ValueError, match="recalibrate the model that it was made from"):
+        recalibrate(fast, [images(0)])
+    with pytest.raises(ValueError, match=r"Linear has no nnx.BatchNorm"):
+        recalibrate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.zeros((1, 2))])
