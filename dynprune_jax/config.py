@@ -90,9 +90,9 @@ def base_config() -> Config:
                 "drop_probability": 1.0,
             },
             # The ratios of phase two: min(target, warmup + increment * number of intervals), of
-            # which each step draws a fraction in [lowest_fraction, 1], and every fourth takes all.
-            # Below 1 one network learns a range of ratios, for --mode=sweep; it needs
-            # prune.recalibration_images.
+            # which each step draws a fraction in [lowest_fraction, 1], or with a chance of a fourth
+            # takes all; metrics tell the highest. Below 1 one network learns a range of ratios,
+            # for --mode=sweep; it needs prune.recalibration_images.
             "ascent": {
                 "warmup": 0.1,
                 "increment": 0.05,
@@ -113,8 +113,9 @@ def base_config() -> Config:
                 # The dense network's share in the loss, as a teacher, at a temperature.
                 "distillation": 0.0,
                 "temperature": 4.0,
-                # Before a network with gates is evaluated its batch statistics are made anew, at
-                # its ratios, of so many training images; 0: they are what training has left.
+                # Before a network with gates is evaluated or exported its batch statistics are
+                # made anew, at its ratios, of so many training images, in whole batches of
+                # eval_batch_size; 0: they are what training has left.
                 "recalibration_images": 0,
             },
             "optim": {"momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0},
@@ -401,7 +402,8 @@ def _check_combinations(config: Config) -> None:
             "config.gate.channel_ratio and config.gate.column_ratio prune nothing; give a ratio"
             " above 0, or set config.prune.epochs to 0"
         )
-    if config.ascent.lowest_fraction < 1 and not config.prune.recalibration_images:
+    elastic = config.prune.epochs and config.ascent.lowest_fraction < 1
+    if elastic and not config.prune.recalibration_images:
         raise UserError(
             f"config.ascent.lowest_fraction is {config.ascent.lowest_fraction} and"
             " config.prune.recalibration_images is 0; the batch statistics of many ratios together"

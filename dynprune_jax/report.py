@@ -81,6 +81,8 @@ def write_report(
         **provenance(run),
         "phases": timings or {},
     }
+    if run.dynamic is not None:  # by all processes: it is computed on the devices of all
+        final = run.recalibrated(run.dynamic, final)
     if processes.leads():
         _draw(run, report, shown, final)
     report["seconds"] = None if started is None else time.perf_counter() - started
@@ -103,6 +105,8 @@ def provenance(run: Run) -> dict[str, Any]:
             "test_examples": len(run.dataset.test),
             "held_out": run.config.data.held_out,  # not 0: these are no test examples
         },
+        # Not 0: batch statistics were made anew before each evaluation of a network with gates.
+        "recalibration_images": run.config.prune.recalibration_images,
         "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

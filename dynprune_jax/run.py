@@ -206,16 +206,15 @@ class Run:
         """Evaluates a network on the test split, whose batches are of mixed classes.
 
         Args:
-          network: to evaluate; one with gates with the statistics of `recalibrated`, unless
-            `config.prune.recalibration_images` is 0.
+          network: to evaluate, with the batch statistics of `recalibrated`.
           *values: parameters, batch statistics and, if not the model's own, ratios by name.
 
         Returns:
           What it did on each example, in the split's own order.
         """
-        if self.config.prune.recalibration_images and network.values(PruneRatio):
-            values = (self.recalibrated(network, *values),)
-        found = self._evaluate_on(self._test_batches(), network, *values)
+        found = self._evaluate_on(
+            self._test_batches(), network, self.recalibrated(network, *values)
+        )
         back = np.argsort(self._test_order)
         usage = jax.tree.map(lambda leaf: leaf[back], found.usage)
         return Evaluation(found.correct[back], usage)
@@ -223,12 +222,17 @@ class Run:
     def recalibrated(self, network: Network, *values: Mapping[str, Any]) -> dict[str, Any]:
         """The values, with the batch statistics of training images at the ratios among them.
 
-        Of `config.prune.recalibration_images`, in whole batches.
+        Of `config.prune.recalibration_images`, in whole batches of at most
+        `config.eval_batch_size`, augmented as in training. If that is 0, or the network has no
+        gates, the values as they are.
 
         Args:
-          network: a dynamic network.
+          network: dense or dynamic.
           *values: parameters, batch statistics and, if not the model's own, ratios by name.
         """
+        merged = _merged(network.settings, *values)
+        if not self.config.prune.recalibration_images or not network.values(PruneRatio):
+            return merged
         if network not in self._statistics:
 
             def statistics(values: Values, images: Any, key: Any) -> Values:
@@ -238,30 +242,29 @@ class Run:
 
             out = sharding.whole(self.mesh)
             self._statistics[network] = jax.jit(statistics, out_shardings=out)
-        merged = _merged(network.settings, *values)
         placed = sharding.replicate(merged, self.mesh)
-        statistics, batches = self._statistics[network], self._recalibration_batches
-        return merged | mean_of(jax.device_get(statistics(placed, *batch)) for batch in batches)
+
+        def made() -> Iterator[Values]:
+            for i, images in enumerate(self._recalibration_batches):
+                # Whole on every device: cut up, they would depend on how many there are.
+                given = sharding.replicate((images, jax.random.key(i)), self.mesh)
+                yield jax.device_get(self._statistics[network](placed, *given))
+
+        return merged | mean_of(made())
 
     @functools.cached_property
     def _statistics(self) -> dict[Network, Callable[..., Values]]:
         return {}  # compiled once for each network
 
     @functools.cached_property
-    def _recalibration_batches(self) -> list[tuple[Any, Any]]:
-        """Training images as they are stored, and a key to augment them as in training."""
+    def _recalibration_batches(self) -> list[Any]:
+        """Training images as they are stored."""
         split = self.dataset.train
         images = min(self.config.prune.recalibration_images, len(split))
-        size = max(min(self.config.eval_batch_size, images) // self.mesh.size, 1) * self.mesh.size
+        size = min(self.config.eval_batch_size, images)
         order = np.random.default_rng(0).permutation(len(split))
-        local = sharding.local_rows(size, self.mesh)
-        starts = range(0, max(images - size, 0) + 1, size)
-        chosen = [order[start : start + size][local] for start in starts]
-        keys = jax.random.split(jax.random.key(0), len(chosen))
-        return [
-            (sharding.place_batch(split.read(rows)[0], size, self.mesh), key)
-            for rows, key in zip(chosen, keys, strict=True)
-        ]
+        starts = range(0, images - size + 1, size)
+        return [split.read(order[start : start + size])[0] for start in starts]
 
     def _evaluate_on(
         self, batches: Iterable[tuple[Any, Any, Any]], network: Network, *values: Mapping[str, Any]

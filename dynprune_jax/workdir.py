@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def keep_config(config: Config, workdir: Path) -> None:
         write_json(workdir / "config.json", as_json(config))
 
 
-def check_workdir(config: Config, workdir: Path, free: Sequence[str] = FREE_FIELDS) -> None:
+def check_workdir(config: Config, workdir: Path, free: Collection[str] = FREE_FIELDS) -> None:
     """Raises UserError where a work directory cannot be this config's; free fields may differ."""
     path = workdir / "config.json"
     try:

@@ -181,6 +181,10 @@ MISTAKES = {
         ["--config.ascent.interval_epochs=90"],
         "is only reached at step",
     ),
+    "statistics of many ratios": (
+        ["--config.ascent.lowest_fraction=0."],
+        "config.prune.recalibration_images is 0; the batch statistics of many ratios",
+    ),
     "ascent without an end": (["--config.ascent.increment=1e-310"], "increment is 1e-310"),
     "ascent of ages": (["--config.ascent.interval_epochs=1e308"], r"in \(0.0, 100000.0\]"),
     "no epochs": (["--config.dense.epochs=0", "--config.prune.epochs=0"], "nothing to train"),

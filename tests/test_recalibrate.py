@@ -37,7 +37,7 @@ def test_the_statistics_are_those_of_what_the_gates_keep():
             self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
 
         def __call__(self, x):
-            return self.norm(self.conv(x))
+            return self.norm(self.conv(x), use_running_average=True)  # whatever its mode
 
     model = make_dynamic(Net(), channel_ratio=0.5)
     batches = [jax.random.normal(jax.random.key(seed), (5, 3, 3, 6)) for seed in range(3)]
@@ -84,6 +84,8 @@ def test_of_several_batches_it_is_their_mean():
 
 def test_what_cannot_be_recalibrated_is_refused():
     model = make_dynamic(small(), 0.5)
+    with pytest.raises(ValueError, match="batches is one array; give several in a list"):
+        recalibrate(model, images(0))
     with pytest.raises(ValueError, match="batches has none"):
         recalibrate(model, [])
     fast = compact(model, images(0), plan=mixed_plan(model))

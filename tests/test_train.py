@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -22,9 +23,11 @@ from dynprune_jax.experiments.export import export
 from dynprune_jax.experiments.sensitivity import sensitivity
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
-from dynprune_jax.feed import Feed
+from dynprune_jax.feed import Feed, ratio_schedule
 from dynprune_jax.pruning.compact import compact
+from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.exported import load_exported
+from dynprune_jax.pruning.recalibrate import recalibrate
 from dynprune_jax.run import Run
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
@@ -458,6 +461,58 @@ def test_sweep_scales_the_ratios(config, workdir):
     assert (workdir / "sweep.png").stat().st_size > 10_000
 
 
+def test_a_network_is_evaluated_with_statistics_of_its_ratios(config, workdir):
+    config.prune.recalibration_images = 100  # two batches of 40: what is left is not used
+    run = Run.open(config, workdir)
+    values = run.trained_values()[1]
+    ratios = {n: 0.5 * target for n, target in run.dynamic.values(PruneRatio).items()}
+    found = run.evaluate(run.dynamic, values, ratios)
+    made = run.recalibrated(run.dynamic, values, ratios)
+    # The same by the function for any model, on one device.
+    model = run.dynamic.bind(values, ratios)
+    stored = [jnp.asarray(images) for images in run._recalibration_batches]
+    assert [len(images) for images in stored] == [40, 40]
+    keys = map(jax.random.key, range(2))
+    recalibrate(model, map(functools.partial(build.training_images, config), keys, stored))
+    expected = Network(model)
+    for name, value in expected.values(nnx.BatchStat).items():
+        np.testing.assert_allclose(made[name], value, rtol=1e-3, atol=1e-4)
+        assert not np.allclose(made[name], values[name], rtol=1e-3, atol=1e-4)
+    for name, value in {**run.dynamic.settings, **values, **ratios}.items():
+        if name not in expected.values(nnx.BatchStat):
+            assert made[name] is value
+    # As they are made they are used.
+    config.prune.recalibration_images = 0
+    again = run.evaluate(run.dynamic, made)
+    np.testing.assert_array_equal(found.correct, again.correct)
+    np.testing.assert_array_equal(found.usage.executed_macs, again.usage.executed_macs)
+    assert not np.array_equal(
+        found.usage.executed_macs, run.evaluate(run.dynamic, values, ratios).usage.executed_macs
+    )
+
+
+def test_the_steps_of_an_elastic_run_draw_a_fraction_of_their_ratios(config, tmp_path, monkeypatch):
+    config.ascent.lowest_fraction, config.prune.recalibration_images = 0.5, 40
+    run = Run.open(config, tmp_path)
+
+    def only_ratios(state, batch, *, ratios, **options):
+        return dataclasses.replace(state, step=state.step + 1), ratios(state.step)
+
+    monkeypatch.setattr("dynprune_jax.feed.train_step", only_ratios)
+    highest = ratio_schedule(run, run.dynamic.values(PruneRatio))
+    state = TrainState.create(run.dynamic.weights, run.dynamic, run.optimizer("prune"))
+    fractions = []
+    with Feed(run, "prune", run.dynamic, run.mesh) as feed:
+        state = feed.place(state)
+        for step in range(8):
+            state, drawn = feed.advance(state, 1, None)
+            of_gates = [drawn[name] / ratio for name, ratio in highest(jnp.int32(step)).items()]
+            np.testing.assert_allclose(of_gates, of_gates[0], rtol=1e-6)  # of all the same
+            fractions.append(float(of_gates[0]))
+    assert len(set(fractions)) > 4
+    assert 0.5 <= min(fractions) < max(fractions) <= 1.0
+
+
 def test_sensitivity_changes_one_ratio_alone(config, workdir):
     rows = sensitivity(config, workdir)
     report = json.loads((workdir / "report.json").read_text())
@@ -497,9 +552,10 @@ def test_sensitivity_changes_one_ratio_alone(config, workdir):
 @pytest.mark.usefixtures("symbolic_shapes")
 def test_the_network_of_a_run_is_exported(config, workdir):
     config.benchmark.batch_sizes = (4,)
+    config.prune.recalibration_images = 40
     run = Run.open(config, workdir)
     stored, _ = run.dataset.test.read(np.arange(4))
-    model = run.dynamic.bind(run.trained_values()[1])
+    model = run.dynamic.bind(run.recalibrated(run.dynamic, run.trained_values()[1]))
     model.eval()
     mixed_plan(model).save(workdir / "plan_batch_4.json")  # to measure one takes half a minute
     files = export(config, workdir)

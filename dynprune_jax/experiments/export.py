@@ -43,9 +43,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     dense, pruned = run.trained_values()
     network, values = (run.dense, dense) if run.dynamic is None else (run.dynamic, pruned)
     assert values is not None  # config.check has seen to it
-    if config.prune.recalibration_images and run.dynamic is not None:
-        values = run.recalibrated(network, values)
-    model = network.bind(values)
+    model = network.bind(run.recalibrated(network, values))
     model.eval()
     prepare = functools.partial(evaluation_images, config)
     shape = run.one_image.shape[1:]

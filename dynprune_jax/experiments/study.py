@@ -100,7 +100,7 @@ METHODS = {
     "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
     # At the cut; --mode=sweep in the run's folder has the other ratios.
     "elastic": Method(
-        "one network for all ratios up to it",
+        "one network for all ratios up to it, batch statistics made anew",
         {"ascent.lowest_fraction": 0.0, "prune.recalibration_images": 2000},
     ),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
@@ -177,7 +177,8 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     folder = folder_of(workdir)
     if not config.prune.epochs:
         raise UserError("config.prune.epochs is 0; a study trains pruned networks: it needs epochs")
-    check_workdir(config, folder, free=(*FREE_FIELDS, *PLACES, "seed"))
+    free = {*FREE_FIELDS, *PLACES, "seed"} - {"prune.recalibration_images"}  # rows are compared
+    check_workdir(config, folder, free=free)
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={folder} is a run's; give a study a folder of its own")
     read_rows(folder)

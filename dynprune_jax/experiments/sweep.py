@@ -17,13 +17,15 @@ from dynprune_jax.writers import screen, write_json
 def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Evaluates a finished run at fractions of its target ratios, without any training.
 
+    With `config.prune.recalibration_images` the batch statistics are made anew for each of them.
+
     Every gate's ratios are scaled by each of `config.sweep.fractions`, on the weights of the
     dense phase and on those after targeted dropout, with each criterion. The ratios are traced:
     a criterion compiles once. Writes `sweep.json` and `sweep.png`.
 
     Returns:
       A row for each point: `weights`, `criterion`, `fraction`, `accuracy`, `mac_reduction`,
-      `executed_mac_reduction`.
+      `executed_mac_reduction`, `recalibration_images`.
 
     Raises:
       UserError: for a mistake in the config, or if the run is not finished or prunes nothing.
@@ -48,6 +50,7 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                         "accuracy": result.accuracy,
                         "mac_reduction": result.usage.mac_reduction,
                         "executed_mac_reduction": result.usage.executed_mac_reduction,
+                        "recalibration_images": config.prune.recalibration_images,
                     }
                 )
     write_json(run.workdir / "sweep.json", rows)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from dynprune_jax.pruning.compact_conv import is_compact
-from dynprune_jax.pruning.layers import Images, all_modules
+from dynprune_jax.pruning.layers import Images, all_modules, intercept
 
 
 def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
@@ -15,8 +15,8 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
 
     What is skipped changes the mean and the variance of all maps behind it. A network that was
     trained at other ratios, or at many, has the statistics of those: without any training, and
-    without labels, this gives it the right ones (Yu and Huang 2019, arXiv 1903.05134, section
-    3.3). All else stays as it is. Before `compact`, which folds the statistics into the kernels.
+    without labels, this gives it the right ones (Yu and Huang 2019, arXiv 1903.05134). All
+    else stays as it is. Before `compact`, which folds the statistics into the kernels.
 
     Args:
       model: a dynamic model, or any other. It is called in evaluation mode, but with the
@@ -26,10 +26,15 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
         the mean of what the batches have.
 
     Raises:
-      ValueError: for no batches, or a model that is compact, or has no batch norm.
+      ValueError: for no batches or an array in place of several, and for a model that is compact
+        or has no batch norm.
     """
     if is_compact(model):
         raise ValueError("this model is compact; recalibrate the model that it was made from")
+    if hasattr(batches, "shape"):
+        raise ValueError(
+            "batches is one array; give several in a list, or one in a list of its own"
+        )
     if not any(isinstance(module, nnx.BatchNorm) for module in all_modules(model).values()):
         raise ValueError(f"{type(model).__name__} has no nnx.BatchNorm, and so no batch statistics")
     graph, state = nnx.split(model)
@@ -51,12 +56,16 @@ def batch_statistics(model: nnx.Module, images: Images) -> Any:
     Returns:
       An `nnx.State` of `nnx.BatchStat`, of the same paths as the model's.
     """
-    copy = nnx.clone(model)
+
+    def of_batch(_: str, __: Any, call: Any, x: Any, *stored: Any, **options: Any) -> Any:
+        del stored  # use_running_average, where the model gives it
+        return call(x, False, **options)
+
+    copy = intercept(model, nnx.BatchNorm, of_batch)
     copy.eval()
-    for module in all_modules(copy).values():
-        if isinstance(module, nnx.BatchNorm):
-            module.use_running_average = False
-            module.momentum = 0.0  # nothing of what was stored before
+    for norm in all_modules(copy).values():
+        if isinstance(norm, nnx.BatchNorm):
+            norm.momentum = 0.0  # nothing of what was stored before
     copy(images)
     return nnx.state(copy, nnx.BatchStat)
 

@@ -59,8 +59,8 @@ def elastic(
     r"""Multiplies a schedule's ratio by a fraction that every step draws anew.
 
     So one network learns all ratios of a range, as in AntiDoteX (TCAD 2022). The highest ratio
-    costs the most and has steps of its own, after the sandwich rule of universally slimmable
-    networks (Yu and Huang 2019, arXiv 1903.05134, section 3.2).
+    costs the most and has steps of its own, as the smallest of universally slimmable networks
+    has (Yu and Huang 2019, arXiv 1903.05134: the sandwich rule, which has the largest too).
 
     .. math:: r(t) = u_t \, s(t), \quad u_t = 1 \text{ with probability } p,
         \text{ else } u_t \sim U[lowest, 1]
