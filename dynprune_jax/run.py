@@ -245,9 +245,12 @@ class Run:
         placed = sharding.replicate(merged, self.mesh)
 
         def made() -> Iterator[Values]:
-            for i, images in enumerate(self._recalibration_batches):
+            batches = self._recalibration_batches
+            for batch in zip(
+                batches, jax.random.split(jax.random.key(0), len(batches)), strict=True
+            ):
                 # Whole on every device: cut up, they would depend on how many there are.
-                given = sharding.replicate((images, jax.random.key(i)), self.mesh)
+                given = sharding.replicate(batch, self.mesh)
                 yield jax.device_get(self._statistics[network](placed, *given))
 
         return merged | mean_of(made())

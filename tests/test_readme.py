@@ -509,6 +509,60 @@ def test_the_claims_on_proportions_are_what_its_runs_say():
     assert min(apart(removed, removed_s)) < 0 < max(apart(removed, removed_s))
 
 
+def test_the_claims_on_one_network_for_a_range_of_ratios_are_what_its_runs_say():
+    def swept(kind, criterion="attention"):
+        """Accuracies in percent after training, of each cut those of all seeds."""
+        found = {}
+        for path in sorted(
+            (ROOT / "docs" / "results" / "elastic").glob(f"sweep_{kind}_seed*.json")
+        ):
+            for row in json.loads(path.read_text(encoding="utf-8")):
+                if (row["weights"], row["criterion"]) == ("dropout", criterion):
+                    cut = f"{row['mac_reduction']:.1%}"
+                    found.setdefault(cut, []).append(100 * row["accuracy"])
+        return found
+
+    elastic, anew, left = swept("elastic"), swept("single_anew"), swept("single_left")
+    for label, found in (
+        ("one network for all ratios", elastic),
+        ("trained for 75 % alone", anew),
+        ("the same, statistics as training left them", left),
+    ):
+        assert list(found) == ["0.0%", "20.5%", "39.6%", "55.6%", "64.2%", "75.4%"]
+        assert {len(values) for values in found.values()} == {3}
+        cells = [f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for v in found.values()]
+        assert f"| {label} | " + " | ".join(cells) + " |" in PAGES
+    of = {
+        cut: list(accuracies("elastic", "predicted+distillation", cut).values())
+        for cut in (0.55, 0.65, 0.75)
+    }
+    assert {len(values) for values in of.values()} == {3}
+    alone = "{}, {} and {} % at cuts of 55.2, 65.1 and 75.4 %: {:.1f}, {:.1f} and {:.1f} points"
+    shown = [f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for v in of.values()]
+    means = [statistics.mean(values) for values in of.values()]
+    own = [statistics.mean(elastic[cut]) for cut in ("55.6%", "64.2%", "75.4%")]
+    apart = [one - all_ for one, all_ in zip(means, own, strict=True)]
+    claim = alone.format(*shown, *apart)
+    assert claim in PAGES, claim
+
+    def behind(found, cut):
+        return statistics.mean(elastic[cut]) - statistics.mean(found[cut])
+
+    gained = statistics.mean(anew["0.0%"]) - statistics.mean(left["0.0%"])
+    shared = statistics.mean(swept("elastic", "shared")["55.6%"])
+    for claim in (
+        f"by {behind(anew, '0.0%'):.1f} points where nothing is pruned and"
+        f" {behind(anew, '55.6%'):.1f} at 55.6 %",
+        f"left by {behind(left, '0.0%'):.1f} and {behind(left, '55.6%'):.1f}",
+        f"gives a finished network {gained:.1f} points back",
+        f"one choice for a batch leaves the elastic network {shared:.2f} % at 55.6 %",
+    ):
+        assert claim in PAGES, claim
+    assert f"is {min(apart):.1f} to {max(apart):.1f} points behind networks" in PAGES
+    changed = statistics.mean(anew["75.4%"]) - statistics.mean(left["75.4%"])
+    assert f"and changes {abs(changed):.1f} at its own ratios" in PAGES
+
+
 def test_the_filters_of_an_allotment_are_those_it_leaves():
     def left(model, side, mac_reduction, given, block):
         image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)

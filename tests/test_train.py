@@ -472,7 +472,7 @@ def test_a_network_is_evaluated_with_statistics_of_its_ratios(config, workdir):
     model = run.dynamic.bind(values, ratios)
     stored = [jnp.asarray(images) for images in run._recalibration_batches]
     assert [len(images) for images in stored] == [40, 40]
-    keys = map(jax.random.key, range(2))
+    keys = jax.random.split(jax.random.key(0), 2)
     recalibrate(model, map(functools.partial(build.training_images, config), keys, stored))
     expected = Network(model)
     for name, value in expected.values(nnx.BatchStat).items():
