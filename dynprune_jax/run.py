@@ -35,7 +35,7 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.pruning.layers import path_name
+from dynprune_jax.pruning.layers import by_name
 from dynprune_jax.pruning.recalibrate import batch_statistics, mean_of
 from dynprune_jax.pruning.schedules import ascent_steps
 from dynprune_jax.train_step import Network, TrainState, Values
@@ -237,8 +237,7 @@ class Run:
 
             def statistics(values: Values, images: Any, key: Any) -> Values:
                 augmented = training_images(self.config, key, images)
-                found = batch_statistics(network.bind(values), augmented)
-                return {path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(found)}
+                return by_name(batch_statistics(network.bind(values), augmented))
 
             out = sharding.whole(self.mesh)
             self._statistics[network] = jax.jit(statistics, out_shardings=out)

@@ -13,7 +13,7 @@ from flax.nnx import traversals
 from jaxtyping import Array, Float, Int, PyTree
 
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.pruning.layers import path_name
+from dynprune_jax.pruning.layers import by_name, path_name
 
 Values = Mapping[str, Any]
 Batch = tuple[Float[Array, "batch height width channels"], Int[Array, " batch"]]
@@ -35,7 +35,7 @@ class Network:
         leaves = list(nnx.to_flat_state(state))
         self._paths = {path_name(path): path for path, _ in leaves}
         self._types = {path_name(path): type(leaf) for path, leaf in leaves}
-        self._values = {path_name(path): leaf[...] for path, leaf in leaves}
+        self._values = by_name(state)
 
     def values(self, *kinds: type[nnx.Variable]) -> dict[str, Any]:
         """The model's initial values of some kinds of variables, by name."""
@@ -161,10 +161,7 @@ def train_step(
             )
             apart = temperature**2 * jnp.mean(divergence)
             loss = (1.0 - distillation) * loss + distillation * apart
-        stats = {
-            path_name(path): leaf[...]
-            for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
-        }
+        stats = by_name(nnx.state(model, nnx.BatchStat))
         return loss, (stats, jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32))
 
     (loss, (stats, accuracy)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -84,7 +84,7 @@ def test_of_several_batches_it_is_their_mean():
 
 def test_what_cannot_be_recalibrated_is_refused():
     model = make_dynamic(small(), 0.5)
-    with pytest.raises(ValueError, match="batches is one array; give several in a list"):
+    with pytest.raises(ValueError, match="batches is one array; give batches in a list"):
         recalibrate(model, images(0))
     with pytest.raises(ValueError, match="batches has none"):
         recalibrate(model, [])

@@ -24,6 +24,7 @@ from dynprune_jax.experiments.sensitivity import sensitivity
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.feed import Feed, ratio_schedule
+from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.exported import load_exported
@@ -112,6 +113,21 @@ def test_the_metrics_tell_of_the_ascent(workdir):
     np.testing.assert_allclose([row["channel_ratio"] for row in pruning], means, rtol=1e-5)
     assert all(row.get("channel_ratio") is None for row in rows if row["phase"] == "dense")
     assert [row["step"] for row in rows if "test_accuracy" in row] == [8, 16, 24]
+
+
+def test_all_processes_evaluate_the_controls_in_one_order(config, workdir, monkeypatch):
+    asked = []
+
+    def network_with(run, criterion):
+        asked.append(criterion)
+        return run.dynamic
+
+    monkeypatch.setattr(Run, "network_with", network_with)
+    monkeypatch.setattr("dynprune_jax.report.write_json", lambda path, report: None)
+    monkeypatch.setattr("dynprune_jax.report._draw", lambda *_: None)
+    evaluate_workdir(config, workdir)
+    # A set of strings has another order in each process, and there two wait without end.
+    assert asked == [name for name in CRITERIA if name != "attention"]
 
 
 def test_the_same_command_again_changes_nothing(config, workdir):

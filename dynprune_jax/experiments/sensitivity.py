@@ -32,7 +32,7 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
 
     Returns:
       A row for each point: `weights`, `block`, `axis`, `ratio`, `accuracy`, `mac_reduction`,
-      `executed_mac_reduction`.
+      `executed_mac_reduction`, `recalibration_images`.
 
     Raises:
       UserError: for a mistake in the config, or if the run is not finished or prunes nothing.
@@ -80,6 +80,7 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
                     "accuracy": result.accuracy,
                     "mac_reduction": result.usage.mac_reduction,
                     "executed_mac_reduction": result.usage.executed_mac_reduction,
+                    "recalibration_images": config.prune.recalibration_images,
                 }
             )
     write_json(run.workdir / "sensitivity.json", rows)

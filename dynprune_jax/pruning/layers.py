@@ -30,6 +30,11 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(map(str, path))
 
 
+def by_name(state: Any) -> dict[str, Any]:
+    """The arrays of an `nnx.State` by the names of their variables."""
+    return {path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
 def all_modules(model: nnx.Module) -> dict[str, Any]:
     """Every module of a model, by name.
 

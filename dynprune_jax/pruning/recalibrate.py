@@ -21,9 +21,9 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
     Args:
       model: a dynamic model, or any other. It is called in evaluation mode, but with the
         statistics of each batch; its own mode stays.
-      batches: of training images, augmented as in training, for that is what the model was fitted
-        to; some hundred images of mixed classes in each, and all of one size. The statistics are
-        the mean of what the batches have.
+      batches: of training images, `(batch, height, width, channels)` each, augmented as in
+        training, for that is what the model was fitted to; some hundred images of mixed classes in
+        a batch, and all of one size. The statistics are the mean of what the batches have.
 
     Raises:
       ValueError: for no batches or an array in place of several, and for a model that is compact
@@ -32,9 +32,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
     if is_compact(model):
         raise ValueError("this model is compact; recalibrate the model that it was made from")
     if hasattr(batches, "shape"):
-        raise ValueError(
-            "batches is one array; give several in a list, or one in a list of its own"
-        )
+        raise ValueError("batches is one array; give batches in a list, if only one")
     if not any(isinstance(module, nnx.BatchNorm) for module in all_modules(model).values()):
         raise ValueError(f"{type(model).__name__} has no nnx.BatchNorm, and so no batch statistics")
     graph, state = nnx.split(model)
