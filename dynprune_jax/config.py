@@ -154,6 +154,9 @@ def base_config() -> Config:
                 ),
                 "ablation_cut": 0.55,
             },
+            # Every report, and --mode=cascade: the dense network sees this share of the images
+            # again, those of which the pruned one is least sure.
+            "cascade": {"shares": (0.05, 0.1, 0.2, 0.3)},
             # --mode=sweep: the ratios above times each of these, with every criterion.
             "sweep": {"fractions": (0.0, 0.25, 0.5, 0.75, 1.0)},
             # --mode=sensitivity: each ratio above that is not 0 takes these in turn, and its own.
@@ -298,6 +301,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.momentum": _in(0.0, 1.0),
     "optim.weight_decay": _at_least(0.0),
     "optim.label_smoothing": _in(0.0, 1.0),
+    "cascade.shares": _each(_in(0.0, 1.0)),
     "sweep.fractions": _each((lambda value: 0 <= value <= 1, "it must be in [0, 1]")),
     "sensitivity.ratios": _each(_in(0.0, 1.0)),
     "study.seeds": _each((lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"), int),

@@ -8,15 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
+from dynprune_jax.pruning.cascade import margin
 from dynprune_jax.pruning.macs import Usage
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.train_step import Network, Values
 
-# A compiled evaluation of one batch: (values, uint8 images, labels, draw) -> (correct, usage).
-Evaluator = Callable[[Values, Any, Any, Any], tuple[Any, Usage]]
+# A compiled evaluation of one batch:
+# (values, uint8 images, labels, draw) -> (correct, margins, usage).
+Evaluator = Callable[[Values, Any, Any, Any], tuple[Any, Any, Usage]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,12 @@ class Evaluation:
 
     Attributes:
       correct: for each example, in the set's order.
+      margins: how sure the network is of each, see `dynprune_jax.margin`.
       usage: on the host, for each example; without the masks.
     """
 
     correct: Bool[np.ndarray, " examples"]
+    margins: Float[np.ndarray, " examples"]
     usage: Usage
 
     @property
@@ -50,6 +54,58 @@ class Evaluation:
         }
 
 
+def cascade(first: Evaluation, second: Evaluation, share: float) -> dict[str, Any]:
+    """What two networks do together, if the second sees what the first is least sure of.
+
+    An image that both see costs what both compute.
+
+    Args:
+      first: of the cheap network.
+      second: of the dense one, on the same examples.
+      share: of the examples that both see, in [0, 1). Of equally sure ones all do or none.
+
+    Returns:
+      `share` as it came out, the `threshold` of `dynprune_jax.Cascade` that makes it, and the
+      fields of `Evaluation.summary`; the reductions are of what the second alone computes.
+    """
+    threshold = threshold_of(first.margins, share)
+    again = first.margins < threshold
+
+    def both(macs: str) -> tuple[dict[str, float], float]:
+        dense = getattr(second.usage, macs)
+        together = getattr(first.usage, macs) + again * dense
+        return _spread(together), float(1.0 - np.mean(together) / np.mean(dense))
+
+    macs, reduction = both("macs")
+    executed, executed_reduction = both("executed_macs")
+    return {
+        "share": float(np.mean(again)),
+        "threshold": threshold,
+        "accuracy": float(np.mean(np.where(again, second.correct, first.correct))),
+        "examples": len(again),
+        "macs_per_image": macs,
+        "executed_macs_per_image": executed,
+        "gate_operations_per_image": first.usage.gate_operations,
+        "mac_reduction": reduction,
+        "executed_mac_reduction": executed_reduction,
+    }
+
+
+def threshold_of(margins: Float[np.ndarray, " examples"], share: float) -> float:
+    """The threshold below which that share of the margins is, rounded down to whole examples.
+
+    It is halfway between two of them, for a margin that is computed in another way, to rounding,
+    to be on the same side.
+
+    Args:
+      margins: at least one.
+      share: in [0, 1).
+    """
+    ranked = np.sort(margins)
+    count = int(share * len(ranked) + 1e-9)
+    return float(ranked[count - 1] + ranked[count]) / 2 if count else 0.0
+
+
 def make_evaluator(
     network: Network, prepare: Callable[[Any], Any], out_sharding: Any = None
 ) -> Evaluator:
@@ -62,13 +118,13 @@ def make_evaluator(
     """
 
     @functools.partial(jax.jit, out_shardings=out_sharding)
-    def evaluator(values: Values, images: Any, labels: Any, draw: Any) -> tuple[Any, Usage]:
+    def evaluator(values: Values, images: Any, labels: Any, draw: Any) -> tuple[Any, Any, Usage]:
         model = network.bind(values, draw=draw)
         model.eval()
         logits, usage = measure(model, prepare(images))
         layers = tuple(dataclasses.replace(layer, masks=Masks()) for layer in usage.layers)
         correct = jnp.argmax(logits, axis=-1) == labels
-        return correct, dataclasses.replace(usage, layers=layers)
+        return correct, margin(logits), dataclasses.replace(usage, layers=layers)
 
     return evaluator
 
@@ -85,13 +141,14 @@ def evaluate(
       values: parameters, batch statistics and, if not the model's own, prune ratios by name.
       batches: uint8 images, labels, and which examples are valid; all of one shape.
     """
-    correct, usages = [], []
+    correct, margins, usages = [], [], []
     for draw, (images, labels, valid) in enumerate(batches):
-        right, usage = jax.device_get(evaluator(values, images, labels, draw))
+        right, sure, usage = jax.device_get(evaluator(values, images, labels, draw))
         correct.append(right[valid])
+        margins.append(sure[valid])
         usages.append(jax.tree.map(lambda leaf, valid=valid: leaf[valid], usage))
     usage = jax.tree.map(lambda *leaves: np.concatenate(leaves), *usages)
-    return Evaluation(np.concatenate(correct), usage)
+    return Evaluation(np.concatenate(correct), np.concatenate(margins), usage)
 
 
 def _spread(per_image: np.ndarray) -> dict[str, float]:

@@ -21,7 +21,7 @@ from dynprune_jax import plots, processes
 from dynprune_jax.build import evaluation_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.data.augment import center_crop
-from dynprune_jax.evaluate import Evaluation
+from dynprune_jax.evaluate import Evaluation, cascade
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
@@ -72,8 +72,12 @@ def write_report(
             controls[criterion] = run.evaluate(run.network_with(criterion), pruned)
     shown = results["pruned"] or results["dense"]
     assert shown is not None
+    cheap, whole = results["pruned"], results["dense"]
     report = {
         **{name: result and result.summary() for name, result in results.items()},
+        "cascade": [
+            cascade(cheap, whole, share) for share in run.config.cascade.shares if cheap and whole
+        ],
         "pruned_by_other_criteria": {k: controls[k].summary() for k in sorted(controls)},
         "dense_macs_per_image": shown.usage.dense_macs,
         "dense_executed_macs_per_image": shown.usage.dense_executed_macs,
@@ -239,6 +243,7 @@ def _print_table(report: dict[str, Any], run: Run) -> None:
         "dense": report["dense"],
         "pruned": report["pruned"],
         "  dense weights": report["pruned_without_targeted_dropout"],
+        **{f"  {row['share']:.0%} dense again": row for row in report["cascade"]},
         **{f"  {k} choice": row for k, row in report["pruned_by_other_criteria"].items()},
     }
     for name, row in rows.items():

@@ -217,7 +217,7 @@ class Run:
         )
         back = np.argsort(self._test_order)
         usage = jax.tree.map(lambda leaf: leaf[back], found.usage)
-        return Evaluation(found.correct[back], usage)
+        return Evaluation(found.correct[back], found.margins[back], usage)
 
     def recalibrated(self, network: Network, *values: Mapping[str, Any]) -> dict[str, Any]:
         """The values, with the batch statistics of training images at the ratios among them.

@@ -27,6 +27,7 @@ FREE_FIELDS = (
     "study.methods",
     "study.ablations",
     "study.ablation_cut",
+    "cascade.shares",
     "sweep.fractions",
     "sensitivity.ratios",
     "benchmark.repeats",

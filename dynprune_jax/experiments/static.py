@@ -22,6 +22,7 @@ from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
+from dynprune_jax.evaluate import cascade
 from dynprune_jax.models.links import Link, links
 from dynprune_jax.pruning.layers import intercept
 from dynprune_jax.pruning.measure import dense_macs
@@ -222,9 +223,12 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     network = Network(small)
     teacher = dense if config.prune.distillation else None
     pruned, timings["prune"] = run_phase(run, "prune", network, network.weights, teacher)
+    whole, left_over = run.evaluate(run.dense, dense), run.evaluate(network, pruned)
+    cascades = config.cascade.shares if any(ratios.values()) else ()
     report = {
-        "dense": run.evaluate(run.dense, dense).summary(),
-        "pruned": run.evaluate(network, pruned).summary(),
+        "dense": whole.summary(),
+        "pruned": left_over.summary(),
+        "cascade": [cascade(left_over, whole, share) for share in cascades],
         "pruned_without_training": run.evaluate(network, network.weights).summary(),
         "criterion": config.static.criterion,
         "filters": {

@@ -299,12 +299,13 @@ def _reaches(run: Run, targets: Mapping[str, float], cut: float, factor: float) 
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A study as Markdown: accuracy by method and cut; all methods at one cut; controls.
+    """A study as Markdown: accuracy by method and cut; all at one cut; controls; cascades.
 
     The one cut is that of most methods that were run at a single one; all that were run elsewhere
     are in the first table. The controls are the same weights with others chosen than the gates
     would choose: of what the first table has, or if there is none the second, but for what was
-    distilled.
+    distilled. Of the same methods, what the dense network adds to them where they are not sure,
+    with the cut that is left in brackets.
 
     A cell is the mean over seeds, with the standard deviation where there are several, and the
     reduction that was reached where that is another than the cut, by half a percent or more: a
@@ -368,7 +369,39 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append(f"| {names[name]} | {cut:.0%} | " + " | ".join(cells) + " |")
     if len(lines) > 2:
         found.append("\n".join(lines))
+    found += _cascades(rows, {name: names[name] for name in curves or names})
     return found
+
+
+def _cascades(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    """A table of what methods do if the dense network sees what they are least sure of again."""
+    having = [(row, row.get("cascade", ())) for row in rows if row["method"] in names]
+    # Two digits: what came out is the share that was asked for but for a part of an image.
+    shares = sorted({round(found["share"], 2) for _, cascade in having for found in cascade})
+    if not shares:
+        return []
+    lines = [
+        "| the dense network sees again | cut | none | "
+        + " | ".join(f"the least sure {share:.0%}" for share in shares)
+        + " |",
+        "|---|---|---|" + "---|" * len(shares),
+    ]
+    for name, label in names.items():
+        cuts = {row["cut"] for row, cascade in having if cascade and row["method"] == name}
+        for cut in sorted(cuts):
+            cells = [_cell(_accuracies(rows, name, cut))]
+            for share in shares:
+                chosen = [
+                    found
+                    for row, cascade in having
+                    for found in cascade
+                    if _is(row, name, cut) and round(found["share"], 2) == share
+                ]
+                reached = [found["mac_reduction"] for found in chosen]
+                told = f" ({statistics.mean(reached):.1%})" if chosen else ""
+                cells.append(_cell([found["accuracy"] for found in chosen]) + told)
+            lines.append(f"| {label} | {cut:.0%} | " + " | ".join(cells) + " |")
+    return ["\n".join(lines)]
 
 
 def _is(row: Mapping[str, Any], name: str, cut: float) -> bool:
@@ -430,6 +463,8 @@ def _pruned(
     row = _row(name, cut, changed, report, report["pruned"], untrained)
     others = report.get("pruned_by_other_criteria", {})
     row["accuracy_by_other_criteria"] = {k: other["accuracy"] for k, other in others.items()}
+    told = ("share", "threshold", "accuracy", "mac_reduction", "executed_mac_reduction")
+    row["cascade"] = [{key: found[key] for key in told} for found in report["cascade"]]
     return row
 
 

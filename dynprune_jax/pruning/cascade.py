@@ -1,0 +1,69 @@
+"""Cascades: a cheap network for all images, another again for those that it is unsure of."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def margin(logits: Float[Array, "batch classes"]) -> Float[Array, " batch"]:
+    """How sure a classifier is: its highest probability less the next one, float32 in [0, 1].
+
+    The score margin of Park et al. 2015 ("Big/little deep neural network for ultra low power
+    inference", CODES+ISSS).
+
+    Raises:
+      ValueError: for less than two classes.
+    """
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits has the shape {logits.shape}; a margin is between two classes")
+    highest, _ = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), 2)
+    return highest[:, 0] - highest[:, 1]
+
+
+class Cascade(nnx.Module):
+    """Two classifiers as one: the second sees the images that the first is unsure of.
+
+    Compile it, `nnx.jit(cascade)(images)`: however many are unsure, the program is the same one.
+    It gathers them to the front, and calls the second network on `chunk` of them at a time for as
+    long as there are any. What is left over in the last chunk is computed in vain.
+
+    Args:
+      first: images to logits, `(batch, classes)`; usually a compact network.
+      second: the same; usually the dense network, compact too, for the fastest form of its layers.
+        Both in evaluation mode: they must not depend on the rest of a batch.
+      threshold: images whose `margin` is below it are unsure; at 0 none is.
+      chunk: how many images the second network takes at once, at least 1.
+
+    Raises:
+      ValueError: for a chunk of less than 1.
+    """
+
+    def __init__(self, first: nnx.Module, second: nnx.Module, threshold: float, chunk: int = 1):
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; it must be at least 1")
+        self.first, self.second = first, second
+        self.threshold = nnx.Variable(jnp.asarray(threshold, jnp.float32))
+        self.chunk = chunk
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch classes"]:
+        """The second network's logits of the unsure images, the first one's of the others."""
+        first: Float[Array, "batch classes"] = self.first(images)  # pyright: ignore
+        batch = len(images)
+        chunk = min(self.chunk, batch)
+        unsure = margin(first) < self.threshold[...]
+        count = jnp.sum(unsure, dtype=jnp.int32)
+        # The unsure ones first; after the last of them, and in the rest of its chunk, no image.
+        order = jnp.argsort(~unsure, stable=True).astype(jnp.int32)
+        order = jnp.where(jnp.arange(batch) < count, order, batch)
+        order = jnp.pad(order, (0, -batch % chunk), constant_values=batch)
+
+        def again(turn: Array, logits: Array) -> Array:
+            rows = jax.lax.dynamic_slice(order, (turn * chunk,), (chunk,))
+            chosen = jnp.take(images, rows, axis=0, mode="clip")
+            second: Array = self.second(chosen)  # pyright: ignore
+            return logits.at[rows].set(second.astype(logits.dtype), mode="drop")
+
+        return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, again, first)
