@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -75,6 +76,7 @@ class Checkpoints:
       folder: made on the first save.
       of: what tells this run from others, as JSON; saved with every step, and a step is refused
         if any of this is different there. None reads the steps of any run.
+      assumed: what such a step is taken to have told where it is older than an entry of `of`.
       mend: for the process that trains here, and only for that: it deletes what a killed save
         left unfinished, and renames damaged steps.
     """
@@ -84,10 +86,12 @@ class Checkpoints:
         folder: Path,
         *,
         of: Mapping[str, Any] | None = None,
+        assumed: Mapping[str, Any] = MappingProxyType({}),
         mend: bool = False,
     ):
         self.folder = folder.absolute()
         self._of = json.loads(json.dumps(of))  # as it will be read
+        self._assumed = assumed
         self._mend = mend
         options = ocp.CheckpointManagerOptions(
             max_to_keep=_KEPT, create=True, cleanup_tmp_directories=mend
@@ -268,7 +272,7 @@ class Checkpoints:
                     f"{where} is of another model: {path} is {saved} there and {_head(leaf)} here"
                 )
         if self._of is not None:
-            here, there = self._of, of or {}
+            here, there = self._of, {**self._assumed, **(of or {})}
             for name in sorted(here):
                 if here[name] != there.get(name):
                     raise UserError(

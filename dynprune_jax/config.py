@@ -24,7 +24,11 @@ STARTS = ("dense", "checkpoint", "scratch")
 
 
 def base_config() -> Config:
-    """Returns a config with every field; the files in `configs/` set what they need of it."""
+    """Returns a config with every field; the files in `configs/` set what they need of it.
+
+    A new field's default must be what there was before it: a run that has not got the field is
+    taken for one that has its default.
+    """
     return ConfigDict(
         {
             "seed": 0,

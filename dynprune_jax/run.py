@@ -44,6 +44,7 @@ from dynprune_jax.workdir import (
     PLACES,
     as_json,
     check_workdir,
+    defaults,
     folder_of,
     keep_config,
     make_folder,
@@ -167,6 +168,11 @@ class Run:
         told["classes of the data"] = names
         told["number of training images"] = len(self.dataset.train)
         return {"phase": phase, **told}
+
+    @staticmethod
+    def assumed() -> dict[str, Any]:
+        """What `identity` had told of a run that is older than a field."""
+        return {f"config.{name}": default for name, default in defaults().items()}
 
     def phase_steps(self, phase: str) -> int:
         """Training steps of the phase `dense` or `prune`."""
@@ -390,7 +396,7 @@ class Run:
                 fields = ("name", "train_split", "train_examples", "held_out")
                 told += ["number of training images", *(f"config.data.{field}" for field in fields)]
             of = {name: of[name] for name in told}
-        with Checkpoints(folder, of=of) as checkpoints:
+        with Checkpoints(folder, of=of, assumed=self.assumed()) as checkpoints:
             network = self.dynamic if phase == "prune" and self.dynamic else self.dense
             state = TrainState.create(network.weights, network, self.optimizer(phase))
             state, extra = checkpoints.restore(state)

@@ -74,7 +74,7 @@ def train_dense(run: Run) -> tuple[Values | None, dict[str, dict[str, float]]]:
         run.claim()
         step = int(source.step)
         folder, of = run.workdir / "checkpoints" / "dense", run.identity("dense")
-        with Checkpoints(folder, of=of, mend=True) as checkpoints:
+        with Checkpoints(folder, of=of, assumed=run.assumed(), mend=True) as checkpoints:
             # What the source becomes later is its own.
             checkpoints.save(step, source, {"total": step})
         return source.values, {}
@@ -150,7 +150,7 @@ def run_phase(
     recent: list[dict[str, float]] = []
     folder, of = run.workdir / "checkpoints" / name, run.identity(name)
     with (
-        Checkpoints(folder, of=of, mend=True) as checkpoints,
+        Checkpoints(folder, of=of, assumed=run.assumed(), mend=True) as checkpoints,
         Feed(run, name, network, run.mesh, teacher) as feed,
     ):
         state = feed.place(state)

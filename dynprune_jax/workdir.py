@@ -71,6 +71,11 @@ def as_json(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
+def defaults() -> dict[str, Any]:
+    """Every field's default by its dotted name, as JSON holds it."""
+    return config_lib.flatten(ConfigDict(as_json(config_lib.base_config())))
+
+
 def keep_config(config: Config, workdir: Path) -> None:
     """Writes what `check_workdir` compares with, config.json, if it is not there."""
     if not (workdir / "config.json").exists():
@@ -95,6 +100,7 @@ def check_workdir(config: Config, workdir: Path, free: Collection[str] = FREE_FI
         stored = config_lib.flatten(ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a config; give another --workdir") from error
+    stored = defaults() | stored  # it may be older than a field
     asked = config_lib.flatten(ConfigDict(as_json(config)))
     for name in sorted(asked.keys() | stored.keys()):
         if name not in free and asked.get(name) != stored.get(name):

@@ -268,6 +268,17 @@ def test_of_another_run_only_what_is_asked_for_must_be_the_same(copy):
             checkpoints.restore(state())
 
 
+def test_a_run_that_is_older_than_a_field_is_taken_for_one_of_its_default(copy):
+    assumed = {"field": 1, "phase": "what is told counts"}
+    with Checkpoints(copy, of={"phase": "dense", "field": 1}, assumed=assumed) as checkpoints:
+        assert checkpoints.restore(state())[1] == {"note": 2}
+    with (
+        Checkpoints(copy, of={"phase": "dense", "field": 2}, assumed=assumed) as checkpoints,
+        pytest.raises(UserError, match="field is 1 there and 2 here"),
+    ):
+        checkpoints.restore(state())
+
+
 async def full(*_):  # in the background, as the method that it stands for
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -329,6 +329,18 @@ def test_a_folder_that_changed_under_a_run_is_refused(config, workdir, tmp_path,
     assert not (tmp_path / "started").exists()
 
 
+def test_a_run_that_is_older_than_a_field_goes_on_with_its_default(config, workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["ascent"]["lowest_fraction"]
+    path.write_text(json.dumps(stored))
+    assert Run.open(config, tmp_path / "run").trained_values()[1] is not None
+    config.ascent.lowest_fraction, config.prune.recalibration_images = 0.5, 40
+    with pytest.raises(UserError, match=r"lowest_fraction is 1\.0 there and 0\.5 here"):
+        Run.open(config, tmp_path / "run")
+
+
 def test_several_steps_in_one_dispatch_are_the_same_steps(config, tmp_path):
     run = Run.open(config, tmp_path)
     single, _ = advanced(run, jax.devices()[:1], [1, 1, 1])
