@@ -1,6 +1,7 @@
 """Convolutional networks that decide per input which channels and columns to compute."""
 
 from dynprune_jax import models
+from dynprune_jax.pruning.cascade import Cascade, margin
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
 from dynprune_jax.pruning.exported import export_model, load_exported
@@ -17,6 +18,7 @@ from dynprune_jax.pruning.schedules import elastic, ratio_ascent
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 
 __all__ = [
+    "Cascade",
     "DynamicConv",
     "Form",
     "LayerUsage",
@@ -31,6 +33,7 @@ __all__ = [
     "fold_batch_norms",
     "load_exported",
     "make_dynamic",
+    "margin",
     "measure",
     "measure_plan",
     "models",

@@ -54,7 +54,7 @@ class Evaluation:
         }
 
 
-def cascade(first: Evaluation, second: Evaluation, share: float) -> dict[str, Any]:
+def cascaded(first: Evaluation, second: Evaluation, share: float) -> dict[str, Any]:
     """What two networks do together, if the second sees what the first is least sure of.
 
     An image that both see costs what both compute.

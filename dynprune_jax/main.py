@@ -7,6 +7,7 @@ MODE  train        the dense network, then targeted dropout, then the evaluation
       evaluate     a finished run again
       sweep        a finished run over a curve of prune ratios, beside the controls
       sensitivity  a finished run, with the ratio of one block changed at a time
+      cascade      a finished run's two networks together: the dense one again for unsure images
       export       a finished run's network as files for inference, compact too
       static       the dense network, then filters removed for good, at the dynamic one's MACs
       study        methods, ablations and controls over seeds and cuts, as files, a table, figures
@@ -32,6 +33,7 @@ from absl import logging
 
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import benchmark
+from dynprune_jax.experiments.cascade import cascade
 from dynprune_jax.experiments.export import export
 from dynprune_jax.experiments.sensitivity import sensitivity
 from dynprune_jax.experiments.static import static
@@ -50,6 +52,7 @@ MODES: dict[str, Callable[..., Any]] = {
     "static": static,
     "study": study,
     "sweep": sweep,
+    "cascade": cascade,
     "export": export,
     "sensitivity": sensitivity,
     "benchmark": benchmark,

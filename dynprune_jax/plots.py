@@ -354,6 +354,82 @@ def _accuracy_over_macs(axes: Axes) -> None:
     axes.grid(color="0.9")
 
 
+def cascade_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Draws the accuracy of cascades over their MACs, and over their time for each batch size.
+
+    Args:
+      rows: of cascade.json, each with "batch_size", "share", "accuracy", "dense_accuracy",
+        "mac_reduction", "compact_ms" and "fastest_dense_ms".
+
+    Returns:
+      The figure; None if there is no row.
+    """
+    if not rows:
+        return None
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    figure = Figure(figsize=(1.0 + 3.5 * (1 + len(sizes)), 4), layout="constrained")
+    panels = figure.subplots(1, 1 + len(sizes), sharey=True, squeeze=False)[0]
+    for i, axes in enumerate(panels):
+        shown = [row for row in rows if row["batch_size"] == sizes[max(i - 1, 0)]]
+        if i == 0:
+            places = [row["mac_reduction"] for row in shown]
+            whole = 0.0
+        else:
+            places = [row["compact_ms"] / row["batch_size"] for row in shown]
+            whole = shown[0]["fastest_dense_ms"] / shown[0]["batch_size"]
+        accuracies = [row["accuracy"] for row in shown]
+        axes.plot(places, accuracies, color=_BLUE, marker="o", label="cascade")
+        axes.plot(whole, shown[0]["dense_accuracy"], "s", color="0.3", label="dense", clip_on=False)
+        for row, place in zip(shown, places, strict=True):
+            axes.annotate(
+                f"{row['share']:.0%} again" if row["share"] else "pruned alone",
+                (place, row["accuracy"]),
+                xytext=(6, -4),
+                textcoords="offset points",
+                va="top",
+                fontsize=7,
+                color="0.35",
+            )
+        if i == 0:
+            _accuracy_over_macs(axes)
+            axes.set_ylabel("test accuracy")
+            axes.legend(loc="lower left", frameon=False)
+        else:
+            axes.set_xlabel("milliseconds an image")
+            axes.set_xlim(0, 1.25 * max(whole, *places))
+            axes.set_title(f"batches of {sizes[i - 1]}", fontsize=10)
+            axes.grid(color="0.9")
+    return figure
+
+
+def labelled_images_figure(
+    groups: Mapping[str, tuple[UInt8[np.ndarray, "_ height width channels"], Sequence[str]]],
+) -> Figure | None:
+    """Draws a row of images for each group, with the name of each image above it.
+
+    Args:
+      groups: what the images of a row have in common, to grey or RGB images and their names.
+
+    Returns:
+      The figure; None if there is no image.
+    """
+    longest = max((len(images) for images, _ in groups.values()), default=0)
+    if not longest:
+        return None
+    figure = Figure(figsize=(1.3 * longest, 0.3 + 1.7 * len(groups)), layout="constrained")
+    for part, (title, (images, names)) in zip(
+        figure.subfigures(len(groups), 1, squeeze=False)[:, 0], groups.items(), strict=True
+    ):
+        part.suptitle(title, fontsize=10)
+        for axes, image, name in zip(
+            part.subplots(1, longest, squeeze=False)[0], images, names, strict=False
+        ):
+            axes.imshow(np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image)
+            axes.set_title(name, fontsize=8)
+            axes.set_axis_off()
+    return figure
+
+
 def _block_name(row: Mapping[str, Any]) -> str:
     """What a block's gates on an axis are called: "block 2, channels"."""
     return f"block {row['block']}, {row['axis'].removesuffix('_ratio')}s"

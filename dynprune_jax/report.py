@@ -21,7 +21,7 @@ from dynprune_jax import plots, processes
 from dynprune_jax.build import evaluation_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.data.augment import center_crop
-from dynprune_jax.evaluate import Evaluation, cascade
+from dynprune_jax.evaluate import Evaluation, cascaded
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
@@ -76,7 +76,7 @@ def write_report(
     report = {
         **{name: result and result.summary() for name, result in results.items()},
         "cascade": [
-            cascade(cheap, whole, share) for share in run.config.cascade.shares if cheap and whole
+            cascaded(cheap, whole, share) for share in run.config.cascade.shares if cheap and whole
         ],
         "pruned_by_other_criteria": {k: controls[k].summary() for k in sorted(controls)},
         "dense_macs_per_image": shown.usage.dense_macs,

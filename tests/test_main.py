@@ -253,6 +253,7 @@ MISTAKES = {
     "evaluation of nothing": (["--mode=evaluate"], "holds no trained network"),
     "sweep of nothing": (["--mode=sweep"], "holds no trained network"),
     "sensitivity of nothing": (["--mode=sensitivity"], "holds no trained network"),
+    "cascade of nothing": (["--mode=cascade"], "holds no trained network"),
     "export of nothing": (["--mode=export"], "holds no trained network"),
 }
 

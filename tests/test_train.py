@@ -19,6 +19,7 @@ from dynprune_jax import build, plots
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.data.sources import Split
 from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.cascade import cascade
 from dynprune_jax.experiments.export import export
 from dynprune_jax.experiments.sensitivity import sensitivity
 from dynprune_jax.experiments.step_cost import step_cost
@@ -487,6 +488,29 @@ def test_sweep_scales_the_ratios(config, workdir):
     assert full["mac_reduction"] == report["pruned"]["mac_reduction"]
     assert json.loads((workdir / "sweep.json").read_text()) == rows
     assert (workdir / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("few_forms")
+def test_the_cascades_of_a_run_are_timed(config, workdir):
+    config.benchmark.batch_sizes, config.cascade.shares = (128,), (0.05, 0.3)
+    rows = cascade(config, workdir)
+    report = json.loads((workdir / "report.json").read_text())
+    assert [(row["batch_size"], row["share"]) for row in rows] == [
+        (128, share) for share in (0.0, 0.05, 0.3)
+    ]
+    for row in rows:
+        if row["share"]:
+            told = next(x for x in report["cascade"] if x["share"] == row["share"])
+            assert {key: row[key] for key in told} == told
+        else:
+            assert row["accuracy"] == report["pruned"]["accuracy"]
+            assert row["mac_reduction"] == pytest.approx(report["pruned"]["mac_reduction"])
+        assert row["dense_accuracy"] == report["dense"]["accuracy"]
+        assert row["fastest_dense_ms"] == min(row["dense_ms"].values())
+        assert row["speedup"] == row["fastest_dense_ms"] / row["compact_ms"]
+    assert json.loads((workdir / "cascade.json").read_text()) == rows
+    for name in ("cascade.png", "surest_and_least_sure.png"):
+        assert (workdir / name).stat().st_size > 10_000
 
 
 def test_a_network_is_evaluated_with_statistics_of_its_ratios(config, workdir):

@@ -118,19 +118,8 @@ class _Bench:
         shape = (batch_size, side, side, channels)
         self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
         self._dense_plan = self._plan("dense", model)
-        folded = fold_batch_norms(model, self._images)
-        products = {
-            name: Form("patches") if Form("patches") in taken else Form()
-            for name, taken in self._dense_plan.milliseconds.items()
-        }
-        self._dense = {
-            "lax.conv": self._compile(folded),
-            "lax.conv, norms apart": self._compile(model),
-            "matrix products": self._compile(compact(model, self._images, plan=Plan(products))),
-            "best form of each layer": self._compile(
-                compact(model, self._images, plan=self._dense_plan)
-            ),
-        }
+        ways = dense_ways(model, self._images, self._dense_plan)
+        self._dense = {name: self._compile(way) for name, way in ways.items()}
 
     def row(self, config: Config, controls: bool = False) -> dict[str, Any]:
         """Measures one setting of ratios; with the controls and the other runtimes or without."""
@@ -168,7 +157,7 @@ class _Bench:
             "width": config.width,
             "image_size": config.data.image_size,
             "dtype": config.dtype,
-            "device": f"{_device()}, {available_cores()} cores",
+            "device": f"{device_name()}, {available_cores()} cores",
             "versions": versions(),
             "batch_size": len(self._images),
             "channel_ratio": list(config.gate.channel_ratio),
@@ -184,26 +173,10 @@ class _Bench:
         }
 
     def _plan(self, name: str, model: nnx.Module) -> Plan:
-        """Measures the forms of a network's layers, and keeps them beside the results."""
-        batch = len(self._images)
-        began = time.perf_counter()
-        with progress_bar(f"batch {batch}, {name}: measuring the forms of each layer") as progress:
-            plan = measure_plan(
-                fold_batch_norms(model, self._images),
-                self._images,
-                repeats=self._config.benchmark.repeats,
-                known=self._known,
-                progress=progress,
-            )
-        plan.save(self._folder / f"plan_batch_{batch}_{name}.json")
-        self._console.print(
-            f"batch {batch}, {name}: planned {len(plan.forms)} layers in"
-            f" {time.perf_counter() - began:.0f} s"
-        )
-        return plan
+        return planned(name, model, self._images, self._config, self._folder, self._known)
 
-    def _compile(self, model: nnx.Module) -> "_Compiled":
-        return _Compiled(model, self._images)
+    def _compile(self, model: nnx.Module) -> "Compiled":
+        return Compiled(model, self._images)
 
     def _static(self, mac_reduction: float) -> nnx.Module | None:
         """The network with filters removed until as many MACs are gone, where they can be."""
@@ -225,8 +198,64 @@ class _Bench:
         return functions
 
 
-class _Compiled:
-    """A network compiled for a batch of images; a call runs it on them."""
+def planned(
+    name: str,
+    model: nnx.Module,
+    images: jax.Array,
+    config: Config,
+    folder: Path,
+    known: dict[Any, dict[Form, float]],
+) -> Plan:
+    """Measures the forms of a network's layers, and keeps them beside the results.
+
+    Args:
+      name: of the network, in the plan's file.
+      model: in evaluation mode.
+      images: a batch.
+      config: for how often each form is timed.
+      folder: of the results.
+      known: measurements on this device, to use and to add to.
+    """
+    batch = len(images)
+    began = time.perf_counter()
+    with progress_bar(f"batch {batch}, {name}: measuring the forms of each layer") as progress:
+        plan = measure_plan(
+            fold_batch_norms(model, images),
+            images,
+            repeats=config.benchmark.repeats,
+            known=known,
+            progress=progress,
+        )
+    plan.save(folder / f"plan_batch_{batch}_{name}.json")
+    screen().print(
+        f"batch {batch}, {name}: planned {len(plan.forms)} layers in"
+        f" {time.perf_counter() - began:.0f} s"
+    )
+    return plan
+
+
+def dense_ways(model: nnx.Module, images: jax.Array, plan: Plan) -> dict[str, nnx.Module]:
+    """The ways to execute a dense model in JAX, of which the fastest is what others must beat.
+
+    Args:
+      model: dense, in evaluation mode.
+      images: an example batch.
+      plan: of the model, for that batch.
+    """
+    products = {
+        name: Form("patches") if Form("patches") in taken else Form()
+        for name, taken in plan.milliseconds.items()
+    }
+    return {
+        "lax.conv": fold_batch_norms(model, images),
+        "lax.conv, norms apart": model,
+        "matrix products": compact(model, images, plan=Plan(products)),
+        "best form of each layer": compact(model, images, plan=plan),
+    }
+
+
+class Compiled:
+    """A network compiled for a batch of images; a call runs it on them, or on others like them."""
 
     def __init__(self, model: nnx.Module, images: jax.Array):
         graph, state = nnx.split(model)
@@ -243,8 +272,9 @@ class _Compiled:
             memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
         )
 
-    def __call__(self) -> Any:
-        return self._run(self._leaves, self._images)
+    def __call__(self, images: jax.Array | None = None) -> Any:
+        """Runs it; what is returned may not be computed yet."""
+        return self._run(self._leaves, self._images if images is None else images)
 
 
 def summary(seconds: Mapping[str, list[float]], mac_reduction: float) -> dict[str, Any]:
@@ -310,7 +340,7 @@ def _at(config: Config, ratio: float) -> Config:
     return changed
 
 
-def _device() -> str:
+def device_name() -> str:
     """The name of the device; of a CPU its maker's, where the system tells it."""
     kind = jax.devices()[0].device_kind
     told = Path("/proc/cpuinfo")

@@ -22,7 +22,7 @@ from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
-from dynprune_jax.evaluate import cascade
+from dynprune_jax.evaluate import cascaded
 from dynprune_jax.models.links import Link, links
 from dynprune_jax.pruning.layers import intercept
 from dynprune_jax.pruning.measure import dense_macs
@@ -228,7 +228,7 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     report = {
         "dense": whole.summary(),
         "pruned": left_over.summary(),
-        "cascade": [cascade(left_over, whole, share) for share in cascades],
+        "cascade": [cascaded(left_over, whole, share) for share in cascades],
         "pruned_without_training": run.evaluate(network, network.weights).summary(),
         "criterion": config.static.criterion,
         "filters": {

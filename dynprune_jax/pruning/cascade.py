@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 
 def margin(logits: Float[Array, "batch classes"]) -> Float[Array, " batch"]:
@@ -39,7 +39,13 @@ class Cascade(nnx.Module):
       ValueError: for a chunk of less than 1.
     """
 
-    def __init__(self, first: nnx.Module, second: nnx.Module, threshold: float, chunk: int = 1):
+    def __init__(
+        self,
+        first: nnx.Module,
+        second: nnx.Module,
+        threshold: Float[ArrayLike, ""],
+        chunk: int = 1,
+    ):
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1")
         self.first, self.second = first, second
