@@ -384,8 +384,9 @@ def cascade_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             axes.annotate(
                 f"{row['share']:.0%} again" if row["share"] else "pruned alone",
                 (place, row["accuracy"]),
-                xytext=(6, -4),
+                xytext=(-6, -4) if i == 0 else (6, -4),
                 textcoords="offset points",
+                ha="right" if i == 0 else "left",
                 va="top",
                 fontsize=7,
                 color="0.35",
@@ -421,12 +422,12 @@ def labelled_images_figure(
         figure.subfigures(len(groups), 1, squeeze=False)[:, 0], groups.items(), strict=True
     ):
         part.suptitle(title, fontsize=10)
-        for axes, image, name in zip(
-            part.subplots(1, longest, squeeze=False)[0], images, names, strict=False
-        ):
+        places = part.subplots(1, longest, squeeze=False)[0]
+        for axes in places:
+            axes.set_axis_off()
+        for axes, image, name in zip(places[: len(images)], images, names, strict=True):
             axes.imshow(np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image)
             axes.set_title(name, fontsize=8)
-            axes.set_axis_off()
     return figure
 
 

@@ -241,6 +241,50 @@ def test_sensitivity_draws_a_line_for_each_block_and_axis(tmp_path):
     assert plots.sensitivity_figure([]) is None
 
 
+def test_cascades_are_drawn_over_macs_and_over_the_time_of_each_batch_size(tmp_path):
+    rows = [
+        {
+            "batch_size": size,
+            "share": share,
+            "accuracy": 0.8 + share / 2,
+            "dense_accuracy": 0.9,
+            "mac_reduction": 0.7 - share,
+            "compact_ms": size * (1.0 + share),
+            "fastest_dense_ms": size * 3.0,
+        }
+        for size in (1, 8)
+        for share in (0.0, 0.2)
+    ]
+    figure = plots.cascade_figure(rows)
+    macs, *times = figure.axes
+    expected = [([0.7, 0.5], [0.8, 0.9]), ([0.0], [0.9])]
+    for line, (x, y) in zip(macs.lines, expected, strict=True):
+        np.testing.assert_allclose(line.get_xdata(), x)
+        np.testing.assert_allclose(line.get_ydata(), y)
+    assert [axes.get_title() for axes in times] == ["batches of 1", "batches of 8"]
+    for axes in times:  # an image's share of a batch
+        np.testing.assert_allclose(axes.lines[0].get_xdata(), [1.0, 1.2])
+        np.testing.assert_allclose(axes.lines[1].get_xdata(), [3.0])
+    assert [text.get_text() for text in macs.texts] == ["pruned alone", "20% again"]
+    plots.save(figure, tmp_path / "cascade.png")
+    check_png(tmp_path / "cascade.png")
+    assert plots.cascade_figure([]) is None
+
+
+def test_groups_of_images_are_drawn_with_their_names(tmp_path):
+    grey, coloured = np.zeros((2, 4, 4, 1), np.uint8), np.full((3, 4, 4, 3), 9, np.uint8)
+    figure = plots.labelled_images_figure(
+        {"few": (grey, ["a", "b"]), "more": (coloured, ["c", "d", "e"])}
+    )
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b", "", "c", "d", "e"]
+    assert [len(axes.images) for axes in figure.axes] == [1, 1, 0, 1, 1, 1]
+    assert [part.get_suptitle() for part in figure.subfigs] == ["few", "more"]
+    plots.save(figure, tmp_path / "images.png")
+    check_png(tmp_path / "images.png")
+    assert plots.labelled_images_figure({"none": (grey[:0], [])}) is None
+    assert plots.labelled_images_figure({}) is None
+
+
 def test_sweep_draws_a_line_for_each_criterion_in_a_panel_for_each_set_of_weights(tmp_path):
     rows = [
         {"weights": weights, "criterion": criterion, "mac_reduction": cut, "accuracy": 1 - cut}

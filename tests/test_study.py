@@ -222,6 +222,32 @@ def test_the_tables_by_hand():
     assert tables([]) == []
 
 
+def test_the_table_of_cascades_by_hand():
+    def cascade(*pairs):
+        return [
+            {"share": share, "accuracy": accuracy, "mac_reduction": 0.7 - share}
+            for share, accuracy in pairs
+        ]
+
+    rows = [
+        row("dense", 0.0, 0, 0.9),
+        row("attention", 0.5, 0, 0.6),
+        row("attention", 0.7, 0, 0.5) | {"cascade": cascade((0.0999, 0.7), (0.3, 0.8))},
+        row("attention", 0.7, 1, 0.5) | {"cascade": cascade((0.1, 0.8), (0.3, 0.8))},
+        row("l1", 0.5, 0, 0.4) | {"cascade": cascade((0.2, 0.7))},
+        row("l1", 0.7, 0, 0.4) | {"cascade": []},
+    ]
+    *_, table = tables(rows)
+    assert table.splitlines() == [
+        "| the dense network sees again | cut | none | the least sure 10% | the least sure 20%"
+        " | the least sure 30% |",
+        "|---|---|---|---|---|---|",
+        "| dynamic, by attention | 70% | 50.00 ± 0.00 | 75.00 ± 7.07 (60.0%) | not measured"
+        " | 80.00 ± 0.00 (40.0%) |",
+        "| static, L1 norm | 50% | 40.00 | not measured | 70.00 (50.0%) | not measured |",
+    ]
+
+
 def test_a_run_without_a_report_has_its_accuracy_in_the_tables():
     whole = [row("predicted", cut, 0, 0.8) for cut in (0.4, 0.55)] + [row("random", 0.55, 0, 0.7)]
     known = ("method", "cut", "seed", "accuracy", "mac_reduction")

@@ -153,7 +153,10 @@ def _draw(run: Run, first: Evaluation) -> None:
         seen.append((cut, [str(named[label]) for label in labels]))
     plots.save(
         plots.labelled_images_figure(
-            {"surest of: the pruned network's answer stands": seen[0], "least sure of": seen[1]}
+            {
+                "The pruned network is surest of these, and they are done": seen[0],
+                "and least sure of these: the dense network sees them too": seen[1],
+            }
         ),
         run.workdir / "surest_and_least_sure.png",
     )
