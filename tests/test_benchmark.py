@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.benchmark import _time, benchmark, summary
+from dynprune_jax.experiments.benchmark import benchmark, summary, timed
 from dynprune_jax.pruning.plan import Plan, interleaved
 
 
@@ -97,7 +97,7 @@ def test_the_fastest_dense_way_is_timed_as_often_as_compact_however_fast_that_is
         "dense: fast": lambda: work(0.02),
         "compact": lambda: work(0.001),
     }
-    taken = {name: len(times) for name, times in _time(ways, 5).items()}
+    taken = {name: len(times) for name, times in timed(ways, 5).items()}
     assert taken == {"dense: slow": 3, "dense: fast": 5, "compact": 5}
 
 

@@ -145,11 +145,11 @@ class _Bench:
                 plots.layer_times_figure(self._dense_plan.fastest, plan.fastest),
                 self._folder / f"layer_times_batch_{len(self._images)}.png",
             )
-        seconds = _time(ways, self._config.benchmark.repeats)
+        seconds = timed(ways, self._config.benchmark.repeats)
         apart = jnp.max(jnp.abs(ways["compact"]() - ways["masked"]()))
         if controls:  # in turns of their own: their threads spin after their work
             others = {f"other: {name}": run for name, run in self._others().items()}
-            seconds |= _time(others, self._config.benchmark.repeats)
+            seconds |= timed(others, self._config.benchmark.repeats)
         row = summary(seconds, usage.mac_reduction)
         memory = {name: getattr(run, "memory_mb", None) for name, run in ways.items()}
         return {
@@ -322,12 +322,20 @@ def _quartiles(seconds: list[float]) -> list[float]:
     return [1e3 * low, 1e3 * high]
 
 
-def _time(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Times all ways in turns; what is hopeless beside the fastest dense one only three times."""
-    first = interleaved(ways, 3, warmup=1, least=_TURN)
+def timed(
+    ways: Mapping[str, Callable[[], Any]], repeats: int, least: float | None = _TURN
+) -> dict[str, list[float]]:
+    """Times all ways in turns; what is hopeless beside the fastest dense one only three times.
+
+    Args:
+      ways: by name; dense ones have a colon in it.
+      repeats: how many turns of each are timed.
+      least: how long a turn is, see `interleaved`.
+    """
+    first = interleaved(ways, 3, warmup=1, least=least)
     fastest = min((min(taken) for name, taken in first.items() if ": " in name), default=0.0)
     again = {name: run for name, run in ways.items() if min(first[name]) <= _HOPELESS * fastest}
-    return first | interleaved(again, repeats, warmup=1, least=_TURN)
+    return first | interleaved(again, repeats, warmup=1, least=least)
 
 
 def _at(config: Config, ratio: float) -> Config:

@@ -24,12 +24,12 @@ from dynprune_jax.experiments.benchmark import (
     device_name,
     planned,
     summary,
+    timed,
 )
 from dynprune_jax.experiments.other_runtimes import available_cores
 from dynprune_jax.pruning.cascade import Cascade, margin
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.forms import Form
-from dynprune_jax.pruning.plan import interleaved
 from dynprune_jax.report import versions
 from dynprune_jax.run import Run
 from dynprune_jax.writers import screen, write_json
@@ -77,7 +77,7 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     dense.eval()
     rows = []
     for size in config.benchmark.batch_sizes:
-        for found, timed in zip(together, _time(run, pruned, dense, size, shares), strict=True):
+        for found, seconds in zip(together, _time(run, pruned, dense, size, shares), strict=True):
             rows.append(
                 {
                     "network": config.model,
@@ -87,7 +87,7 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                     "device": f"{device_name()}, {available_cores()} cores",
                     "versions": versions(),
                     "batch_size": size,
-                    **summary(timed, found["mac_reduction"]),
+                    **summary(seconds, found["mac_reduction"]),
                     **found,
                     "dense_accuracy": second.accuracy,
                 }
@@ -111,20 +111,21 @@ def _time(
     images = [prepare(test.read(rows)[0]) for rows in chosen.reshape(batches, size)]
     known: dict[Any, dict[Form, float]] = {}
     plan = functools.partial(planned, config=config, folder=run.workdir, known=known)
-    ways = {
-        f"dense: {name}": way
-        for name, way in dense_ways(dense, images[0], plan("dense", dense, images[0])).items()
-    }
+    whole_plan = plan("dense", dense, images[0])
+    dense_found = dense_ways(dense, images[0], whole_plan)
+    ways = {f"dense: {name}": way for name, way in dense_found.items()}
     cheap = compact(pruned, images[0], plan=plan("pruned", pruned, images[0]))
     # An eighth of a batch at a time: where a tenth is unsure, that is often enough.
-    chunk = math.ceil(size / 8)
-    again = compact(dense, images[0][:chunk], plan=plan("dense", dense, images[0][:chunk]))
+    few = images[0][: math.ceil(size / 8)]
+    few_plan = whole_plan if len(few) == size else plan("dense", dense, few)
+    again = compact(dense, few, plan=few_plan)
     alone = Compiled(cheap, images[0])
     sure = np.concatenate([np.asarray(margin(alone(batch))) for batch in images])
-    compiled: dict[Any, Compiled] = {k: Compiled(way, images[0]) for k, way in ways.items()}
-    for share in shares:
-        both = Cascade(cheap, again, threshold_of(sure, share), chunk)
-        compiled[share] = Compiled(both, images[0]) if share else alone
+    compiled = {name: Compiled(way, images[0]) for name, way in ways.items()}
+    names = [f"cascade, {share}" for share in shares]
+    for name, share in zip(names, shares, strict=True):
+        both = Cascade(cheap, again, threshold_of(sure, share), len(few))
+        compiled[name] = Compiled(both, images[0]) if share else alone
 
     def over_all(way: Compiled) -> Callable[[], None]:
         def call() -> None:
@@ -133,11 +134,10 @@ def _time(
 
         return call
 
-    seconds = interleaved(
-        {name: over_all(way) for name, way in compiled.items()}, config.benchmark.repeats
-    )
+    calls = {name: over_all(way) for name, way in compiled.items()}
+    seconds = timed(calls, config.benchmark.repeats, least=None)
     seconds = {name: [taken / batches for taken in times] for name, times in seconds.items()}
-    return [{**{name: seconds[name] for name in ways}, "compact": seconds[s]} for s in shares]
+    return [{**{name: seconds[name] for name in ways}, "compact": seconds[n]} for n in names]
 
 
 def _draw(run: Run, first: Evaluation) -> None:

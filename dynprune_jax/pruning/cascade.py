@@ -66,10 +66,13 @@ class Cascade(nnx.Module):
         order = jnp.where(jnp.arange(batch) < count, order, batch)
         order = jnp.pad(order, (0, -batch % chunk), constant_values=batch)
 
-        def again(turn: Array, logits: Array) -> Array:
+        def again(turn: Array | int, logits: Array) -> Array:
             rows = jax.lax.dynamic_slice(order, (turn * chunk,), (chunk,))
             chosen = jnp.take(images, rows, axis=0, mode="clip")
             second: Array = self.second(chosen)  # pyright: ignore
             return logits.at[rows].set(second.astype(logits.dtype), mode="drop")
 
+        if chunk == batch:
+            # A loop whose turns are all alike may be computed before it is known to have any.
+            return jax.lax.cond(count > 0, again, lambda _, logits: logits, 0, first)
         return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, again, first)
