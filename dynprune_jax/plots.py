@@ -378,6 +378,7 @@ def cascade_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             places = [row["compact_ms"] / row["batch_size"] for row in shown]
             whole = shown[0]["fastest_dense_ms"] / shown[0]["batch_size"]
         accuracies = [row["accuracy"] for row in shown]
+        axes.margins(y=0.1)
         axes.plot(places, accuracies, color=_BLUE, marker="o", label="cascade")
         axes.plot(whole, shown[0]["dense_accuracy"], "s", color="0.3", label="dense", clip_on=False)
         for row, place in zip(shown, places, strict=True):

@@ -305,6 +305,7 @@ def test_the_price_of_choosing_anew_is_what_was_measured():
         ("cifar10_vgg16_first", 3),
         ("cifar10_vgg_small_control", 2),
         ("cifar100_vgg_small", 2),
+        ("cascade", 2),
         ("digits_kinds", 2),
         ("imagenette_resnet18_small", 3),
     ],
@@ -561,6 +562,81 @@ def test_the_claims_on_one_network_for_a_range_of_ratios_are_what_its_runs_say()
     assert f"is {min(apart):.1f} to {max(apart):.1f} points behind networks" in PAGES
     changed = statistics.mean(anew["75.4%"]) - statistics.mean(left["75.4%"])
     assert f"and changes {abs(changed):.1f} at its own ratios" in PAGES
+
+
+def test_what_is_said_of_cascades_is_what_was_measured():
+    def looks(name, method, cut, share=None):
+        """Mean accuracy and mean cut, in percent, with that share seen again."""
+        rows = [
+            row
+            for row in read_rows(ROOT / "docs" / "results" / name)
+            if (row["method"], row["cut"]) == (method, cut)
+        ]
+        assert len(rows) == 3
+        if share:
+            rows = [
+                next(found for found in row["cascade"] if round(found["share"], 2) == share)
+                for row in rows
+            ]
+        return tuple(
+            100 * statistics.mean(row[key] for row in rows) for key in ("accuracy", "mac_reduction")
+        )
+
+    gates, filters = "predicted+distillation", "l1+as_predicted+distillation"
+
+    def at(cut, share=None, method=gates):
+        return looks("cascade", method, cut, share)[0]
+
+    dense = at(0.0, method="dense")
+    by_chance = at(0.75) + 0.2 * (dense - at(0.75))
+    for claim in (
+        f"a tenth again has {at(0.65, 0.1):.2f} %, with that for 75 % and a fifth"
+        f" {at(0.75, 0.2):.2f}, where the network trained for 55 % has {at(0.55):.2f}",
+        f"at 45 % it is {dense - at(0.65, 0.2):.2f} points below the dense networks",
+        f"the network for 75 % would come to {by_chance:.2f} %",
+        f"has {at(0.85, 0.3):.2f} % at {looks('cascade', gates, 0.85, 0.3)[1]:.1f} %",
+        f"L1 norms, {at(0.75) - at(0.75, None, filters):.2f} points behind the gates alone, a fifth"
+        f" again gives {at(0.75, 0.2, filters):.2f} in place of {at(0.75, 0.2):.2f} %, and three"
+        f" tenths {at(0.75, 0.3, filters):.2f} in place of {at(0.75, 0.3):.2f}",
+    ):
+        assert claim in PAGES, claim
+    assert at(0.65, 0.3) > dense  # at 35 % not below them at all
+    (tenth, less), (fifth, least) = (looks("cascade", gates, 0.65, x) for x in (0.1, 0.2))
+    claim = (
+        f"has {tenth:.2f} % at a mean cut of {less:.1f} %, where one trained for that cut has"
+        f" {at(0.55):.2f}, and with a fifth {fifth:.2f} % at {least:.1f} %,"
+        f" {dense - fifth:.2f} below dense"
+    )
+    assert claim in README, claim
+
+    small = "cascade/resnet20"
+    methods = ("predicted+channels+distillation", "l1+as_predicted+channels+distillation")
+    (alone, cut), (tenth, less), (third, least) = (
+        looks(small, methods[0], 0.62, share) for share in (None, 0.1, 0.3)
+    )
+    others = [looks(small, methods[1], 0.62, share)[0] for share in (None, 0.1, 0.3)]
+    for claim in (
+        f"gates at {cut:.1f} % whose saliences",
+        f"{alone:.2f} % alone, {tenth:.2f} with a tenth again (a cut of {less:.1f} %) and"
+        f" {third:.2f} with three tenths ({least:.1f} %), from"
+        f" {looks(small, 'dense', 0.0)[0]:.2f} % dense; by L1 norms"
+        f" {others[0]:.2f}, {others[1]:.2f} and {others[2]:.2f}",
+    ):
+        assert claim in PAGES, claim
+
+    for label, name, cut in (
+        ("small VGG, 75.4% cut", "vgg_small", 0.754),
+        ("VGG16 at 32², 65.2% cut", "vgg16", 0.652),
+    ):
+        path = ROOT / "docs" / "results" / "cascade" / f"times_{name}.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for size in (1, 8, 64):
+            of = [row for row in rows if row["batch_size"] == size]
+            assert [round(row["share"], 2) for row in of] == [0.0, 0.05, 0.1, 0.2, 0.3]
+            assert round(of[0]["mac_reduction"], 3) == cut
+            cells = [f"{row['compact_ms']:.2f} ({row['speedup']:.2f}×)" for row in of]
+            dense_ms = f"{of[0]['fastest_dense_ms']:.2f}"
+            assert f"| {label} | {size} | {dense_ms} | " + " | ".join(cells) + " |" in PAGES
 
 
 def test_the_filters_of_an_allotment_are_those_it_leaves():
