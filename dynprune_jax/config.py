@@ -305,7 +305,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.momentum": _in(0.0, 1.0),
     "optim.weight_decay": _at_least(0.0),
     "optim.label_smoothing": _in(0.0, 1.0),
-    "cascade.shares": _each(_in(0.0, 1.0)),
+    "cascade.shares": _each((lambda value: 0 < value < 1, "it must be in (0, 1)")),
     "sweep.fractions": _each((lambda value: 0 <= value <= 1, "it must be in [0, 1]")),
     "sensitivity.ratios": _each(_in(0.0, 1.0)),
     "study.seeds": _each((lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"), int),
@@ -375,6 +375,9 @@ def _check_combinations(config: Config) -> None:
             f"config.gate.column_patch is {patch}; it must be less than config.data.image_size,"
             f" {side}: of a map that is one patch no column is skipped"
         )
+    shares = config.cascade.shares
+    if len({round(share, 2) for share in shares}) < len(shares):
+        raise UserError(f"config.cascade.shares is {shares}; give shares a hundredth apart")
     if not config.sweep.fractions:
         raise UserError("config.sweep.fractions is (); give at least one fraction")
     if not config.study.seeds:

@@ -103,7 +103,11 @@ def threshold_of(margins: Float[np.ndarray, " examples"], share: float) -> float
     """
     ranked = np.sort(margins)
     count = int(share * len(ranked) + 1e-9)
-    return float(ranked[count - 1] + ranked[count]) / 2 if count else 0.0
+    if not count:
+        return 0.0
+    below, above = float(ranked[count - 1]), float(ranked[count])
+    middle = float(np.float32((below + above) / 2))  # what margins are compared as
+    return middle if middle > below else above
 
 
 def make_evaluator(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dynprune_jax import Cascade, export_model, load_exported, margin
@@ -30,6 +30,7 @@ def test_the_margin_by_hand():
     logits = jnp.log(jnp.array([[0.2, 0.7, 0.1], [0.4, 0.2, 0.4], [1.0, 1e-30, 1e-30]]))
     np.testing.assert_allclose(margin(logits + 5.0), [0.5, 0.0, 1.0], atol=1e-6)
     assert margin(logits.astype(jnp.bfloat16)).dtype == jnp.float32
+    np.testing.assert_array_equal(margin(jnp.array([[jnp.nan, 1.0], [1.0, jnp.inf]])), [0.0, 0.0])
     with pytest.raises(ValueError, match="a margin is between two classes"):
         margin(jnp.zeros((3, 1)))
 
@@ -96,10 +97,22 @@ def test_a_cascade_is_one_program_for_every_threshold_and_can_be_exported():
         exported = load_exported(export_model(model, x))
         np.testing.assert_allclose(exported(x), call(model, x), atol=1e-6)
     assert traced == [x.shape]
+
+
+def test_what_cannot_be_a_cascade_is_refused():
     with pytest.raises(ValueError, match="chunk is 0; it must be at least 1"):
         Cascade(Flat(0), Flat(1), 0.5, chunk=0)
+    other = nnx.Sequential(Flat(1), lambda logits: logits[:, :1])
+    with pytest.raises(ValueError, match=r"\(2, 1\), the first one \(4, 5\); both must have"):
+        Cascade(Flat(0), other, 0.5, chunk=2)(images(4))
+    any_number = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 2, 2, 3"), jnp.float32)
+    with pytest.raises(ValueError, match="for a given number of images, not for batch"):
+        export_model(Cascade(Flat(0), Flat(1), 0.5), any_number)
+    assert Cascade(Flat(0), Flat(1), 0.5)(images(0)).shape == (0, 5)
 
 
+@example([0.25, float(np.nextafter(np.float32(0.25), np.float32(1)))], 0.5)
+@example([0.0, 1.4e-45], 0.5)
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20), st.floats(0, 0.999))
 def test_a_threshold_has_the_share_below_it(margins, share):
     margins = np.float32(margins)

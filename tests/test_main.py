@@ -238,6 +238,11 @@ MISTAKES = {
         ["--config.data.image_size=4"],
         "image_size 4 pools to nothing",
     ),
+    "cascades too alike": (
+        ["--config.cascade.shares=(.1,.101)"],
+        r"config.cascade.shares is \(0.1, 0.101\); give shares a hundredth apart",
+    ),
+    "cascade of nothing again": (["--config.cascade.shares=(0.,)"], r"must be in \(0, 1\)"),
     # work directories
     "workdir of another config": (other_run, "is of another config: config.batch_size is 7"),
     "workdir is a file": (file_in_the_way, "is a file; give a folder"),

@@ -506,6 +506,9 @@ def test_the_cascades_of_a_run_are_timed(config, workdir):
             assert row["accuracy"] == report["pruned"]["accuracy"]
             assert row["mac_reduction"] == pytest.approx(report["pruned"]["mac_reduction"])
         assert row["dense_accuracy"] == report["dense"]["accuracy"]
+        assert row["timed_images"] == 128
+        # Of 128, of which 28 are there twice.
+        assert abs(row["timed_share"] - row["share"]) < 2 / 128
         assert row["fastest_dense_ms"] == min(row["dense_ms"].values())
         assert row["speedup"] == row["fastest_dense_ms"] / row["compact_ms"]
     assert json.loads((workdir / "cascade.json").read_text()) == rows

@@ -45,13 +45,14 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     which it is least sure, see `dynprune_jax.Cascade`. Accuracy and MACs are of the test split.
     Times are of some of its images, in batches of each of `config.benchmark.batch_sizes`: the
     dense network in every way at hand, the pruned one compact, and cascades of it with the fastest
-    forms of the dense one, in turns; there the share is that of these very images. Writes
+    forms of the dense one, in turns; there the share is one of these very images. Writes
     `cascade.json`, the plans, `cascade.png` and `surest_and_least_sure.png`.
 
     Returns:
       A row for each batch size and share, 0 for the pruned network alone: the fields of
-      `evaluate.cascaded`, `dense_accuracy`, `batch_size`, `timed_images`, `device`, `versions`, and
-      those of `benchmark.summary`, of which `compact_ms` is the cascade's milliseconds a batch.
+      `evaluate.cascaded`, `dense_accuracy`, `batch_size`, `timed_images`, `timed_share` (which of
+      them the dense network saw), `device`, `versions`, and those of `benchmark.summary`, of which
+      `compact_ms` is the cascade's milliseconds a batch.
 
     Raises:
       UserError: for a mistake in the config, if the run is not finished, prunes nothing or has
@@ -76,8 +77,10 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     pruned.eval()
     dense.eval()
     rows = []
+    known: dict[Any, dict[Form, float]] = {}
     for size in config.benchmark.batch_sizes:
-        for found, seconds in zip(together, _time(run, pruned, dense, size, shares), strict=True):
+        timed_rows = _time(run, pruned, dense, size, shares, known)
+        for found, (told, seconds) in zip(together, timed_rows, strict=True):
             rows.append(
                 {
                     "network": config.model,
@@ -88,6 +91,7 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                     "versions": versions(),
                     "batch_size": size,
                     **summary(seconds, found["mac_reduction"]),
+                    **told,
                     **found,
                     "dense_accuracy": second.accuracy,
                 }
@@ -100,16 +104,25 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _time(
-    run: Run, pruned: nnx.Module, dense: nnx.Module, size: int, shares: Sequence[float]
-) -> list[dict[str, list[float]]]:
-    """For each share the seconds a batch of the dense ways and of the cascade, as `compact`."""
+    run: Run,
+    pruned: nnx.Module,
+    dense: nnx.Module,
+    size: int,
+    shares: Sequence[float],
+    known: dict[Any, dict[Form, float]],
+) -> list[tuple[dict[str, Any], dict[str, list[float]]]]:
+    """Times the cascades of one batch size; `known` are measurements of layers, see `planned`.
+
+    Returns:
+      For each share what was timed, and the seconds a batch of the dense ways and, as `compact`,
+      of the cascade.
+    """
     test, config = run.dataset.test, run.config
     batches = max(1, min(_TIMED, len(test)) // size)
     chosen = np.random.default_rng(0).permutation(len(test))[: batches * size]
     chosen = np.resize(chosen, batches * size)  # of a split that is less than one batch
     prepare = jax.jit(functools.partial(evaluation_images, config))
     images = [prepare(test.read(rows)[0]) for rows in chosen.reshape(batches, size)]
-    known: dict[Any, dict[Form, float]] = {}
     plan = functools.partial(planned, config=config, folder=run.workdir, known=known)
     whole_plan = plan("dense", dense, images[0])
     dense_found = dense_ways(dense, images[0], whole_plan)
@@ -122,10 +135,11 @@ def _time(
     alone = Compiled(cheap, images[0])
     sure = np.concatenate([np.asarray(margin(alone(batch))) for batch in images])
     compiled = {name: Compiled(way, images[0]) for name, way in ways.items()}
+    thresholds = [threshold_of(sure, share) for share in shares]
     names = [f"cascade, {share}" for share in shares]
-    for name, share in zip(names, shares, strict=True):
-        both = Cascade(cheap, again, threshold_of(sure, share), len(few))
-        compiled[name] = Compiled(both, images[0]) if share else alone
+    for name, threshold in zip(names, thresholds, strict=True):
+        both = Cascade(cheap, again, threshold, len(few))
+        compiled[name] = Compiled(both, images[0]) if threshold else alone
 
     def over_all(way: Compiled) -> Callable[[], None]:
         def call() -> None:
@@ -137,7 +151,14 @@ def _time(
     calls = {name: over_all(way) for name, way in compiled.items()}
     seconds = timed(calls, config.benchmark.repeats, least=None)
     seconds = {name: [taken / batches for taken in times] for name, times in seconds.items()}
-    return [{**{name: seconds[name] for name in ways}, "compact": seconds[n]} for n in names]
+    of_dense = {name: seconds[name] for name in ways}
+    return [
+        (
+            {"timed_images": len(sure), "timed_share": float(np.mean(sure < threshold))},
+            {**of_dense, "compact": seconds[name]},
+        )
+        for name, threshold in zip(names, thresholds, strict=True)
+    ]
 
 
 def _draw(run: Run, first: Evaluation) -> None:

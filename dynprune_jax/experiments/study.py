@@ -389,7 +389,8 @@ def _cascades(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> li
     for name, label in names.items():
         cuts = {row["cut"] for row, cascade in having if cascade and row["method"] == name}
         for cut in sorted(cuts):
-            cells = [_cell(_accuracies(rows, name, cut))]
+            alone = [row["accuracy"] for row, found in having if found and _is(row, name, cut)]
+            cells = [_cell(alone)]
             for share in shares:
                 chosen = [
                     found
