@@ -19,7 +19,7 @@ class Flat(nnx.Module):
         self.linear = nnx.Linear(12, 5, rngs=nnx.Rngs(seed))
 
     def __call__(self, images):
-        return self.linear(images.reshape(len(images), -1))
+        return self.linear(images.reshape(len(images), 12))
 
 
 def images(batch, seed=0):
