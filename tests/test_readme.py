@@ -661,6 +661,8 @@ def test_what_is_said_of_cascades_is_what_was_measured():
         found = [f"{speedups[f'vgg_small_{cut}', size, share]:.2f}" for size in (1, 8, 64)]
         return f"{found[0]}, {found[1]} and {found[2]}×"
 
+    of_75 = [speedups["vgg_small_75", size, 0.0] for size in (1, 8, 64)]
+    assert f"alone at 75 % it is {min(of_75):.2f} to {max(of_75):.2f} times as fast" in PAGES
     assert f"at 55 % it has {three(55, 0.0)}, by batch size" in PAGES
     assert f"for 75 % {three(75, 0.2)}, with that for 65 % {three(65, 0.1)}" in PAGES
 

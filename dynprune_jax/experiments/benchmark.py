@@ -153,13 +153,7 @@ class _Bench:
         row = summary(seconds, usage.mac_reduction)
         memory = {name: getattr(run, "memory_mb", None) for name, run in ways.items()}
         return {
-            "network": config.model,
-            "width": config.width,
-            "image_size": config.data.image_size,
-            "dtype": config.dtype,
-            "device": f"{device_name()}, {available_cores()} cores",
-            "versions": versions(),
-            "batch_size": len(self._images),
+            **setting(config, len(self._images)),
             "channel_ratio": list(config.gate.channel_ratio),
             "column_ratio": list(config.gate.column_ratio),
             "channel_group": config.gate.channel_group,
@@ -232,6 +226,19 @@ def planned(
         f" {time.perf_counter() - began:.0f} s"
     )
     return plan
+
+
+def setting(config: Config, batch_size: int) -> dict[str, Any]:
+    """What a row of times says of the network, the batch and the machine."""
+    return {
+        "network": config.model,
+        "width": config.width,
+        "image_size": config.data.image_size,
+        "dtype": config.dtype,
+        "device": f"{_device()}, {available_cores()} cores",
+        "versions": versions(),
+        "batch_size": batch_size,
+    }
 
 
 def dense_ways(model: nnx.Module, images: jax.Array, plan: Plan) -> dict[str, nnx.Module]:
@@ -348,7 +355,7 @@ def _at(config: Config, ratio: float) -> Config:
     return changed
 
 
-def device_name() -> str:
+def _device() -> str:
     """The name of the device; of a CPU its maker's, where the system tells it."""
     kind = jax.devices()[0].device_kind
     told = Path("/proc/cpuinfo")

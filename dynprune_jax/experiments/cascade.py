@@ -21,16 +21,14 @@ from dynprune_jax.evaluate import Evaluation, cascaded, threshold_of
 from dynprune_jax.experiments.benchmark import (
     Compiled,
     dense_ways,
-    device_name,
     planned,
+    setting,
     summary,
     timed,
 )
-from dynprune_jax.experiments.other_runtimes import available_cores
 from dynprune_jax.pruning.cascade import Cascade, margin
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.forms import Form
-from dynprune_jax.report import versions
 from dynprune_jax.run import Run
 from dynprune_jax.writers import screen, write_json
 
@@ -50,9 +48,9 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
     Returns:
       A row for each batch size and share, 0 for the pruned network alone: the fields of
-      `evaluate.cascaded`, `dense_accuracy`, `batch_size`, `timed_images`, `timed_share` (which of
-      them the dense network saw), `device`, `versions`, and those of `benchmark.summary`, of which
-      `compact_ms` is the cascade's milliseconds a batch.
+      `evaluate.cascaded`, `dense_accuracy`, `timed_images`, `timed_share` (the fraction of them
+      that the dense network saw), and those of `benchmark.setting` and `benchmark.summary`, of
+      which `compact_ms` is the cascade's milliseconds a batch.
 
     Raises:
       UserError: for a mistake in the config, if the run is not finished, prunes nothing or has
@@ -83,13 +81,7 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         for found, (told, seconds) in zip(together, timed_rows, strict=True):
             rows.append(
                 {
-                    "network": config.model,
-                    "width": config.width,
-                    "image_size": config.data.image_size,
-                    "dtype": config.dtype,
-                    "device": f"{device_name()}, {available_cores()} cores",
-                    "versions": versions(),
-                    "batch_size": size,
+                    **setting(config, size),
                     **summary(seconds, found["mac_reduction"]),
                     **told,
                     **found,

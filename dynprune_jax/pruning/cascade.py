@@ -1,5 +1,7 @@
 """Cascades: a cheap network for all images, another again for those that it is unsure of."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -51,7 +53,8 @@ class Cascade(nnx.Module):
     ):
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1")
-        self.first, self.second = first, second
+        self.first: Any = first  # nnx.Module declares no call
+        self.second: Any = second
         self.threshold = nnx.Variable(jnp.asarray(threshold, jnp.float32))
         self.chunk = chunk
 
@@ -66,7 +69,7 @@ class Cascade(nnx.Module):
         batch = images.shape[0]
         if not isinstance(batch, int):
             raise ValueError(f"a cascade is for a given number of images, not for {batch}")
-        first: Float[Array, "batch classes"] = self.first(images)  # pyright: ignore
+        first: Float[Array, "batch classes"] = self.first(images)
         if batch == 0:
             return first
         chunk = min(self.chunk, batch)
@@ -80,7 +83,7 @@ class Cascade(nnx.Module):
         def again(turn: Array | int, logits: Array) -> Array:
             rows = jax.lax.dynamic_slice(order, (turn * chunk,), (chunk,))
             chosen = jnp.take(images, rows, axis=0, mode="clip")
-            second: Array = self.second(chosen)  # pyright: ignore
+            second: Array = self.second(chosen)
             if second.shape[1:] != first.shape[1:]:
                 raise ValueError(
                     f"the second network has logits of the shape {second.shape}, the first one"
