@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dynprune_jax import sharding
 from dynprune_jax.build import training_images
+from dynprune_jax.convolution import training_options
 from dynprune_jax.data.batches import device_batch, stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
@@ -105,6 +106,7 @@ class Feed:
                 static_argnames="count",
                 donate_argnums=0,
                 out_shardings=sharding.whole(mesh),
+                compiler_options=training_options(),
             )
         else:
             self.steps_per_dispatch = 1
@@ -115,7 +117,12 @@ class Feed:
                 threads=run.config.data.threads,
                 rows=sharding.local_rows(run.config.batch_size, mesh),
             )
-            self._step = jax.jit(learn, donate_argnums=0, out_shardings=sharding.whole(mesh))
+            self._step = jax.jit(
+                learn,
+                donate_argnums=0,
+                out_shardings=sharding.whole(mesh),
+                compiler_options=training_options(),
+            )
 
     def __enter__(self) -> "Feed":
         return self

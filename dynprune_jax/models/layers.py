@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dynprune_jax.convolution import convolve
+
 
 def conv(
     in_channels: int,
@@ -44,6 +46,7 @@ def conv(
         use_bias=False,
         kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
         dtype=dtype,
+        conv_general_dilated=convolve,
         rngs=rngs,
     )
 

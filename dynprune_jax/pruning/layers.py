@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from dynprune_jax.convolution import convolve
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 
 # A pattern of layer names, several, or a function of the name and the convolution.
@@ -80,7 +81,7 @@ def replaceable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
     return {
         name: conv
         for name, conv in conv_layers(model).items()
-        if conv.conv_general_dilated is jax.lax.conv_general_dilated
+        if conv.conv_general_dilated in (jax.lax.conv_general_dilated, convolve)
         and not name.startswith(tuple(around))
     }
 
