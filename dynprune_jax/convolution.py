@@ -1,10 +1,10 @@
 """`lax.conv_general_dilated`, the same function, where XLA for CPUs is slow to train it.
 
-Two things cost a network on a CPU most of its training time (measured with jax 0.10 and 0.12, see
-docs/speed.md):
+Two things can take most of the time of a step on a CPU (with jax 0.10 and 0.12; docs/speed.md has
+what it gains):
 
 - A map that is smaller than the kernel falls out of XLA's fast convolutions. VGG16 spent three
-  quarters of its time on the maps of 2x2 columns in its last block, a hundredth of its MACs.
+  quarters of its time on the maps of 2x2 columns in its last block, 9 % of its MACs.
 - The gradient of a kernel reads the convolution's input again. XLA would rather work that input
   out anew than read it where it is kept, and of a residual network it is the sum of every unit
   before it: the deeper the network, the longer each of those sums.

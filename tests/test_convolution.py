@@ -30,7 +30,7 @@ def convolutions(draw):
     return x, (*kernel, 2, 2 * groups), options
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(convolutions(), st.integers(0, 2**31 - 1))
 def test_it_is_the_same_function_and_has_the_same_gradients(case, seed):
     x_shape, kernel_shape, options = case
