@@ -1,7 +1,6 @@
 """`lax.conv_general_dilated`, the same function, where XLA for CPUs is slow to train it.
 
-Two things can take most of the time of a step on a CPU (with jax 0.10 and 0.12; docs/speed.md has
-what it gains):
+Two things can take most of the time of a step on a CPU (docs/speed.md has what that costs):
 
 - A map that is smaller than the kernel falls out of XLA's fast convolutions. VGG16 spent three
   quarters of its time on the maps of 2x2 columns in its last block, 9 % of its MACs.
@@ -16,41 +15,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+_IMAGES = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
 
 def convolve(
-    x: Float[Array, "batch height width channels"],
-    kernel: Float[Array, "kernel_height kernel_width group_channels features"],
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     *,
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
     feature_group_count: int = 1,
-    **options: Any,
-) -> Float[Array, "batch out_height out_width features"]:
-    """Convolves as `lax.conv_general_dilated` does, to rounding: `nnx.Conv` takes it by that name.
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
+) -> Float[Array, "..."]:
+    """Convolves as `lax.conv_general_dilated` does, to rounding; its options are those it has too.
 
-    Args:
-      x: the maps.
-      kernel: of the convolution.
-      window_strides: step of the kernel, in rows and columns.
-      padding: as of `lax.conv_general_dilated`.
-      lhs_dilation: likewise.
-      rhs_dilation: likewise.
-      feature_group_count: likewise.
-      **options: what else `lax.conv_general_dilated` is to be given.
+    For `nnx.Conv(..., conv_general_dilated=convolve)`. Which way it goes is decided when it is
+    traced, by the default device: a program that is exported from there keeps it.
     """
     if jax.default_backend() == "cpu":
         # Where `training_options` hold, what is behind this is not worked out anew.
         x = lax.optimization_barrier(x)
-        plain = feature_group_count == 1 and all(
-            step == 1 for dilation in (lhs_dilation, rhs_dilation) for step in dilation or ()
-        )
-        if plain and any(n < k for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True)):
-            wanted = {k: options.get(k) for k in ("precision", "preferred_element_type")}
-            return _product_of_patches(x, kernel, window_strides, padding, **wanted)
+        numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+        dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
+        plain = x.ndim == 4 and numbers == _IMAGES and feature_group_count == 1 and not dilated
+        small = plain and x.shape[1] < kernel.shape[0] and x.shape[2] < kernel.shape[1]
+        if small and out_sharding is None:
+            return jnp.matmul(
+                _patches(x, kernel.shape[:2], window_strides, padding),
+                kernel.reshape(-1, kernel.shape[-1]),
+                precision=precision,
+                preferred_element_type=preferred_element_type,
+            )
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -58,34 +61,36 @@ def convolve(
         padding,
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
         feature_group_count=feature_group_count,
-        **options,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
     )
 
 
 def training_options() -> dict[str, str]:
     """The `compiler_options` for `jax.jit` of a step of training that goes through `convolve`.
 
-    On a CPU XLA takes barriers out before it fuses operations; it is told not to.
+    On a CPU XLA takes barriers out before it fuses operations; it is told not to. The options are
+    for the outermost `jax.jit`; `nnx.jit` takes none.
     """
     if jax.default_backend() != "cpu":
         return {}
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def _product_of_patches(
-    x: Array, kernel: Array, strides: Sequence[int], padding: Any, **options: Any
-) -> Array:
-    """A convolution as one matrix product, the taps of its input laid out beside each other."""
-    size = kernel.shape[:2]
+def _patches(x: Array, size: Sequence[int], strides: Sequence[int], padding: Any) -> Array:
+    """Of each column of the output, the taps of the input beside each other."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    # Padding may be negative.
+    sides = [(0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), sides)
     ends = [max(0, n - k + 1) for n, k in zip(x.shape[1:3], size, strict=True)]
     taps = [
         x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
         for i in range(size[0])
         for j in range(size[1])
     ]
-    patches = jnp.concatenate(taps, axis=-1)
-    return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), **options)
+    return jnp.concatenate(taps, axis=-1)

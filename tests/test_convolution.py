@@ -20,12 +20,15 @@ def convolutions(draw):
     kernel = (draw(SIDES), draw(SIDES))
     groups = draw(st.sampled_from([1, 1, 1, 2]))
     some = st.tuples(st.integers(0, 3), st.integers(0, 3))
+    both = st.lists(some, min_size=2, max_size=2)
     options = {
         "window_strides": (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
-        "padding": draw(st.sampled_from(["SAME", "VALID"]) | st.tuples(some, some)),
+        "padding": draw(st.sampled_from(["SAME", "VALID"]) | both),
         "rhs_dilation": draw(st.sampled_from([None, (1, 1), (1, 1), (2, 1)])),
         "feature_group_count": groups,
     }
+    if not isinstance(options["padding"], str):  # lax knows no other with it
+        options["lhs_dilation"] = draw(st.sampled_from([None, (1, 1), (1, 1), (2, 1)]))
     x = (draw(st.integers(0, 2)), draw(SIDES), draw(SIDES), 2 * groups)
     return x, (*kernel, 2, 2 * groups), options
 
@@ -58,12 +61,43 @@ def test_it_is_the_same_function_and_has_the_same_gradients(case, seed):
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("options", [{}, training_options()], ids=["", "training_options"])
-def test_barriers_stay_in_a_step_of_training_alone(options):
-    layers = [conv(4, 4, rngs=nnx.Rngs(0)) for _ in range(2)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_maps_smaller_than_the_kernel_are_one_matrix_product(dtype):
+    x, kernel = jnp.ones((2, 2, 2, 3), dtype), jnp.ones((3, 3, 3, 4), dtype)
+    given = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": LAYOUT}
 
-    def loss(x):
-        return jnp.sum(layers[1](nnx.relu(layers[0](x))))
+    def primitives(x, **more):
+        closed = jax.make_jaxpr(lambda x: convolve(x, kernel, **given, **more))(x)
+        assert closed.out_avals[0].dtype == more.get("preferred_element_type", dtype)
+        return {eqn.primitive.name for eqn in closed.eqns} & {"dot_general", "conv_general_dilated"}
 
-    step = jax.jit(jax.grad(loss), compiler_options=options).lower(jnp.ones((1, 8, 8, 4)))
-    assert ("opt-barrier" in step.compile().as_text()) == bool(options)
+    assert primitives(x) == primitives(x, preferred_element_type=jnp.float32) == {"dot_general"}
+    assert primitives(jnp.ones((2, 4, 4, 3), dtype)) == {"conv_general_dilated"}
+    assert primitives(jnp.ones((2, 2, 64, 3), dtype)) == {"conv_general_dilated"}  # patches of 64
+
+
+def test_negative_padding_crops_a_small_map():
+    x, kernel = jnp.arange(18.0).reshape(1, 3, 3, 2), jnp.arange(100.0).reshape(5, 5, 2, 2)
+
+    def padded(x, *padding):
+        return convolve(x, kernel, (1, 1), padding, dimension_numbers=LAYOUT)
+
+    expected = padded(x[:, 1:, :2], (0, 4), (3, 0))
+    np.testing.assert_array_equal(padded(x, (-1, 4), (3, -1)), expected)
+    assert expected.any()
+
+
+def test_a_layout_of_other_axes_is_read_as_lax_reads_it():
+    x, kernel = jnp.arange(16.0).reshape(1, 4, 2, 2), jnp.arange(72.0).reshape(2, 4, 3, 3)
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), "SAME")
+    np.testing.assert_array_equal(convolve(x, kernel, (1, 1), "SAME"), expected)
+
+
+def test_barriers_stay_in_a_step_of_training_alone():
+    layer = conv(4, 4, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jnp.ones((1, 8, 8, 4))
+    kernel_gradient = jax.grad(lambda state, x: jnp.sum(nnx.merge(graph, state)(nnx.relu(x))))
+    for options in ({}, training_options()):
+        step = jax.jit(kernel_gradient, compiler_options=options).lower(state, x)
+        assert ("opt-barrier" in step.compile().as_text()) == bool(options)

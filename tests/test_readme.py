@@ -150,7 +150,7 @@ def test_the_cost_of_a_dynamic_step_is_what_was_measured():
         if name.startswith("vgg16"):
             assert f"**{dynamic['cost']:.3f}×**" in PAGES
         if name != "vgg16_predicted":
-            assert dynamic["cost"] <= 1.15
+            assert 1.02 <= dynamic["cost"] <= 1.07
 
 
 SPEED = {

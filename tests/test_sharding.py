@@ -53,6 +53,7 @@ def test_a_step_sends_gradients_statistics_and_metrics_and_nothing_else(config, 
             batch = feed.next_batch()
             lowered = feed._step.lower(state, batch["image"], batch["label"], feed._given)
     program = lowered.compile().as_text()
+    assert "opt-barrier" in program  # the compiler options of convolution.py reach the step
     found = collectives(program)
     assert {kind for kind, _ in found} == {"all-reduce"}
     sent = [(dtype, shape) for _, shapes in found for dtype, shape in shapes]
