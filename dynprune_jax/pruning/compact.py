@@ -33,10 +33,11 @@ def compact(
 
     Batch norms are folded into convolutions, and every convolution is executed in the form that
     is the fastest on this device: compact where that pays, masked where it does not. One with a
-    `conv_general_dilated` of its own (`convolve` is none), or within `nnx.WeightNorm` or `nnx.SpectralNorm`, stays as it
-    is, and so does one whose kernel is read by more than convolutions. A model without gates
-    becomes the fastest dense one. Ratios are fixed: to change them, set them on the dynamic model
-    and make it compact again. Compile it: `nnx.jit(fast)(images)`.
+    `conv_general_dilated` of its own (`convolve` is none), or within `nnx.WeightNorm` or
+    `nnx.SpectralNorm`, stays as it is, and so does one whose kernel is read by more than
+    convolutions. A model without gates becomes the fastest dense one. Ratios are fixed: to change
+    them, set them on the dynamic model and make it compact again. Compile it:
+    `nnx.jit(fast)(images)`.
 
     Args:
       model: any NNX model, usually from `make_dynamic`. It is left as it is.
