@@ -18,6 +18,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dynprune_jax.pruning.geometry import Geometry, pair
+
 _IMAGES = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
 
@@ -39,9 +41,28 @@ def convolve(
 
     For `nnx.Conv(..., conv_general_dilated=convolve)`. Which way it goes is decided when it is
     traced, by the default device: a program that is exported from there keeps it.
+
+    Args:
+      x: maps, from `nnx.Conv` `(batch, height, width, channels)`.
+      kernel: likewise `(height, width, channels of a group, features)`.
+      window_strides: of the kernel, in rows and columns.
+      padding: rows and columns of zeros before and after, or `SAME` or `VALID`.
+      lhs_dilation: of the maps.
+      rhs_dilation: of the kernel.
+      dimension_numbers: the order of the axes.
+      feature_group_count: groups of channels.
+      precision: of the products.
+      preferred_element_type: of the result.
+      out_sharding: of the result.
+
+    Returns:
+      From `nnx.Conv` `(batch, out_height, out_width, features)`.
+
+    Raises:
+      TypeError, ValueError: what `lax.conv_general_dilated` raises.
     """
     if jax.default_backend() == "cpu":
-        # Where `training_options` hold, what is behind this is not worked out anew.
+        # Where `training_options` hold, what is in front of this is not worked out anew.
         x = lax.optimization_barrier(x)
         numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
         dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
@@ -80,17 +101,14 @@ def training_options() -> dict[str, str]:
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def _patches(x: Array, size: Sequence[int], strides: Sequence[int], padding: Any) -> Array:
+def _patches(x: Array, size: tuple[int, ...], strides: Sequence[int], padding: Any) -> Array:
     """Of each column of the output, the taps of the input beside each other."""
+    height, width = x.shape[1:3]
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
-    # Padding may be negative.
-    sides = [(0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), sides)
-    ends = [max(0, n - k + 1) for n, k in zip(x.shape[1:3], size, strict=True)]
-    taps = [
-        x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
-        for i in range(size[0])
-        for j in range(size[1])
-    ]
-    return jnp.concatenate(taps, axis=-1)
+        padding = lax.padtype_to_pads((height, width), size, strides, padding)
+    down, across = map(pair, padding)
+    # Padding may be negative, which `jnp.pad` refuses.
+    sides = [(0, 0, 0), (*down, 0), (*across, 0), (0, 0, 0)]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), sides)
+    geometry = Geometry(height, width, pair(size), pair(strides), padding=(down, across))
+    return geometry.patches(padded)

@@ -11,9 +11,9 @@ import rich.table
 from dynprune_jax import sharding
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.benchmark import setting
 from dynprune_jax.feed import Feed
 from dynprune_jax.pruning.plan import interleaved
-from dynprune_jax.report import versions
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import TrainState
 from dynprune_jax.writers import screen, write_json
@@ -25,8 +25,8 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     Writes `step_cost.json`.
 
     Returns:
-      A row for each kind of step: `step`, `network`, `image_size`, `batch_size`, `dtype`,
-      `device`, median and quartiles in milliseconds, `images_per_second`, and `cost`, the
+      A row for each kind of step: `step`, the fields of `benchmark.setting`, `devices`, median and
+      quartiles in milliseconds, `images_per_second`, and `cost`, the
       median over turns of its time by the dense one's of the same turn.
 
     Raises:
@@ -50,13 +50,8 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         rows.append(
             {
                 "step": name,
-                "network": config.model,
-                "width": config.width,
-                "image_size": config.data.image_size,
-                "batch_size": config.batch_size,
-                "dtype": config.dtype,
-                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-                "versions": versions(),
+                **setting(config, config.batch_size),
+                "devices": jax.device_count(),
                 "repeats": len(times),
                 "median_ms": 1e3 * statistics.median(times),
                 "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]],
@@ -86,7 +81,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     table = rich.table.Table(
         title=f"Training step of {first['network']}, {first['image_size']}² images, batch"
-        f" {first['batch_size']}, {first['dtype']}, {first['device']}"
+        f" {first['batch_size']}, {first['dtype']}, {first['devices']} x {first['device']}"
     )
     for column in ("step", "median ms", "quartiles ms", "images/s", "cost"):
         table.add_column(column, justify="left" if column == "step" else "right")

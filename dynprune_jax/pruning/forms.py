@@ -210,13 +210,7 @@ def _patches(
 ) -> Array:
     """All taps on the input's side: a product of `taps * channels` with `features`."""
     x, weights = _kept_part(x, weights, channels, **masks)
-    padded = _padded(x, geometry.padding)
-    views = [
-        padded[geometry.down(i), geometry.across(j)]
-        for i in range(geometry.kernel[0])
-        for j in range(geometry.kernel[1])
-    ]
-    side_by_side = views[0] if len(views) == 1 else jnp.concatenate(views, axis=-1)
+    side_by_side = geometry.patches(_padded(x, geometry.padding))
     return dot(side_by_side, weights.reshape(-1, weights.shape[-1]))
 
 

@@ -74,6 +74,17 @@ class Geometry:
         """The same of columns of the kernel and of the padded input."""
         return self._meets(1, tap)
 
+    def patches(
+        self, padded: Float[Array, "*batch padded_height padded_width channels"]
+    ) -> Float[Array, "*batch out_height out_width taps_channels"]:
+        """Of each column of the output, the taps of the padded input beside each other."""
+        views = [
+            padded[..., self.down(i), self.across(j), :]
+            for i in range(self.kernel[0])
+            for j in range(self.kernel[1])
+        ]
+        return views[0] if len(views) == 1 else jnp.concatenate(views, axis=-1)
+
     def _meets(self, axis: int, tap: int) -> slice:
         start, count, step = tap * self.dilation[axis], self.out[axis], self.strides[axis]
         return slice(start, start + (count - 1) * step + 1 if count else start, step)
