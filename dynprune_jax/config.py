@@ -274,7 +274,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.test_examples": _at_least(0),
     "data.held_out": _at_least(0),
     "data.mean": _each(_in(0.0, 1.0)),
-    "data.std": _each(_above(0.0)),
+    "data.std": _each(_in(0.001, 1000.0)),
     "data.crop_padding": _at_least(0),
     "data.cutout": _at_least(0),
     "data.memory_limit_mb": _at_least(0),
@@ -351,14 +351,15 @@ def check(config: Config) -> None:
     for name in known.keys() - fields.keys():
         raise UserError(f"config.{name} is missing; start from dynprune_jax.config.base_config()")
     for name, default in known.items():
-        _check_type(name, fields[name], default)
+        check_type(name, fields[name], default)
     for name, (holds, text) in _RULES.items():
         if not holds(fields[name]):
             raise UserError(f"config.{name} is {fields[name]!r}; {text}")
     _check_combinations(config)
 
 
-def _check_type(name: str, value: Any, default: Any) -> None:
+def check_type(name: str, value: Any, default: Any) -> None:
+    """Raises UserError where a field's value is not of its default's type."""
     kind = type(default)
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):

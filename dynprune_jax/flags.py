@@ -3,14 +3,14 @@
 import difflib
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dynprune_jax.config import Config, flatten
+from dynprune_jax.config import Config, check_type, flatten
 from dynprune_jax.errors import UserError
 
 _FLAGS = ("--config", "--workdir", "--mode")  # spelled like this, still without a value
@@ -63,9 +63,12 @@ def parse(argv: Sequence[str], modes: Collection[str]) -> tuple[Config, str, str
     if not Path(path.split(":")[0]).is_file():
         raise UserError(f"--config is {values.config!r}; there is no such file")
     fields = flatten(_load(path, []))
+    given: dict[str, str] = {}  # of a field that is set twice the last; a tuple's would add up
     for override in overrides:
-        _check_field(override.removeprefix("--config.").split("=")[0], fields)
-    return _load(path, overrides), values.workdir, values.mode
+        field = _field_of(override)
+        _check_field(field, fields)
+        given[field] = override
+    return _with_fields(path, list(given.values()), fields), values.workdir, values.mode
 
 
 def _check_field(field: str, fields: Collection[str]) -> None:
@@ -75,6 +78,24 @@ def _check_field(field: str, fields: Collection[str]) -> None:
         close = difflib.get_close_matches(field, fields, n=1)
         hint = f"; did you mean config.{close[0]}?" if close else ""
         raise UserError(f"config.{field} is no field of a config{hint}")
+
+
+def _field_of(override: str) -> str:
+    return override.removeprefix("--config.").split("=")[0]
+
+
+def _with_fields(path: str, overrides: Sequence[str], fields: Mapping[str, Any]) -> Any:
+    """A config file's config with flags that override its fields, each field once."""
+    try:
+        return _load(path, overrides)
+    except UserError:
+        for override in overrides:
+            try:
+                _load(path, [override])
+            except UserError:  # its words are Python's, and blame the file
+                field = _field_of(override)
+                check_type(field, override.partition("=")[2], fields[field])
+        raise
 
 
 def _load(path: str, overrides: Sequence[str]) -> Any:

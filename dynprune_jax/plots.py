@@ -112,8 +112,9 @@ def training_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 def _gate_note(layer: Mapping[str, Any]) -> str:
     """Says what a layer's gate removes, in a few words."""
-    ratios = (("channels", layer.get("channel_ratio")), ("columns", layer.get("column_ratio")))
-    parts = [f"{name} −{ratio:.0%}" for name, ratio in ratios if ratio is not None]
+    names = {"channels": "channel_ratio", "columns": "column_ratio", "outputs": "feature_ratio"}
+    ratios = {name: layer.get(field) for name, field in names.items()}
+    parts = [f"{name} −{ratio:.0%}" for name, ratio in ratios.items() if ratio is not None]
     return ", ".join(parts) if parts else "no gate"
 
 

@@ -27,7 +27,7 @@ from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network, Values
-from dynprune_jax.writers import read_metrics, screen, write_json
+from dynprune_jax.writers import progress_bar, read_metrics, screen, write_json
 
 _PACKAGES = ("dynprune_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 _PICTURED_IMAGES = 6
@@ -59,17 +59,23 @@ def write_report(
     results: dict[str, Evaluation | None] = dict.fromkeys(
         ("dense", "pruned", "pruned_without_targeted_dropout")
     )
-    if dense is not None:
-        results["dense"] = run.evaluate(run.dense, dense)
     controls: dict[str, Evaluation] = {}
-    if run.dynamic is not None and pruned is not None:
-        results["pruned"] = run.evaluate(run.dynamic, pruned)
+    # In an order that all processes have, which a set of strings has not.
+    others = [name for name in CRITERIA if name != run.config.gate.criterion]
+    with progress_bar("evaluating") as progress:
         if dense is not None:
-            untrained = run.evaluate(run.dynamic, run.gated(dense))
-            results["pruned_without_targeted_dropout"] = untrained
-        # In an order that all processes have, which a set of strings has not.
-        for criterion in [name for name in CRITERIA if name != run.config.gate.criterion]:
-            controls[criterion] = run.evaluate(run.network_with(criterion), pruned)
+            results["dense"] = run.evaluate(run.dense, dense)
+        if run.dynamic is not None and pruned is not None:
+            total = len(results) + len(others)
+            progress(1, total)
+            results["pruned"] = run.evaluate(run.dynamic, pruned)
+            progress(2, total)
+            if dense is not None:
+                untrained = run.evaluate(run.dynamic, run.gated(dense))
+                results["pruned_without_targeted_dropout"] = untrained
+            for done, criterion in enumerate(others, len(results)):
+                progress(done, total)
+                controls[criterion] = run.evaluate(run.network_with(criterion), pruned)
     shown = results["pruned"] or results["dense"]
     assert shown is not None
     cheap, whole = results["pruned"], results["dense"]

@@ -48,6 +48,7 @@ from dynprune_jax.workdir import (
     folder_of,
     keep_config,
     make_folder,
+    refuse_study,
 )
 from dynprune_jax.writers import progress_bar
 
@@ -88,8 +89,7 @@ class Run:
         config_lib.check(config)
         folder = folder_of(workdir)
         check_workdir(config, folder)
-        if any(folder.glob("runs/dense-seed*")):
-            raise UserError(f"--workdir={folder} is a study's; give a run a folder of its own")
+        refuse_study(folder)
         # Before a data set is prepared, which can take minutes: does the model fit the config?
         nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3))
         dataset = build_dataset(config)
@@ -152,8 +152,14 @@ class Run:
         """Training steps in one pass over the training split; its remainder is left out."""
         return len(self.dataset.train) // self.config.batch_size
 
-    def identity(self, phase: str) -> dict[str, Any]:
-        """What tells the checkpoints of a phase of this run from those of any other, as JSON."""
+    def identity(self, phase: str, filters_removed_by: str | None = None) -> dict[str, Any]:
+        """What tells the checkpoints of a phase of this run from those of any other, as JSON.
+
+        Args:
+          phase: `dense` or `prune`.
+          filters_removed_by: the criterion of a static network, whose shapes alone may not tell
+            it from a dynamic one.
+        """
         fields = config_lib.flatten(ConfigDict(as_json(self.config)))
         told = {
             f"config.{name}": value
@@ -167,12 +173,14 @@ class Run:
             names = f"{self.dataset.num_classes} whose names have the digest {digest}"
         told["classes of the data"] = names
         told["number of training images"] = len(self.dataset.train)
+        told["filters removed by"] = filters_removed_by
         return {"phase": phase, **told}
 
     @staticmethod
     def assumed() -> dict[str, Any]:
         """What `identity` had told of a run that is older than a field."""
-        return {f"config.{name}": default for name, default in defaults().items()}
+        told = {f"config.{name}": default for name, default in defaults().items()}
+        return told | {"filters removed by": None}
 
     def phase_steps(self, phase: str) -> int:
         """Training steps of the phase `dense` or `prune`."""

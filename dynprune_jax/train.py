@@ -124,7 +124,12 @@ class Timing:
 
 
 def run_phase(
-    run: Run, name: str, network: Network, start: Values, teacher: Values | None = None
+    run: Run,
+    name: str,
+    network: Network,
+    start: Values,
+    teacher: Values | None = None,
+    filters_removed_by: str | None = None,
 ) -> tuple[Values, dict[str, float]]:
     """Trains one phase to its end, from its newest good checkpoint if there is any.
 
@@ -134,6 +139,7 @@ def run_phase(
       network: what to train.
       start: parameters and batch statistics to begin with.
       teacher: those of the dense network to learn from, or None.
+      filters_removed_by: the criterion by which a static network became smaller, or None.
 
     Returns:
       The trained parameters and batch statistics, and where the time went.
@@ -148,7 +154,7 @@ def run_phase(
     state = TrainState.create(start, network, run.optimizer(name))
     timing = Timing()
     recent: list[dict[str, float]] = []
-    folder, of = run.workdir / "checkpoints" / name, run.identity(name)
+    folder, of = run.workdir / "checkpoints" / name, run.identity(name, filters_removed_by)
     with (
         Checkpoints(folder, of=of, assumed=run.assumed(), mend=True) as checkpoints,
         Feed(run, name, network, run.mesh, teacher) as feed,
@@ -253,12 +259,20 @@ def _next(step: int, every: int) -> int:
 
 
 def _mean(ratios: Values) -> dict[str, float | None]:
-    """The mean ratio over the gates on each axis; None where no gate is on that axis."""
-    means = {}
-    for axis in ("channel_ratio", "column_ratio"):
+    """The mean ratio over the gates on each axis; None where no gate is on that axis.
+
+    Predicted gates choose channels where these are made: the convolutions that read them follow.
+    """
+
+    def mean(axis: str) -> float | None:
         values = [float(value) for name, value in ratios.items() if name.endswith(axis)]
-        means[axis] = float(np.mean(values)) if values else None
-    return means
+        return float(np.mean(values)) if values else None
+
+    predicted, read = mean("feature_ratio"), mean("channel_ratio")
+    return {
+        "channel_ratio": read if predicted is None else predicted,
+        "column_ratio": mean("column_ratio"),
+    }
 
 
 def _row(

@@ -18,6 +18,7 @@ FREE_FIELDS = (
     "data.archive",
     "data.data_dir",
     "data.threads",
+    "eval_batch_size",
     "evaluate_every_epochs",
     "checkpoint_every_epochs",
     "log_every_steps",
@@ -48,6 +49,12 @@ def folder_of(workdir: str | os.PathLike) -> Path:
         return Path(workdir).expanduser()
     except RuntimeError as error:
         raise UserError(f"--workdir={workdir}: there is no such user") from error
+
+
+def refuse_study(workdir: Path) -> None:
+    """Raises UserError where a work directory is a study's, whose runs have folders in it."""
+    if any(workdir.glob("runs/dense-seed*")):
+        raise UserError(f"--workdir={workdir} is a study's; give a run a folder of its own")
 
 
 def make_folder(workdir: Path) -> None:

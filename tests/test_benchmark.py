@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.benchmark import benchmark, summary, timed
+from dynprune_jax.experiments.benchmark import _trained_or_fresh, benchmark, summary, timed
+from dynprune_jax.pruning.layers import conv_layers
 from dynprune_jax.pruning.plan import Plan, interleaved
 
 
@@ -53,6 +54,12 @@ def test_its_rows_hold_what_they_promise(rows):
         # A smaller network of as many MACs, to what whole filters allow.
         assert row["mac_reduction"] > 0.15
         assert 0 <= row["static_mac_reduction"] - row["mac_reduction"] < 0.06
+
+
+def test_narrow_layers_are_not_taken_for_the_image_s(config, tmp_path):
+    config.data.name, config.model, config.width = "cifar10", "resnet20", 0.1
+    model, channels = _trained_or_fresh(config, tmp_path)
+    assert min(conv.in_features for conv in conv_layers(model).values()) < channels == 3
 
 
 def test_at_ratio_0_the_compact_network_is_the_dense_one(rows, folder):

@@ -23,6 +23,11 @@ def dynamic():
     return dynamic
 
 
+def test_the_package_does_without_the_back_end_of_the_pallas_kernel():
+    program = "import sys; sys.modules['jax.experimental.pallas.triton'] = None"
+    subprocess.run([sys.executable, "-c", f"{program}; import dynprune_jax"], check=True)
+
+
 @pytest.fixture(scope="module")
 def images():
     return jax.random.normal(jax.random.key(0), SHAPE)

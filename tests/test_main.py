@@ -126,7 +126,19 @@ MISTAKES = {
     # fields
     "misspelled field": (["--config.data.nmae=x"], "config.data.nmae .*did you mean .*data.name"),
     "a section as a field": (["--config.data=5"], "config.data is a section"),
-    "word for a number": (["--config.batch_size=many"], "config.batch_size=many"),
+    "word for a number": (["--config.batch_size=many"], "batch_size is 'many'; .* type int, such"),
+    "tuple without an end": (
+        ["--config.gate.channel_ratio=(.1,.1"],
+        r"channel_ratio is '\(.1,.1'; it must be of type tuple, such as \(0.2, 0.4, 0.6\)",
+    ),
+    "tuple given twice": (  # the last counts
+        ["--config.study.cuts=(7.,)", "--config.study.cuts=(8.,)"],
+        r"config.study.cuts is \(8.0,\)",
+    ),
+    "deviation that float32 cannot divide by": (
+        ["--config.data.std=(1e-300,)"],
+        r"data.std .*\[0.001, 1000.0\)",
+    ),
     "word in a tuple": (["--config.data.mean=('a',)"], "config.data.mean is .*'a'"),
     "batch of nothing": (["--config.batch_size=0"], "config.batch_size is 0; .*at least 1"),
     "huge image": (["--config.data.image_size=99999999999"], r"image_size is 9+; .*\[1, 16384\)"),
@@ -252,6 +264,10 @@ MISTAKES = {
         "is a file; give a folder",
     ),
     "workdir of a study": (study_folder, "is a study's; give a run a folder of its own"),
+    "benchmark in a study": (
+        lambda p: [*study_folder(p), "--mode=benchmark"],
+        "is a study's; give a run a folder of its own",
+    ),
     "workdir with stray checkpoints": (checkpoints_without_config, "no config.json"),
     "config.json is a folder": (folder_for_config, "config.json is not a config"),
     "workdir with an impossible name": ([f"--workdir={'x' * 300}"], "cannot be a folder"),

@@ -119,6 +119,8 @@ def test_layer_macs_draws_two_bars_a_layer(count, tmp_path):
     bottom, top = axes.get_ylim()
     assert bottom > top  # the first layer is drawn on top
     assert axes.texts[0].get_text() == "no gate"
+    layers[0]["feature_ratio"] = 0.3  # of the image's convolution too
+    assert plots.layer_macs_figure(layers).axes[0].texts[0].get_text() == "outputs −30%"
 
     plots.save(plots.layer_macs_figure(layers), tmp_path / "layers.png")
     check_png(tmp_path / "layers.png")

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from test_compact import mixed_plan
 
-from dynprune_jax import compact, make_dynamic, predict_channels, recalibrate
+from dynprune_jax import compact, fold_batch_norms, make_dynamic, predict_channels, recalibrate
 from dynprune_jax.models import vgg_digits
 from dynprune_jax.models.links import links
 from dynprune_jax.pruning.recalibrate import mean_of
@@ -91,5 +91,7 @@ def test_what_cannot_be_recalibrated_is_refused():
     fast = compact(model, images(0), plan=mixed_plan(model))
     with pytest.raises(ValueError, match="recalibrate the model that it was made from"):
         recalibrate(fast, [images(0)])
+    with pytest.raises(ValueError, match="are folded; recalibrate what it was made from"):
+        recalibrate(fold_batch_norms(model, images(0)), [images(0)])
     with pytest.raises(ValueError, match=r"Linear has no nnx.BatchNorm"):
         recalibrate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.zeros((1, 2))])

@@ -16,7 +16,7 @@ from dynprune_jax.experiments.static import CRITERIA, allot, links, remove_filte
 from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs
 from dynprune_jax.run import Run
-from dynprune_jax.train import train_and_evaluate
+from dynprune_jax.train import evaluate_workdir, train_and_evaluate
 
 MODELS = {
     "vgg_digits": (models.vgg_digits, 16, 1),
@@ -194,9 +194,13 @@ def test_the_control_trains_a_whole_dense_network_on(config, tmp_path):
     report = static(config, tmp_path / "whole")
     assert report["pruned"]["mac_reduction"] == report["pruned"]["executed_mac_reduction"] == 0
     assert report["pruned_without_training"]["accuracy"] == report["dense"]["accuracy"]
+    with pytest.raises(UserError, match="filters removed by is 'none' there and None here"):
+        evaluate_workdir(config, tmp_path / "whole")
     config.gate.drop_probability = 0.0
     dynamic = train_and_evaluate(config, tmp_path / "dynamic")
     assert report["parameters_digest"] == dynamic["parameters_digest"]
+    with pytest.raises(UserError, match="filters removed by is None there and 'none' here"):
+        static(config, tmp_path / "dynamic")  # though it is the same
 
 
 def test_the_criteria_of_the_config_are_those_here():

@@ -474,8 +474,11 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(config):
         check_batch(10, data_mesh())
 
 
-def test_sweep_scales_the_ratios(config, workdir):
+def test_sweep_scales_the_ratios(config, workdir, capsys):
     rows = sweep(config, workdir)
+    printed = capsys.readouterr().out
+    assert f"{rows[-1]['accuracy']:.4f}" in printed
+    assert "…" not in printed  # 80 columns hold it
     report = json.loads((workdir / "report.json").read_text())
     points = {(row["weights"], row["criterion"], row["fraction"]): row for row in rows}
     assert len(points) == 2 * 4 * 2

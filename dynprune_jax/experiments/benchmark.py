@@ -26,13 +26,13 @@ from dynprune_jax.experiments.static import allot, l1, remove_filters, shares
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
-from dynprune_jax.pruning.layers import conv_layers, dynamic_layers
+from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
 from dynprune_jax.report import versions
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network
-from dynprune_jax.workdir import folder_of, make_folder
+from dynprune_jax.workdir import folder_of, make_folder, refuse_study
 from dynprune_jax.writers import progress_bar, screen, write_json
 
 # Of fresh weights, for data sets that need not be at hand: (classes, channels).
@@ -78,7 +78,8 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     if jax.process_count() > 1:
         raise UserError(f"--mode=benchmark is for one process, not {jax.process_count()}")
     folder = folder_of(workdir)
-    model = _trained_or_fresh(config, folder)
+    refuse_study(folder)
+    model, channels = _trained_or_fresh(config, folder)
     model.eval()
     for ratio in config.benchmark.ratios:
         build_dynamic(_at(config, ratio), model)  # a mistake shows before the first minute
@@ -88,7 +89,8 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     console = screen()
     rows: list[dict[str, Any]] = []
     for batch_size in config.benchmark.batch_sizes:
-        bench = _Bench(config, model, batch_size, folder, console)
+        shape = (batch_size, config.data.image_size, config.data.image_size, channels)
+        bench = _Bench(config, model, shape, folder, console)
         for ratio in config.benchmark.ratios:
             rows.append(bench.row(_at(config, ratio)))
         rows.append(bench.row(config, controls=True))
@@ -105,17 +107,13 @@ class _Bench:
         self,
         config: Config,
         model: nnx.Module,
-        batch_size: int,
+        shape: tuple[int, int, int, int],
         folder: Path,
         console: rich.console.Console,
     ):
         self._config, self._model, self._folder = config, model, folder
         self._console = console
         self._known: dict[Any, dict[Form, float]] = {}
-        side = config.data.image_size
-        # Every architecture here has one convolution of so few channels: the image's.
-        channels = min(conv.in_features for conv in conv_layers(model).values())
-        shape = (batch_size, side, side, channels)
         self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
         self._dense_plan = self._plan("dense", model)
         ways = dense_ways(model, self._images, self._dense_plan)
@@ -364,15 +362,17 @@ def _device() -> str:
     return next(names, kind)
 
 
-def _trained_or_fresh(config: Config, folder: Path) -> nnx.Module:
+def _trained_or_fresh(config: Config, folder: Path) -> tuple[nnx.Module, int]:
+    """The dense model, and how many channels its images have."""
     if (folder / "checkpoints").is_dir():
         run = Run.open(config, folder)
         dense, pruned = run.trained_values()
         network = Network(run.model)
         values = pruned or dense or {}  # without the parameters of predicted gates
-        return network.bind({k: v for k, v in values.items() if k in network.weights})
+        known = {k: v for k, v in values.items() if k in network.weights}
+        return network.bind(known), run.dataset.channels
     classes, channels = _SETS.get(config.data.name, (10, 3))
-    return build_model(config, classes, channels)
+    return build_model(config, classes, channels), channels
 
 
 def _choosing(model: nnx.Module) -> nnx.Module:

@@ -36,11 +36,12 @@ def other_runtimes(
     """Builds the model's dense network in other runtimes, on the CPU.
 
     They compute what the model does in evaluation mode, in float32 whatever its compute dtype,
-    with each batch normalization folded into its convolution. Of a dynamic model it is the dense
-    network: the gates are ignored. The images are laid out for each runtime here, once.
+    with each batch normalization folded into its convolution. Of a model with gates by attention
+    it is the dense network; predicted ones are part of the network, and left out with a note. The
+    images are laid out for each runtime here, once.
 
     Args:
-      model: one of the architectures of `dynprune_jax.models`, dense or dynamic.
+      model: one of the architectures of `dynprune_jax.models`.
       images: what every call classifies.
       threads: CPU threads of each runtime, all it may use by default; for PyTorch this
         is a setting of the whole process.
@@ -218,6 +219,8 @@ def _torch_network(model: nnx.Module) -> Any:
         return layer
 
     def convolution(conv: Any, norm: Any) -> Any:
+        if type(norm) is not nnx.BatchNorm:
+            raise NotImplementedError(f"{type(norm).__name__} is none of a dense network")
         # In evaluation the normalization is a scale and a shift of each output channel.
         factor = np.asarray(norm.scale) / np.sqrt(np.asarray(norm.var) + norm.epsilon)
         kernel = np.asarray(conv.kernel) * factor

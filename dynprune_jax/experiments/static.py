@@ -222,7 +222,9 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     small.train()
     network = Network(small)
     teacher = dense if config.prune.distillation else None
-    pruned, timings["prune"] = run_phase(run, "prune", network, network.weights, teacher)
+    pruned, timings["prune"] = run_phase(
+        run, "prune", network, network.weights, teacher, config.static.criterion
+    )
     whole, left_over = run.evaluate(run.dense, dense), run.evaluate(network, pruned)
     cascades = config.cascade.shares if any(ratios.values()) else ()
     report = {

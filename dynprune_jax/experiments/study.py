@@ -177,7 +177,8 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     folder = folder_of(workdir)
     if not config.prune.epochs:
         raise UserError("config.prune.epochs is 0; a study trains pruned networks: it needs epochs")
-    free = {*FREE_FIELDS, *PLACES, "seed"} - {"prune.recalibration_images"}  # rows are compared
+    free = {*FREE_FIELDS, *PLACES, "seed"}
+    free -= {"eval_batch_size", "prune.recalibration_images"}  # rows are compared
     check_workdir(config, folder, free=free)
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={folder} is a run's; give a study a folder of its own")

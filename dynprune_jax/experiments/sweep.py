@@ -1,5 +1,6 @@
 """Accuracy over a curve of ratios, by attention and by its controls."""
 
+import itertools
 import os
 from typing import Any
 
@@ -11,7 +12,7 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.run import Run
-from dynprune_jax.writers import screen, write_json
+from dynprune_jax.writers import progress_bar, screen, write_json
 
 
 def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -35,24 +36,25 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         raise UserError("config.prune.epochs is 0: this run has no ratios to sweep")
     trained = run.finished_weights()
     targets = run.dynamic.values(PruneRatio)
+    networks = {criterion: run.network_with(criterion) for criterion in CRITERIA}
+    points = list(itertools.product(networks, trained, config.sweep.fractions))
     rows = []
-    for criterion in CRITERIA:
-        network = run.network_with(criterion)
-        for weights, values in trained.items():
-            for fraction in config.sweep.fractions:
-                ratios = {name: fraction * target for name, target in targets.items()}
-                result = run.evaluate(network, values, ratios)
-                rows.append(
-                    {
-                        "weights": weights,
-                        "criterion": criterion,
-                        "fraction": fraction,
-                        "accuracy": result.accuracy,
-                        "mac_reduction": result.usage.mac_reduction,
-                        "executed_mac_reduction": result.usage.executed_mac_reduction,
-                        "recalibration_images": config.prune.recalibration_images,
-                    }
-                )
+    with progress_bar("evaluating") as progress:
+        for done, (criterion, weights, fraction) in enumerate(points):
+            progress(done, len(points))
+            ratios = {name: fraction * target for name, target in targets.items()}
+            result = run.evaluate(networks[criterion], trained[weights], ratios)
+            rows.append(
+                {
+                    "weights": weights,
+                    "criterion": criterion,
+                    "fraction": fraction,
+                    "accuracy": result.accuracy,
+                    "mac_reduction": result.usage.mac_reduction,
+                    "executed_mac_reduction": result.usage.executed_mac_reduction,
+                    "recalibration_images": config.prune.recalibration_images,
+                }
+            )
     write_json(run.workdir / "sweep.json", rows)
     if processes.leads():
         plots.save(plots.sweep_figure(rows), run.workdir / "sweep.png")
@@ -61,14 +63,16 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _print_table(rows: list[dict[str, Any]], config: Config) -> None:
-    table = rich.table.Table(title=f"Accuracy of {config.model} on {config.data.name}")
-    table.add_column("cut", justify="right")
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        curves.setdefault(f"{row['weights']}\n{row['criterion']}", []).append(row)
-    for name in curves:
-        table.add_column(name, justify="right")
-    for points in zip(*curves.values(), strict=True):
-        cut = f"{points[0]['mac_reduction']:.1%}"
-        table.add_row(cut, *(f"{point['accuracy']:.4f}" for point in points))
-    screen().print(table)
+    for weights in dict.fromkeys(row["weights"] for row in rows):  # one table would be too wide
+        curves: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["weights"] == weights:
+                curves.setdefault(row["criterion"], []).append(row)
+        title = f"Accuracy of {config.model} on {config.data.name}, {weights} weights"
+        table = rich.table.Table(title=title)
+        for name in ("cut", *curves):
+            table.add_column(name, justify="right")
+        for points in zip(*curves.values(), strict=True):
+            cut = f"{points[0]['mac_reduction']:.1%}"
+            table.add_row(cut, *(f"{point['accuracy']:.4f}" for point in points))
+        screen().print(table)

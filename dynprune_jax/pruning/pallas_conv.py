@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 _SLICE = 128  # bytes of channels in one step: the widest line that the matrix unit reads
 _TILES = 96 * 1024  # bytes of the tiles in flight: two programs fit on one multiprocessor
 _MAX_STAGES = 6  # steps in flight where the tiles are small
-TARGET = "__gpu$xla.gpu.triton"  # what a compiled program calls
 
 
 def kept_groups_conv(

@@ -27,14 +27,17 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
 
     Raises:
       ValueError: for no batches or an array in place of several, and for a model that is compact
-        or has no batch norm.
+        or has no batch norm, or some that are folded.
     """
     if is_compact(model):
         raise ValueError("this model is compact; recalibrate the model that it was made from")
     if hasattr(batches, "shape"):
         raise ValueError("batches is one array; give batches in a list, if only one")
-    if not any(isinstance(module, nnx.BatchNorm) for module in all_modules(model).values()):
+    norms = [m for m in all_modules(model).values() if isinstance(m, nnx.BatchNorm)]
+    if not norms:
         raise ValueError(f"{type(model).__name__} has no nnx.BatchNorm, and so no batch statistics")
+    if any(norm.mean is None for norm in norms):
+        raise ValueError("batch norms of this model are folded; recalibrate what it was made from")
     graph, state = nnx.split(model)
 
     @jax.jit
