@@ -90,6 +90,8 @@ def test_the_form_for_nvidia_gpus_can_be_exported():
 def test_a_compact_model_is_for_one_platform(compiled, images):
     with pytest.raises(ValueError, match=r"platforms is \('cuda',\); a compact model is exported"):
         dynprune_jax.export_model(compiled, images, platforms=("cuda",))
+    with pytest.raises(ValueError, match="platforms is 'cuda'; give several names, such as"):
+        dynprune_jax.export_model(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), images, platforms="cuda")
 
 
 @pytest.mark.usefixtures("symbolic_shapes")

@@ -111,6 +111,35 @@ def test_circular_padding_wraps_onto_kept_columns():
     assert usage.executed_macs[0] == 15 * 9 * 2 * 3  # a corner is read by nine places too
 
 
+@given(
+    side=st.integers(1, 5),
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    apart=st.integers(1, 3),
+    pads=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+)
+@settings(max_examples=30, deadline=None)
+def test_zeros_between_columns_are_multiplied_by_nothing(side, kernel, stride, apart, pads):
+    """As a transposed convolution has them: what is counted is taps on columns and padding."""
+    wide = (side - 1) * apart + 1
+    places = range(-pads[0], wide + pads[1] - kernel + 1, stride)
+    taps = [at + k for at in places for k in range(kernel)]
+    on_column = sum(0 <= tap < wide and tap % apart == 0 for tap in taps)
+    conv = nnx.Conv(
+        2, 3, (kernel, 1), (stride, 1), padding=(pads, (0, 0)), input_dilation=(apart, 1),
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    usage = conv_usage(conv, (1, side, 4, 2), Masks(), **PLACE)
+    assert usage.dense_macs == sum(tap % apart == 0 for tap in taps) * 4 * 2 * 3
+    assert usage.dense_executed_macs == on_column * 4 * 2 * 3
+    assert program_macs(conv, jnp.zeros((1, side, 4, 2))) == usage.dense_macs
+
+
+def test_a_transposed_convolution_multiplies_each_column_by_the_whole_kernel():
+    up = nnx.ConvTranspose(3, 5, (2, 2), (2, 2), rngs=nnx.Rngs(0))
+    assert program_macs(up, jnp.zeros((1, 4, 6, 3))) == 4 * 6 * 2 * 2 * 3 * 5
+
+
 def test_linear_layers_count_and_positions_multiply():
     linear = nnx.Linear(5, 7, rngs=nnx.Rngs(0))
     usage = linear_usage(linear, (3, 2, 5), Masks(), **PLACE)

@@ -278,3 +278,26 @@ def test_what_nnx_cannot_take_out_is_told(make, monkeypatch):
 
     with pytest.raises(ValueError, match=r"a layer is called within a .* nnx\.cond"):
         measure(make(Within(branched, nnx.Rngs(0))), jnp.ones((2, 6, 6, 8)))
+
+
+def test_a_layer_is_counted_whatever_it_computes_its_products_with():
+    def shifted(x, kernel, strides, padding, **_):
+        """A depthwise convolution without any product that could be found in the program."""
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        taps = [(i, j) for i in range(3) for j in range(3)]
+        return sum(
+            x[:, i : i + 4, j : j + 4] * kernel[None, i : i + 1, j : j + 1, 0] for i, j in taps
+        )
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(
+                8, 8, (3, 3), feature_group_count=8, conv_general_dilated=shifted, rngs=nnx.Rngs(0)
+            )
+
+        def __call__(self, x):
+            return jnp.mean(self.conv(x), axis=(1, 2)) @ jnp.ones((8, 5))
+
+    _, usage = measure(Net(), jnp.ones((2, 4, 4, 8)))
+    assert usage.other_macs == 8 * 5
+    assert usage.dense_macs == 16 * 9 * 8 + 8 * 5

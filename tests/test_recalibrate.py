@@ -88,6 +88,8 @@ def test_what_cannot_be_recalibrated_is_refused():
         recalibrate(model, images(0))
     with pytest.raises(ValueError, match="batches has none"):
         recalibrate(model, [])
+    with pytest.raises(ValueError, match="batches has one without images"):
+        recalibrate(model, [images(0), images(0)[:0]])
     fast = compact(model, images(0), plan=mixed_plan(model))
     with pytest.raises(ValueError, match="recalibrate the model that it was made from"):
         recalibrate(fast, [images(0)])

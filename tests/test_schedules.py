@@ -32,6 +32,8 @@ def test_it_never_falls_and_arrives_when_it_says(target, interval, warmup, incre
 def test_an_interval_of_no_step_is_refused_and_one_of_ages_is_not():
     with pytest.raises(ValueError, match="interval_steps is 0; it must be at least 1"):
         ratio_ascent(0.3, interval_steps=0)
+    with pytest.raises(ValueError, match=r"target is 1.5; it must be in \[0, 1\)"):
+        ratio_ascent(1.5, interval_steps=1)
     assert ratio_ascent(0.3, interval_steps=10**10)(jnp.int32(3)) == jnp.float32(0.1)
 
 

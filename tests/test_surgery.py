@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -259,6 +260,19 @@ def test_a_large_channel_group_is_refused_only_where_nothing_would_be_skipped(zo
     assert "blocks/0/conv1" in skips(channel_ratio=0.5, channel_group=7, layers="blocks/*")
     assert skips(channel_ratio=0.5, channel_group=512) == {"named/depthwise"}
     assert "blocks/0/conv1" in skips(column_ratio=0.5, channel_group=512)
+
+
+def test_a_name_may_have_brackets_and_a_statistic_is_a_function(zoo, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as a user has it
+    conv = nnx.Dict({"a[1]": nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))})
+    (gate,) = dynamic_layers(make_dynamic(conv, {"a[1]": 0.25})).values()
+    assert float(gate.channel_ratio[...]) == 0.25
+    for name in ("statistic", "criterion"):
+        with pytest.raises(ValueError, match=f"{name} is 'max'; it must be a function, such as"):
+            make_dynamic(zoo, 0.5, **{name: "max"})
+    for links in ({}, None):
+        with pytest.raises(ValueError, match=f"links is {links}; it must be a mapping, as"):
+            dynprune_jax.predict_channels(zoo, 0.5, links)
 
 
 def test_layers_in_a_tuple_are_refused(images):

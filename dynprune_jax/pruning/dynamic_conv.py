@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
@@ -76,8 +77,10 @@ class DynamicConv(nnx.Conv):
         be of the same height and width.
       salience_scales: whether the wanted outputs are multiplied by their salience; if not, it only
         ranks them, and learns as if it did (the straight-through gradient).
-      statistic: of a channel or a column that is its attention, see `attention.STATISTICS`.
-      criterion: turns attention into the scores to rank, see `attention.CRITERIA`.
+      statistic: of a channel or a column that is its attention, a function such as those in
+        `dynprune_jax.pruning.attention.STATISTICS`.
+      criterion: turns attention into the scores to rank, a function such as those in
+        `dynprune_jax.pruning.attention.CRITERIA`.
       drop_probability: in training, the chance of a target to be dropped, in [0, 1]; 0 trains
         the dense network.
       rngs: draws for the criterion `random` and for a `drop_probability` below 1.
@@ -115,6 +118,12 @@ class DynamicConv(nnx.Conv):
                 raise ValueError(f"{name} is {size}; it must be at least 1")
         if not 0.0 <= drop_probability <= 1.0:
             raise ValueError(f"drop_probability is {drop_probability}; it must be in [0, 1]")
+        for name, function in (("statistic", statistic), ("criterion", criterion)):
+            if not callable(function):
+                raise ValueError(
+                    f"{name} is {function!r}; it must be a function, such as one of"
+                    " dynprune_jax.pruning.attention"
+                )
         take_over(self, conv)
         self.channel_ratio = nnx.data(prune_ratio(channel_ratio, "channel_ratio"))
         self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
@@ -123,8 +132,13 @@ class DynamicConv(nnx.Conv):
             if self.feature_group_count > 1:
                 raise ValueError("a grouped convolution cannot choose its output channels")
             shape = (self.in_features, self.out_features)
-            # Not drawn: in a narrow layer filters differ by less than what a draw would add.
-            self.salience_kernel = nnx.Param(jnp.zeros(shape, jnp.float32))
+            # Not drawn: in a narrow layer filters differ by less than what a draw would add. One
+            # number is not 0, though too small to change a sum: where weights are constants of a
+            # program, XLA for CPUs (of jax 0.10 to 0.12) multiplies by a matrix whose elements
+            # are all alike with what lies behind the one that it keeps.
+            start = np.zeros(shape, np.float32)
+            start[0, 0] = 1e-30
+            self.salience_kernel = nnx.Param(jnp.asarray(start))
             self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(conv.kernel[...])))
         if feature_ratio is not None or wants_columns:
             self.handover = nnx.static(Handover())

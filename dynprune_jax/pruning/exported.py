@@ -38,14 +38,16 @@ def export_model(
         one at hand.
 
     Raises:
-      ValueError: for a compact model and platforms. What `jax.export` refuses it refuses in its
-        own words, such as a model that calls back to Python.
+      ValueError: for a compact model and platforms, or one name in place of several. What
+        `jax.export` refuses it refuses in its own words, such as a model that calls back to Python.
     """
     if is_compact(model) and platforms is not None:
         raise ValueError(
             f"platforms is {platforms!r}; a compact model is exported for the one at hand alone:"
             " for others, export the model that it was made from"
         )
+    if isinstance(platforms, str):
+        raise ValueError(f"platforms is {platforms!r}; give several names, such as ('cpu',)")
     model = nnx.clone(model)
     model.eval()
     graph, state = nnx.split(model)

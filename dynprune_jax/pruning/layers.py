@@ -259,6 +259,8 @@ def matches(pattern: str, names: Sequence[str]) -> list[str]:
     """
     if not isinstance(pattern, str):
         raise ValueError(f"{pattern!r} is no pattern of layer names, such as '*'")
+    if pattern in names:  # it may have brackets
+        return [pattern]
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)

@@ -3,7 +3,8 @@
 Three figures, all per image:
 
 * *dense*: `H_out * W_out * K_h * K_w * C_in / groups * C_out`, the literature's convention.
-  Taps on the padding count.
+  Taps on the padding count; those on the zeros that a transposed convolution puts between the
+  columns of its input do not.
 * *conventional* effective: dense x kept channel share x kept column share x wanted share of the
   output channels, comparable with papers. Where columns of the output are left out too, they are
   mostly those of the input, so the shares of the two do not multiply: the share of the taps that
@@ -18,7 +19,7 @@ counts per input, and the MACs are multiplied out in int64 on the host.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -197,7 +198,7 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
             rngs=nnx.Rngs(0),
         )
         every_column = jnp.ones((1, height, width), bool)
-        positions = jax.eval_shape(ones, jnp.zeros((1, height, width, 1))).size
+        all_taps = program_macs(ones, jnp.zeros((1, height, width, 1)))
         dense_taps = int(taps(every_column)[0])
     fan_out = conv.out_features // conv.feature_group_count
     dynamic = isinstance(conv, DynamicConv)
@@ -219,7 +220,7 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         if masks.columns is None and masks.out_columns is None
         else taps(columns, masks.out_columns),
         masks=masks,
-        dense_macs=positions * math.prod(conv.kernel_size) * channels * fan_out,
+        dense_macs=all_taps * channels * fan_out,
         dense_taps=dense_taps,
         fan_out=fan_out,
         channels=channels,
@@ -284,9 +285,7 @@ def _jaxpr_macs(jaxpr: Any) -> int:
     for eqn in jaxpr.eqns:
         shapes: list[Any] = [getattr(v.aval, "shape", ()) for v in eqn.invars]
         if eqn.primitive.name == "conv_general_dilated":
-            kernel, spec = shapes[1], eqn.params["dimension_numbers"].rhs_spec
-            # The kernel's first spec axis is the outputs, and an output costs all the others.
-            total += eqn.outvars[0].aval.size * (math.prod(kernel) // kernel[spec[0]])
+            total += _conv_macs(eqn.params, shapes[1], eqn.outvars[0].aval.shape)
         elif eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += eqn.outvars[0].aval.size * math.prod(shapes[0][axis] for axis in contracted)
@@ -298,6 +297,23 @@ def _jaxpr_macs(jaxpr: Any) -> int:
                 total += max(inner)
             else:
                 total += sum(inner) * eqn.params.get("length", 1)
+    return total
+
+
+def _conv_macs(params: Any, kernel: Sequence[int], out: Sequence[int]) -> int:
+    """MACs of a `conv_general_dilated`: for each output channel of each image the taps."""
+    numbers = params["dimension_numbers"]
+    (batch, features, *places), (_, channels, *sides) = numbers.out_spec, numbers.rhs_spec
+    total = out[batch] * out[features] * kernel[channels]
+    strides, (padding, between, spread) = (
+        params["window_strides"],
+        (params[name] for name in ("padding", "lhs_dilation", "rhs_dilation")),
+    )
+    for place, side, stride, (before, _), hole, step in zip(
+        places, sides, strides, padding, between, spread, strict=True
+    ):
+        at = stride * np.arange(out[place])[:, None] + step * np.arange(kernel[side]) - before
+        total *= int(np.count_nonzero(at % hole == 0))  # not where zeros were put in
     return total
 
 

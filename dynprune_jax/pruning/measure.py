@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
@@ -53,7 +54,11 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
     called: dict[int, str] = {}  # dynamic convolutions, by the order of their calls
     # A subclass may compute something else: what it does is found in the program.
     known = (nnx.Conv, DynamicConv, nnx.Linear)
-    counted = {name for name, layer in all_modules(model).items() if type(layer) in known}
+    counted = {
+        name
+        for name, layer in all_modules(model).items()
+        if type(layer) in known and len(getattr(layer, "kernel_size", (1, 1))) == 2
+    }
 
     def count(name: str, layer: Any, call: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         """Sows the `LayerUsage` of each call of a layer."""
@@ -65,11 +70,17 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
             masks = layer.masks(inputs)
             layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
             return layer.convolve(inputs, masks, *args, **kwargs)
-        if isinstance(layer, nnx.Conv) and len(layer.kernel_size) != 2:
-            return call(inputs, *args, **kwargs)  # found in the program
         usage: Any = conv_usage if isinstance(layer, nnx.Conv) else linear_usage
         layer.sow(nnx.Intermediate, "usage", usage(layer, inputs.shape, Masks(), **place))
         return call(inputs, *args, **kwargs)
+
+    def leave_out(name: str, layer: Any, call: Any, *inputs: Any, **options: Any) -> Array:
+        """What a layer that is counted returns, by no product; nor any of its gate's."""
+        if name not in counted:
+            return call(*inputs, **options)
+        dense: Any = nnx.Linear.__call__ if isinstance(layer, nnx.Linear) else nnx.Conv.__call__
+        shape = jax.eval_shape(lambda *inputs: dense(layer, *inputs, **options), *inputs)
+        return jnp.zeros(shape.shape, shape.dtype)
 
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
     try:
@@ -90,15 +101,8 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
                 " images; measure counts per image and needs one map for each, and layers of their"
                 " own where several are stacked (as nnx.scan takes them)"
             )
-    of_layers = sum(layer.dense_macs for layer in layers)
-    # Without the gates: their products are their own cost, and no part of the network's.
-    dense = intercept(
-        model,
-        DynamicConv,
-        lambda _, layer, __, *inputs, **options: nnx.Conv.__call__(layer, *inputs, **options),
-    )
-    other = dense_macs(dense, images, *others) - of_layers
-    return logits, Usage(tuple(layers), other)
+    rest = intercept(model, (nnx.Conv, nnx.Linear), leave_out)
+    return logits, Usage(tuple(layers), dense_macs(rest, images, *others))
 
 
 def _check_counted(called: Mapping[int, str], layers: Sequence[LayerUsage]) -> None:

@@ -1,13 +1,13 @@
 """Batch statistics made anew, for the ratios that a network has now."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 from flax import nnx
 
 from dynprune_jax.pruning.compact_conv import is_compact
-from dynprune_jax.pruning.layers import Images, all_modules, intercept
+from dynprune_jax.pruning.layers import Images, all_modules, batch_of, intercept
 
 
 def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
@@ -26,8 +26,8 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
         a batch, and all of one size. The statistics are the mean of what the batches have.
 
     Raises:
-      ValueError: for no batches or an array in place of several, and for a model that is compact
-        or has no batch norm, or some that are folded.
+      ValueError: for no batches, one of no images, or an array in place of several, and for a
+        model that is compact or has no batch norm, or some that are folded.
     """
     if is_compact(model):
         raise ValueError("this model is compact; recalibrate the model that it was made from")
@@ -44,7 +44,13 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
     def statistics(state: Any, images: Images) -> Any:
         return batch_statistics(nnx.merge(graph, state), images)
 
-    nnx.update(model, mean_of(statistics(state, images) for images in batches))
+    def made() -> Iterator[Any]:
+        for images in batches:
+            if 0 in batch_of(images).shape[:1]:
+                raise ValueError("batches has one without images; statistics are of some")
+            yield statistics(state, images)
+
+    nnx.update(model, mean_of(made()))
 
 
 def batch_statistics(model: nnx.Module, images: Images) -> Any:

@@ -31,7 +31,7 @@ def ratio_ascent(
       A function of the step (traced or not) to the float32 ratio, of the shape of `target`.
 
     Raises:
-      ValueError: for an interval of less than a step.
+      ValueError: for an interval of less than a step, or a target out of [0, 1).
 
     Example:
       >>> schedule = ratio_ascent(0.3, interval_steps=10)
@@ -40,6 +40,8 @@ def ratio_ascent(
     """
     if interval_steps < 1:
         raise ValueError(f"interval_steps is {interval_steps}; it must be at least 1")
+    if isinstance(target, int | float) and not 0 <= target < 1:
+        raise ValueError(f"target is {target}; it must be in [0, 1)")
     interval_steps = min(interval_steps, 2**31 - 1)  # steps are int32, and no run has so many
 
     def schedule(step):

@@ -59,13 +59,15 @@ def make_dynamic(
         channels; its full name, or a function, may choose that too.
       column_blocks: groups of convolutions of one resolution, each with the name of its
         normalization, in order, that share a choice of columns: it is made once, in front of the
-        first, for the inputs and the outputs of all; `models.links` has those of this package's
-        models. A convolution in no group has a choice of its own, for its inputs.
+        first, for the inputs and the outputs of all; `column_blocks` of
+        `dynprune_jax.models.links` finds those of this package's models. A convolution in no group
+        has a choice of its own, for its inputs.
       channel_group: how many neighbouring channels are kept or skipped together, see
         `DynamicConv`.
       column_patch: the side of the square of columns that are kept or skipped together.
-      statistic: what attention is of a channel or a column, see `attention.STATISTICS`.
-      criterion: what to rank by, see `attention.CRITERIA`.
+      statistic: what attention is of a channel or a column, see
+        `dynprune_jax.pruning.attention.STATISTICS`.
+      criterion: what to rank by, see `dynprune_jax.pruning.attention.CRITERIA`.
       drop_probability: of targeted dropout in training, in [0, 1].
       rngs: seeds the random criterion and stochastic dropout; `nnx.Rngs(0)` by default.
 
@@ -126,11 +128,10 @@ def predict_channels(
       channel_ratio: prune ratio over the outputs, as in `make_dynamic`; patterns and blocks are
         those of the convolution that makes them.
       links: for each convolution that may get such a gate, the names of the `nnx.BatchNorm`
-        behind it and of the one layer that reads the result; `find_links` finds them, and
-        `models.links` has those of this package's models. What lies between the two must leave a
-        channel of zeros one of zeros, as relu and pooling do: by that the reader knows what to
-        skip. A reader that is grouped, but not depthwise, skips nothing, nor does one with another
-        number of input channels: it reads something else besides.
+        behind it and of the one layer that reads the result, as `find_links` finds them. What lies
+        between the two must leave a channel of zeros one of zeros, as relu and pooling do: by that
+        the reader knows what to skip. A reader that is grouped, but not depthwise, skips nothing,
+        nor does one with another number of input channels: it reads something else besides.
       column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
       layers: patterns of names: which of the linked convolutions, and which for columns.
       column_blocks: as in `make_dynamic`.
@@ -150,6 +151,8 @@ def predict_channels(
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if callable(layers):
         raise ValueError("layers must be patterns of names where channels are predicted")
+    if not isinstance(links, Mapping) or not links:
+        raise ValueError(f"links is {links!r}; it must be a mapping, as `find_links` returns")
     chosen = dict.fromkeys(name for p in patterns_of(layers) for name in matches(p, list(links)))
     feature = ratio_of_each(model, list(chosen), channel_ratio, "channel_ratio")
     feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
