@@ -91,6 +91,82 @@ def test_the_results_table_is_what_the_reports_say():
         assert row == f"| {name} | {accuracy} | {cut:.1%} | {executed:.1%} |"
 
 
+TEACHER = "+distillation"
+IN_SHORT = [  # network, study, cut, its names of predicted gates, static pruning, attention, notes
+    ("VGG16, CIFAR-10", "cifar10_vgg16", 0.55, "predicted", "l1+as_predicted", None),
+    ("VGG16, CIFAR-10", "cifar10_vgg16", 0.65, "predicted", "l1+as_predicted", None),
+    ("VGG16, CIFAR-10", "cifar10_vgg16", 0.75, "predicted", "l1+as_predicted", None),
+    ("ResNet-56, CIFAR-10 ²", "cifar10_resnet56", 0.37, "predicted+channels", None, None),
+    ("ResNet-56, CIFAR-10 ²", "cifar10_resnet56", 0.62, "predicted+channels",
+     "l1+as_predicted+channels", None),
+    ("small VGG, CIFAR-10 at 16²", "cifar10_vgg_small", 0.55, "predicted", "l1", ""),
+    ("small VGG, CIFAR-10 at 16²", "cifar10_vgg_small", 0.75, "predicted", "l1", ""),
+    ("small VGG, CIFAR-100 at 16²", "cifar100_vgg_small", 0.65, "predicted", "l1", None),
+]  # fmt: skip
+
+
+def found(study, method, cut):
+    """A cell: mean and spread in percent, or why there is none."""
+    values = list(accuracies(study, method, cut).values())
+    if not values:
+        return "not measured"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def test_the_table_of_accuracies_is_what_the_runs_say():
+    rows: list[list[str]] = []
+    apart: list[float] = []
+    for network, study, cut, gates, static, attention in IN_SHORT:
+        reached = {
+            round(100 * row["mac_reduction"])
+            for row in read_rows(ROOT / "docs" / "results" / study)
+            if (row["method"], row["cut"]) == (gates + TEACHER, cut)
+        }
+        by_attention = "not measured"
+        if attention is not None:
+            by_attention = found(study, "distillation", cut)
+        elif study == "cifar100_vgg_small":
+            by_attention = f"{found(study, 'attention', cut)} ³"
+        elif (study, cut) == ("cifar10_vgg16", 0.55):
+            by_attention = f"{found('cifar10_vgg16_first', 'attention', cut)} ¹"
+        cells = [
+            network,
+            f"{reached.pop()}%",
+            found(study, "dense", 0.0),
+            found(study, gates + TEACHER, cut),
+            found(study, static + TEACHER, cut) if static else "not measured",
+            by_attention,
+        ]
+        assert not reached
+        rows.append(cells)
+        if static:
+            gone = {
+                method: row["mac_reduction"]
+                for row in read_rows(ROOT / "docs" / "results" / study)
+                for method in (gates, static)
+                if (row["method"], row["cut"]) == (method + TEACHER, cut)
+            }
+            apart.append(100 * abs(gone[gates] - gone[static]))
+    name = "imagenette_resnet18_small"
+    rows.append(
+        [
+            "ResNet-18, a quarter as wide, Imagenette at 128² ³",
+            "55%",
+            found(name, "dense", 0.0),
+            f"{found(name, 'predicted', 0.55)} ⁴",
+            found(name, "l1", 0.55),
+            f"{found(name, 'columns', 0.55)} (columns)",
+        ]
+    )
+    for cells in rows:
+        line = f"| {' | '.join(cells)} |"
+        assert line in README.splitlines(), line
+    assert f"static pruning's differ by at most {max(apart):.1f} points" in README
+    (first,) = accuracies("cifar10_vgg16_first", "dense").values()
+    assert f"one seed, from {first:.2f}." in README
+
+
 def test_the_digits_claims_hold():
     runs = reports("digits_vgg")
 
@@ -189,27 +265,27 @@ def test_what_gates_cost_is_what_is_counted():
     )
     cost = usage.gate_operations
     share = f"{cost / usage.dense_macs:.1%}".replace("%", " %")
-    assert f"it is {cost / 1e6:.2f} M operations an image, {share} of the dense" in README
+    assert f"it is {cost / 1e6:.2f} M operations an image, {share} of the dense" in PAGES
 
 
 def test_the_table_of_times_is_what_was_measured():
     realised = [row["realised"] for name in SPEED.values() for row in speed(name)[1]]
     low, high = 100 * min(realised), 100 * max(realised)
-    assert f"reach {low:.0f} to {high:.0f} % of the ideal speedup" in README
+    assert f"compact networks reach {low:.0f} to {high:.0f} %, over the" in PAGES
     folder = ROOT / "docs" / "results" / "speed"
     worst, elsewhere = (
         min(row["realised"] for path in where.glob("*.json") for row in speed(path)[1])
         for where in (folder, folder / "xeon")
     )
-    assert f"{100 * worst:.0f} % in the worst of the other runs" in README
-    assert f"runs, {100 * elsewhere:.0f} % on [another machine]" in README
+    assert f"{100 * worst:.0f} % in the worst of the other runs" in PAGES
+    assert f"runs, {100 * elsewhere:.0f} % on [another machine]" in PAGES
     rows = [row for name in SPEED.values() for row in speed(name)[1]]
     over_all = [fastest(row) / row["compact_ms"] for row in rows]
-    assert f"They are {min(over_all):.2f} to {max(over_all):.2f} times as fast as the" in README
+    assert f"They are {min(over_all):.2f} to {max(over_all):.2f} times as fast as the" in PAGES
     assert min(over_all) > 1.0
     assert "the compact network is ahead of all of them in every row" in PAGES
     static = sum(row["static_ms"] < row["compact_ms"] for row in rows)
-    assert f"is faster in {static} of the {len(rows)} rows" in README
+    assert f"is faster in {static} of the {len(rows)} rows" in PAGES
     assert sum(fastest(row) < row["fastest_dense_ms"] for row in rows) == 10
     assert "Dense, another runtime is ahead of it in ten of the twelve rows:" in PAGES
     assert {row["fastest_dense"] for row in rows} == {"best form of each layer"}
@@ -226,7 +302,7 @@ def test_the_table_of_times_is_what_was_measured():
         over = [fastest(row) / row["compact_ms"] for row in three]
         assert "and to {:.2f}, {:.2f} and {:.2f} times over".format(*over) in PAGES
         worst_over_all.append(min(over))
-    assert f"({min(worst_over_all):.2f} times in the worst of the other runs of" in README
+    assert f"({min(worst_over_all):.2f} times in the worst of the other runs of" in PAGES
     (xeon,) = speed("xeon/imagenet_resnet50")[1]
     assert f"to {fastest(xeon) / xeon['compact_ms']:.2f}× over ONNX Runtime" in PAGES
     longer = 100 * (xeon["compact_ms"] / fastest(xeon) - 1)
@@ -244,6 +320,13 @@ def test_the_table_of_times_is_what_was_measured():
                 f" | {fastest(row) / row['compact_ms']:.2f}× | {row['static_ms']:.1f} |"
             )
             assert line in PAGES.splitlines(), line
+            line = (
+                f"| {label} | {row['batch_size']} | {row['mac_reduction']:.1%}"
+                f" | {row['fastest_dense_ms']:.1f} | {row['compact_ms']:.1f}"
+                f" | **{row['speedup']:.2f}×** | {row['ideal_speedup']:.2f}×"
+                f" | {fastest(row):.1f} | {row['static_ms']:.1f} |"
+            )
+            assert line in README.splitlines(), line
 
 
 def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
@@ -251,7 +334,7 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
     again = speed("cifar10_vgg16_predicted_again")[0]
     speedups = [row["speedup"] for row in (*shown, *again)]
     assert len(speedups) == 14
-    assert "over 14 runs of one day" in README
+    assert "over 14 runs of one day" in PAGES
     earlier, later = (
         [row["speedup"] for row in (*shown, *again) if row["versions"]["commit"] == commit]
         for commit in ("4ce08bd", "4a13764")
@@ -260,7 +343,7 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
     assert f"commit 4ce08bd, with a median of {statistics.median(earlier):.2f}×" in PAGES
     assert f"seven of the evening, with {statistics.median(later):.2f}×" in PAGES
     assert f"between {min(speedups):.2f}× and {max(speedups):.2f}×" in PAGES
-    assert f"**the median is {statistics.median(speedups):.2f}×**" in README
+    assert f"**the median is {statistics.median(speedups):.2f}×**" in PAGES
     assert f"in the median to {statistics.median(speedups):.2f}×" in PAGES
     for whose, key in (("dense network's", "fastest_dense_ms"), ("compact one's", "compact_ms")):
         times = [row[key] for row in (*shown, *again)]
@@ -271,7 +354,7 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
 def test_the_curve_of_speedups_is_what_was_measured():
     rows = speed("cifar10_vgg16")[0]
     (commit,) = {row["versions"]["commit"] for row in rows}
-    assert f"of a later commit than the table's, {commit} (" in README
+    assert f"of a later commit than the table's, {commit} (" in PAGES
     assert f"are of later that evening and of commit {commit};" in PAGES
     last = [row for row in rows if row["channel_ratio"][4] == 0.9]
     assert [row["batch_size"] for row in last] == [1, 8, 64]
@@ -360,7 +443,7 @@ def test_the_study_s_claims_are_what_its_runs_say():
     def of(method, cut=0.55, **which):
         return accuracy("cifar10_vgg_small", method, cut, **which)
 
-    assert f"({of('random'):.1f} against {of('attention'):.1f} %, [a small VGG" in README
+    assert f"({of('random'):.1f} against {of('attention'):.1f} %, [a small VGG" in PAGES
 
     def static(cut):
         return max(of("l1", cut), of("taylor", cut))
@@ -637,7 +720,7 @@ def test_what_is_said_of_cascades_is_what_was_measured():
         f" {at(0.55):.2f}, and with a fifth {fifth:.2f} % at {least:.1f} %,"
         f" {dense - fifth:.2f} below dense"
     )
-    assert claim in README, claim
+    assert claim in PAGES, claim
 
     small = "cascade/resnet20"
     methods = ("predicted+channels+distillation", "l1+as_predicted+channels+distillation")
@@ -715,7 +798,7 @@ def test_the_filters_of_an_allotment_are_those_it_leaves():
         names.index("blocks/2/layers/2/conv")
     ]
     claim = f"kept {last} of 256 filters, where the gates keep {kept_count(given[2], 256)} ("
-    assert claim in README
+    assert claim in PAGES
 
 
 def test_what_training_on_does_is_what_its_runs_say():
@@ -836,6 +919,11 @@ def test_the_claims_on_imagenette_are_what_its_runs_say():
         assert claim in PAGES, claim
 
 
+def all_dense_of_vgg16():
+    studies = ("cifar10_vgg16", "cifar10_vgg16_40_epochs", "cifar10_vgg16_one_seed")
+    return [x for study in studies for x in accuracies(study, "dense").values()]
+
+
 def test_the_claims_on_vgg16_are_what_its_runs_say():
     results = ROOT / "docs" / "results"
     cuts, seeds = (0.55, 0.65, 0.75), (0, 1, 2)
@@ -863,11 +951,16 @@ def test_the_claims_on_vgg16_are_what_its_runs_say():
         for method in ("l1+as_predicted", "random_filters+as_predicted", "predicted")
         for cut in cuts[:2]
     ]
+    claim = (
+        f"({statistics.mean(all_dense_of_vgg16()) - statistics.mean(gates[2]):.2f}, where we had"
+        f" set 0.3; {-gained[2]:.2f} against its own three)"
+    )
+    assert claim in README
     for bar, gain in zip((0.2, 0.4, 0.3), gained, strict=True):
         assert gain >= -bar
     half = read_rows(results / "cifar10_vgg16_40_epochs")
     once = read_rows(results / "cifar10_vgg16_one_seed")
-    all_dense = dense + [100 * row["accuracy"] for row in half + once if row["method"] == "dense"]
+    all_dense = all_dense_of_vgg16()
     assert len(all_dense) == 7
     before = {(row["method"], row["cut"]): 100 * row["accuracy"] for row in once}
     interrupted = [
@@ -931,6 +1024,7 @@ def test_the_claims_on_resnet56_are_what_its_runs_say():
     assert f"where 37 % was asked for, {100 * mild:.1f} % is removed" in PAGES
     claim = f"lose {lost[0]:.2f} points at 37 % and {lost[1]:.2f} at 62 %, where we had set 0.2,"
     assert f"{claim} and filters removed by L1 norms {static:.2f}." in PAGES
+    assert f"ResNet-56 ({lost[0]:.2f} and {lost[1]:.2f} points lost, where we had" in README
     assert f"and {lost[1] - static:.1f} behind on ResNet-56 (one seed)" in PAGES
 
 
