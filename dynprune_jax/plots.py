@@ -3,10 +3,11 @@
 Each function draws one figure, or returns None where it has nothing to show; `save` writes it.
 """
 
-import os
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from jaxtyping import Bool, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
+
+from dynprune_jax.writers import write_bytes
 
 # The colours of Okabe and Ito, told apart under every common colour blindness.
 _BLUE = "#0072B2"
@@ -35,10 +38,12 @@ _RATIOS = (
 )
 
 
-def save(figure: Figure | None, path: str | os.PathLike[str]) -> None:
-    """Writes a figure as a PNG; nothing where there is none."""
+def save(figure: Figure | None, path: Path) -> None:
+    """Writes a figure as a PNG, whole or not at all; nothing where there is none."""
     if figure is not None:
-        figure.savefig(path, format="png", dpi=130)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=130)
+        write_bytes(path, drawn.getvalue())
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

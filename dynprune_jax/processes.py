@@ -28,6 +28,12 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def check_alone(mode: str) -> None:
+    """Raises UserError where there are several processes, for a mode that is for one."""
+    if jax.process_count() > 1:
+        raise UserError(f"--mode={mode} is for one process, not {jax.process_count()}")
+
+
 def wait_for_all(where: str) -> None:
     """Waits until every process has come to this place; `where` names it."""
     if jax.process_count() > 1:

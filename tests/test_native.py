@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from jax import lax
 
 import dynprune_jax
+from dynprune_jax.geometry import Geometry
 from dynprune_jax.pruning import masks, native
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
-from dynprune_jax.pruning.geometry import Geometry
 
 needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=f"{native.why_not()}")
 

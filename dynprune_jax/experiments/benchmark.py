@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
-from dynprune_jax import plots
+from dynprune_jax import plots, processes
 from dynprune_jax.build import build_dynamic, build_model
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
@@ -75,8 +75,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
             "config.gate.channel_ratio and config.gate.column_ratio prune nothing; there is"
             " nothing to compare"
         )
-    if jax.process_count() > 1:
-        raise UserError(f"--mode=benchmark is for one process, not {jax.process_count()}")
+    processes.check_alone("benchmark")
     folder = folder_of(workdir)
     refuse_study(folder)
     model, channels = _trained_or_fresh(config, folder)

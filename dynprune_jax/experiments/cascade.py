@@ -12,7 +12,7 @@ import numpy as np
 import rich.table
 from flax import nnx
 
-from dynprune_jax import plots
+from dynprune_jax import plots, processes
 from dynprune_jax.build import evaluation_images
 from dynprune_jax.config import Config
 from dynprune_jax.data.augment import center_crop
@@ -57,8 +57,7 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         no dense network, or for many processes.
     """
     run = Run.open(config, workdir)
-    if jax.process_count() > 1:
-        raise UserError(f"--mode=cascade is for one process, not {jax.process_count()}")
+    processes.check_alone("cascade")
     if run.dynamic is None:
         raise UserError("config.prune.epochs is 0: this run has no pruned network")
     of_dense, of_pruned = run.trained_values()

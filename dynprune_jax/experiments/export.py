@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynprune_jax import processes
 from dynprune_jax.build import evaluation_images
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
@@ -37,8 +38,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
       UserError: for a mistake in the config, if the run is not finished, for a plan that does not
         fit it, or for many processes.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"--mode=export is for one process, not {jax.process_count()}")
+    processes.check_alone("export")
     run = Run.open(config, workdir)
     dense, pruned = run.trained_values()
     network, values = (run.dense, dense) if run.dynamic is None else (run.dynamic, pruned)

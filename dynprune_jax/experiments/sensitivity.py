@@ -5,7 +5,7 @@ from typing import Any
 
 import rich.table
 
-from dynprune_jax import plots, processes
+from dynprune_jax import plots
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation
@@ -84,8 +84,7 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
                 }
             )
     write_json(run.workdir / "sensitivity.json", rows)
-    if processes.leads():
-        plots.save(plots.sensitivity_figure(rows), run.workdir / "sensitivity.png")
+    plots.save(plots.sensitivity_figure(rows), run.workdir / "sensitivity.png")
     _print_table(rows, config)
     return rows
 

@@ -20,11 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from matplotlib.figure import Figure
 
 from dynprune_jax import config as config_lib
-from dynprune_jax import plots
+from dynprune_jax import plots, processes
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.static import static
@@ -172,8 +171,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                     " or join several by a plus"
                 )
             find_method(name)
-    if jax.process_count() > 1:
-        raise UserError(f"--mode=study is for one process, not {jax.process_count()}")
+    processes.check_alone("study")
     folder = folder_of(workdir)
     if not config.prune.epochs:
         raise UserError("config.prune.epochs is 0; a study trains pruned networks: it needs epochs")

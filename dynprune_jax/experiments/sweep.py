@@ -6,7 +6,7 @@ from typing import Any
 
 import rich.table
 
-from dynprune_jax import plots, processes
+from dynprune_jax import plots
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.attention import CRITERIA
@@ -56,8 +56,7 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                 }
             )
     write_json(run.workdir / "sweep.json", rows)
-    if processes.leads():
-        plots.save(plots.sweep_figure(rows), run.workdir / "sweep.png")
+    plots.save(plots.sweep_figure(rows), run.workdir / "sweep.png")
     _print_table(rows, config)
     return rows
 

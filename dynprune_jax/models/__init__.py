@@ -1,4 +1,4 @@
-"""Architectures, one file each; nothing here knows of pruning or of a config.
+"""Architectures, one file each; they know nothing of pruning or of a config.
 
 Every name below is a factory with the same signature, so that a config can name a model:
 `factory(num_classes, *, in_channels, image_size, width, dtype, rngs)`. The model maps float

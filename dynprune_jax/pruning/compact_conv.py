@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dynprune_jax.geometry import Geometry, repeat_map, repeats
 from dynprune_jax.pruning import masks as masks_lib
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.attention import attention
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, execute, layout, possible
-from dynprune_jax.pruning.geometry import Geometry, repeat_map, repeats
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.native import kernel_panels
 

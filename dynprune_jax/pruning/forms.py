@@ -28,8 +28,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from dynprune_jax.geometry import Geometry, pair, repeats
 from dynprune_jax.pruning import native
-from dynprune_jax.pruning.geometry import Geometry, pair, repeats
 from dynprune_jax.pruning.masks import Masks, kept_indices
 from dynprune_jax.pruning.native import kept_conv, kernel_pairs, kernel_panels
 

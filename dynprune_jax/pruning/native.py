@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from dynprune_jax.pruning.geometry import Geometry
+from dynprune_jax.geometry import Geometry
 from dynprune_jax.pruning.masks import Masks
 
 _SOURCE = Path(__file__).with_name("native.cc")
