@@ -179,8 +179,7 @@ class Run:
     @staticmethod
     def assumed() -> dict[str, Any]:
         """What `identity` had told of a run that is older than a field."""
-        told = {f"config.{name}": default for name, default in defaults().items()}
-        return told | {"filters removed by": None}
+        return {f"config.{name}": default for name, default in defaults().items()}
 
     def phase_steps(self, phase: str) -> int:
         """Training steps of the phase `dense` or `prune`."""

@@ -155,8 +155,10 @@ def run_phase(
     timing = Timing()
     recent: list[dict[str, float]] = []
     folder, of = run.workdir / "checkpoints" / name, run.identity(name, filters_removed_by)
+    # Older ones do not tell how they were pruned: there the shapes must do.
+    assumed = run.assumed() | {"filters removed by": filters_removed_by}
     with (
-        Checkpoints(folder, of=of, assumed=run.assumed(), mend=True) as checkpoints,
+        Checkpoints(folder, of=of, assumed=assumed, mend=True) as checkpoints,
         Feed(run, name, network, run.mesh, teacher) as feed,
     ):
         state = feed.place(state)

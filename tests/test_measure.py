@@ -301,3 +301,32 @@ def test_a_layer_is_counted_whatever_it_computes_its_products_with():
     _, usage = measure(Net(), jnp.ones((2, 4, 4, 8)))
     assert usage.other_macs == 8 * 5
     assert usage.dense_macs == 16 * 9 * 8 + 8 * 5
+
+
+@pytest.mark.parametrize("way", ["clone", "checkpoint", "cond"])
+def test_what_a_plain_layer_does_out_of_sight_is_found_in_the_program(way):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+            self.head = nnx.Linear(8, 5, rngs=nnx.Rngs(0))
+
+        def hidden(self, x):
+            if way == "clone":
+                return nnx.clone(self.conv)(x)
+            graph, state = nnx.split(self.conv)
+
+            def call(state, x):
+                return nnx.merge(graph, state)(x)
+
+            if way == "checkpoint":
+                return jax.checkpoint(call)(state, x)
+            return jax.lax.cond(x.sum() > 0, call, lambda state, x: x, state, x)
+
+        def __call__(self, x):
+            return self.head(jnp.mean(self.hidden(self.conv(x)), axis=(1, 2)))
+
+    _, usage = measure(Net(), jnp.ones((2, 4, 4, 8)))
+    once = 16 * 9 * 8 * 8
+    assert [layer.dense_macs for layer in usage.layers] == [once, 8 * 5]
+    assert usage.other_macs == once
+    assert usage.dense_macs == 2 * once + 8 * 5

@@ -159,6 +159,12 @@ def test_the_table_of_accuracies_is_what_the_runs_say():
             f"{found(name, 'columns', 0.55)} (columns)",
         ]
     )
+    anew = found("salience_start/imagenette_resnet18_zero", "predicted", 0.55)
+    assert f"from today's ResNet-18 has {anew}." in README
+    columns, dense = (
+        accuracy(name, *case, seeds=(0, 1, 2)) for case in (("columns", 0.4), ("dense", 0.0))
+    )
+    assert f"at {columns:.1f} % accuracy from {dense:.1f} dense" in README
     for cells in rows:
         line = f"| {' | '.join(cells)} |"
         assert line in README.splitlines(), line
@@ -213,6 +219,7 @@ def test_the_cost_of_a_dynamic_step_is_what_was_measured():
         "resnet56_512": "ResNet-56, the same",
     }
     assert {path.stem for path in folder.glob("*.json")} == set(named)
+    costs: list[float] = []
     for name, row in named.items():
         dense, dynamic = json.loads((folder / f"{name}.json").read_text())
         assert (dense["step"], dynamic["step"]) == ("dense", "dynamic")
@@ -223,10 +230,12 @@ def test_the_cost_of_a_dynamic_step_is_what_was_measured():
         rates = f"{before} | {dense['images_per_second']:.0f}".removeprefix(" ")
         cells = f"| {row} | {dense['batch_size']} | {rates} | {dynamic['cost']:.3f}× |"
         assert cells in PAGES
+        costs.append(dynamic["cost"])
         if name.startswith("vgg16"):
             assert f"**{dynamic['cost']:.3f}×**" in PAGES
         if name != "vgg16_predicted":
             assert 1.02 <= dynamic["cost"] <= 1.07
+    assert f"with gates takes {min(costs):.3f} to {max(costs):.3f} times a dense" in README
 
 
 SPEED = {
@@ -283,6 +292,7 @@ def test_the_table_of_times_is_what_was_measured():
     over_all = [fastest(row) / row["compact_ms"] for row in rows]
     assert f"They are {min(over_all):.2f} to {max(over_all):.2f} times as fast as the" in PAGES
     assert min(over_all) > 1.0
+    assert f"up to {max(row['speedup'] for row in rows):.1f} times as fast as the" in README
     assert "the compact network is ahead of all of them in every row" in PAGES
     static = sum(row["static_ms"] < row["compact_ms"] for row in rows)
     assert f"is faster in {static} of the {len(rows)} rows" in PAGES
@@ -334,7 +344,10 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
     again = speed("cifar10_vgg16_predicted_again")[0]
     speedups = [row["speedup"] for row in (*shown, *again)]
     assert len(speedups) == 14
-    assert "over 14 runs of one day" in PAGES
+    low, high = min(speedups), max(speedups)
+    for page in (README, (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")):
+        assert re.search(rf"over 14 runs of one day.* between {low:.2f}× and {high:.2f}×", page)
+        assert f"**the median is {statistics.median(speedups):.2f}×**" in page
     earlier, later = (
         [row["speedup"] for row in (*shown, *again) if row["versions"]["commit"] == commit]
         for commit in ("4ce08bd", "4a13764")

@@ -312,8 +312,11 @@ def _conv_macs(params: Any, kernel: Sequence[int], out: Sequence[int]) -> int:
     for place, side, stride, (before, _), hole, step in zip(
         places, sides, strides, padding, between, spread, strict=True
     ):
-        at = stride * np.arange(out[place])[:, None] + step * np.arange(kernel[side]) - before
-        total *= int(np.count_nonzero(at % hole == 0))  # not where zeros were put in
+        first = stride * np.arange(out[place]) - before
+        # Not where zeros were put in.
+        taps = range(kernel[side]) if hole > 1 else ()
+        hits = sum(int(np.count_nonzero((first + step * tap) % hole == 0)) for tap in taps)
+        total *= hits if hole > 1 else out[place] * kernel[side]
     return total
 
 

@@ -1,6 +1,7 @@
 """Run a model and count, per input and per layer, what it computed."""
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
     batch = batch_of(images).shape[:1]
     clock = itertools.count().__next__
     called: dict[int, str] = {}  # dynamic convolutions, by the order of their calls
+    calls: Counter[str] = Counter()  # of all layers that are counted
     # A subclass may compute something else: what it does is found in the program.
     known = (nnx.Conv, DynamicConv, nnx.Linear)
     counted = {
@@ -65,6 +67,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         if name not in counted:
             return call(inputs, *args, **kwargs)
         place = {"name": name, "order": clock()}
+        calls[name] += 1
         if isinstance(layer, DynamicConv):
             called[place["order"]] = name
             masks = layer.masks(inputs)
@@ -79,6 +82,8 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         if name not in counted:
             return call(*inputs, **options)
         dense: Any = nnx.Linear.__call__ if isinstance(layer, nnx.Linear) else nnx.Conv.__call__
+        if name not in whole:
+            return dense(layer, *inputs, **options)
         shape = jax.eval_shape(lambda *inputs: dense(layer, *inputs, **options), *inputs)
         return jnp.zeros(shape.shape, shape.dtype)
 
@@ -101,8 +106,12 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
                 " images; measure counts per image and needs one map for each, and layers of their"
                 " own where several are stacked (as nnx.scan takes them)"
             )
+    # A call within a transformation that counts do not leave is found in the program.
+    arrived = Counter(layer.name for layer in layers)
+    whole = {name for name in counted if arrived[name] == calls[name]}
     rest = intercept(model, (nnx.Conv, nnx.Linear), leave_out)
-    return logits, Usage(tuple(layers), dense_macs(rest, images, *others))
+    twice = sum(layer.dense_macs for layer in layers if layer.name not in whole)
+    return logits, Usage(tuple(layers), dense_macs(rest, images, *others) - twice)
 
 
 def _check_counted(called: Mapping[int, str], layers: Sequence[LayerUsage]) -> None:
