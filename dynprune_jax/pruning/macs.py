@@ -305,18 +305,15 @@ def _conv_macs(params: Any, kernel: Sequence[int], out: Sequence[int]) -> int:
     numbers = params["dimension_numbers"]
     (batch, features, *places), (_, channels, *sides) = numbers.out_spec, numbers.rhs_spec
     total = out[batch] * out[features] * kernel[channels]
-    strides, (padding, between, spread) = (
-        params["window_strides"],
-        (params[name] for name in ("padding", "lhs_dilation", "rhs_dilation")),
-    )
-    for place, side, stride, (before, _), hole, step in zip(
-        places, sides, strides, padding, between, spread, strict=True
-    ):
-        first = stride * np.arange(out[place]) - before
-        # Not where zeros were put in.
-        taps = range(kernel[side]) if hole > 1 else ()
-        hits = sum(int(np.count_nonzero((first + step * tap) % hole == 0)) for tap in taps)
-        total *= hits if hole > 1 else out[place] * kernel[side]
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    axes = zip(places, sides, *(params[name] for name in names), strict=True)
+    for place, side, stride, (before, _), apart, step in axes:
+        if apart == 1:
+            total *= out[place] * kernel[side]
+        else:  # not on the zeros between columns
+            first = stride * np.arange(out[place]) - before
+            taps = (first + step * tap for tap in range(kernel[side]))
+            total *= sum(int(np.count_nonzero(at % apart == 0)) for at in taps)
     return total
 
 

@@ -19,6 +19,7 @@ from dynprune_jax.pruning.layers import (
     as_function,
     batch_of,
     call_and_capture,
+    dynamic_layers,
     intercept,
 )
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
@@ -52,8 +53,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         raise ValueError("this model is compact; measure the model that it was made from")
     batch = batch_of(images).shape[:1]
     clock = itertools.count().__next__
-    called: dict[int, str] = {}  # dynamic convolutions, by the order of their calls
-    calls: Counter[str] = Counter()  # of all layers that are counted
+    called: dict[int, str] = {}  # the layers that are counted, by the order of their calls
     # A subclass may compute something else: what it does is found in the program.
     known = (nnx.Conv, DynamicConv, nnx.Linear)
     counted = {
@@ -67,9 +67,8 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         if name not in counted:
             return call(inputs, *args, **kwargs)
         place = {"name": name, "order": clock()}
-        calls[name] += 1
+        called[place["order"]] = name
         if isinstance(layer, DynamicConv):
-            called[place["order"]] = name
             masks = layer.masks(inputs)
             layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
             return layer.convolve(inputs, masks, *args, **kwargs)
@@ -98,7 +97,8 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
     leaves = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))
     layers = [leaf for leaf in leaves if isinstance(leaf, LayerUsage)]  # a model may sow too
     layers = sorted(layers, key=lambda layer: layer.order)
-    _check_counted(called, layers)
+    gates = dynamic_layers(model)
+    _check_counted({order: name for order, name in called.items() if name in gates}, layers)
     for layer in layers:
         if layer.kept_channels.shape != batch:
             raise ValueError(
@@ -107,7 +107,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
                 " own where several are stacked (as nnx.scan takes them)"
             )
     # A call within a transformation that counts do not leave is found in the program.
-    arrived = Counter(layer.name for layer in layers)
+    arrived, calls = Counter(layer.name for layer in layers), Counter(called.values())
     whole = {name for name in counted if arrived[name] == calls[name]}
     rest = intercept(model, (nnx.Conv, nnx.Linear), leave_out)
     twice = sum(layer.dense_macs for layer in layers if layer.name not in whole)

@@ -31,7 +31,7 @@ def ratio_ascent(
       A function of the step (traced or not) to the float32 ratio, of the shape of `target`.
 
     Raises:
-      ValueError: for an interval of less than a step, or a target out of [0, 1).
+      ValueError: for an interval of less than a step, or a target that is a number out of [0, 1).
 
     Example:
       >>> schedule = ratio_ascent(0.3, interval_steps=10)

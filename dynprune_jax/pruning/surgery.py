@@ -145,8 +145,9 @@ def predict_channels(
       rngs: seeds the random criterion and stochastic dropout; `nnx.Rngs(0)` by default.
 
     Raises:
-      ValueError: as in `make_dynamic`, for links that name no such layers, or one normalization or
-        one reader twice, and for a grouped convolution whose outputs would be chosen.
+      ValueError: as in `make_dynamic`, for no links, for links that name no such layers, or one
+        normalization or one reader twice, and for a grouped convolution whose outputs would be
+        chosen.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if callable(layers):
