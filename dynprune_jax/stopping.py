@@ -1,7 +1,6 @@
 """A polite end: on SIGTERM or Ctrl-C the loop ends its step and saves first."""
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -44,7 +43,9 @@ def send_again(lost: Any) -> None:
         number = signal.SIGINT
     else:
         return
-    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # when the callback has ended
+    # When the callback has ended, and to the main thread: another would note it and wake nobody.
+    main = threading.main_thread().ident
+    threading.Timer(0.05, signal.pthread_kill, (main, number)).start()
 
 
 class StopSignals:

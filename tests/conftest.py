@@ -87,9 +87,10 @@ def few_forms(monkeypatch):
 
 
 @pytest.fixture
-def one_control(monkeypatch):
-    """Reports with one control of three: each is compiled by itself, and not tested here."""
+def short_reports(monkeypatch):
+    """Reports with one control of three and no pictures, where neither is what is tested."""
     from dynprune_jax import report  # as above
 
     few = {name: report.CRITERIA[name] for name in ("attention", "random")}
     monkeypatch.setattr(report, "CRITERIA", few)
+    monkeypatch.setattr(report, "_draw", lambda *_: None)

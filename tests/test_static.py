@@ -167,6 +167,7 @@ def test_taylor_is_the_change_of_the_loss_for_a_small_gate(config, run):
     np.testing.assert_allclose(found[link.name], changes, rtol=2e-2, atol=1e-5)
 
 
+@pytest.mark.usefixtures("short_reports")
 def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path, monkeypatch):
     epochs, config.prune.epochs = config.prune.epochs, 0
     dense = train_and_evaluate(config, tmp_path / "dense")
@@ -195,7 +196,7 @@ def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path, monkeypa
     assert static(config, tmp_path / "static")["parameters_digest"] == report["parameters_digest"]
 
 
-@pytest.mark.usefixtures("one_control")
+@pytest.mark.usefixtures("short_reports")
 def test_the_control_trains_a_whole_dense_network_on(config, tmp_path):
     """As a network with gates is that never drops anything in training."""
     config.static.criterion, config.prune.distillation = "none", 0.5

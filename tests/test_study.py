@@ -14,7 +14,7 @@ from dynprune_jax.run import Run
 
 
 @pytest.fixture
-def small(config, one_control):
+def small(config, short_reports):
     config.gate.column_ratio = ()
     config.ascent.increment = 0.4
     config.study.seeds = (3,)

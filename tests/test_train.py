@@ -30,6 +30,7 @@ from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.exported import load_exported
 from dynprune_jax.pruning.recalibrate import recalibrate
+from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
@@ -161,11 +162,6 @@ def rows(workdir):
     ]
 
 
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
-
-
 def raising(number):
     def stop():
         signal.raise_signal(number)
@@ -177,56 +173,58 @@ def failing():
     raise RuntimeError("cut off")
 
 
-@pytest.mark.usefixtures("one_control")
+# How a run is cut off: what of it is called, how often before, what comes then, what it ends with,
+# and the step of the second phase that is saved, if one is.
+AT_THE_LAST_SAVE = (Checkpoints, "save"), 0, raising(signal.SIGTERM), "8 of 8 of the dense", None
+AT_STEP_3 = (Feed, "advance"), 2, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3
+BY_AN_ERROR = (Feed, "advance"), 7, failing, "cut off", 8
+AT_STEP_6 = (Feed, "advance"), 13, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6
+IN_AN_EVALUATION = (Run, "evaluate"), 0, raising(signal.SIGTERM), "SIGTERM; step 8 of 16", 8
+
+
+@pytest.mark.usefixtures("short_reports")
 @pytest.mark.parametrize(
-    ("memory_limit_mb", "method", "call", "end", "outcome", "saved"),
-    [
-        # The step of the 14th call is step 6 of the second phase.
-        (4096, (Feed, "advance"), 14, failing, "cut off", None),
-        (0, (Feed, "advance"), 14, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6),
-        (4096, (Feed, "advance"), 11, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3),
-        (0, (Run, "evaluate"), 2, raising(signal.SIGTERM), "SIGTERM; step 8 of 16", 8),
-        (4096, (Checkpoints, "save"), 1, raising(signal.SIGTERM), "step 8 of 8 of the dense", None),
-    ],
-    ids=["error", "SIGTERM", "Ctrl-C", "SIGTERM in an evaluation", "SIGTERM in the last save"],
+    ("memory_limit_mb", "cuts"),
+    [(4096, [AT_THE_LAST_SAVE, AT_STEP_3, BY_AN_ERROR]), (0, [AT_STEP_6, IN_AN_EVALUATION])],
+    ids=["memory", "stream"],
 )
-def test_a_run_cut_off_and_resumed_ends_as_if_it_had_not_been(
-    config, tmp_path, whole_runs, monkeypatch, memory_limit_mb, method, call, end, outcome, saved
+def test_a_run_cut_off_again_and_again_ends_as_if_it_had_not_been(
+    config, tmp_path, monkeypatch, memory_limit_mb, cuts
 ):
     config.data.memory_limit_mb = memory_limit_mb
     config.data.crop_padding = 1
     config.gate.drop_probability = 0.8
     config.checkpoint_every_epochs = 1
     config.log_every_steps = 5  # not where the run is cut off
-    undisturbed = whole_runs / str(memory_limit_mb)  # once for all that are cut off
-    whole = train_and_evaluate(config, undisturbed)
-    calls = itertools.count(1)
-    original = getattr(*method)
-
-    def cut_off(*args):
-        if next(calls) == call:
-            end()
-        return original(*args)
-
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = train_and_evaluate(config, whole)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with monkeypatch.context() as patch:
-        patch.setattr(*method, cut_off)
-        with pytest.raises((RuntimeError, Stopped), match=outcome):
-            train_and_evaluate(config, tmp_path / "cut")
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    assert not (tmp_path / "cut" / "report.json").exists()
-    if saved is not None:
-        assert (tmp_path / "cut" / "checkpoints" / "prune" / str(saved)).is_dir()
-        unfinished = f"stands at step {saved} of 16 of its prune phase; finish it with --mode=train"
-        with pytest.raises(UserError, match=unfinished):
-            evaluate_workdir(config, tmp_path / "cut")
-    resumed = train_and_evaluate(config, tmp_path / "cut")
-    assert resumed["parameters_digest"] == whole["parameters_digest"]
-    assert resumed["pruned"] == whole["pruned"]
-    assert rows(tmp_path / "cut") == rows(undisturbed)
+    for method, before, end, outcome, saved in cuts:
+        calls, original = itertools.count(), getattr(*method)
+
+        def cut_off(*args, calls=calls, original=original, before=before, end=end):
+            if next(calls) == before:
+                end()
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*method, cut_off)
+            with pytest.raises((RuntimeError, Stopped), match=outcome):
+                train_and_evaluate(config, cut)
+        assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        assert not (cut / "report.json").exists()
+        if saved is not None:
+            assert (cut / "checkpoints" / "prune" / str(saved)).is_dir()
+            unfinished = f"stands at step {saved} of 16 of its prune phase; finish it with"
+            with pytest.raises(UserError, match=unfinished):
+                evaluate_workdir(config, cut)
+    resumed = train_and_evaluate(config, cut)
+    assert resumed["parameters_digest"] == expected["parameters_digest"]
+    assert resumed["pruned"] == expected["pruned"]
+    assert rows(cut) == rows(whole)
 
 
-@pytest.mark.usefixtures("one_control")
+@pytest.mark.usefixtures("short_reports")
 def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tmp_path):
     first = json.loads((workdir / "report.json").read_text())
     config.prune.start = "checkpoint"
@@ -372,7 +370,7 @@ def test_what_a_config_says_reaches_the_step(config, tmp_path):
         assert metrics(**fields)["loss"] != base["loss"], fields
 
 
-@pytest.mark.usefixtures("one_control")
+@pytest.mark.usefixtures("short_reports")
 def test_waiting_for_a_stream_is_not_time_in_the_step(config, tmp_path, monkeypatch):
     config.data.memory_limit_mb = 0
     next_batch = Feed.next_batch
@@ -387,7 +385,6 @@ def test_waiting_for_a_stream_is_not_time_in_the_step(config, tmp_path, monkeypa
         assert report["phases"][phase]["outside_step"] > 0.2 * (steps - 1)
 
 
-@pytest.mark.usefixtures("one_control")
 def test_pictures_show_what_the_network_sees(config, tmp_path, monkeypatch):
     config.data.image_size = 8
     config.data.stored_size = 12
@@ -395,7 +392,9 @@ def test_pictures_show_what_the_network_sees(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         plots, "kept_columns_figure", lambda images, masks: shown.append((images, masks))
     )
-    train_and_evaluate(config, tmp_path)
+    monkeypatch.setattr("dynprune_jax.report.CRITERIA", {})  # no controls
+    run = Run.open(config, tmp_path)
+    write_report(run, None, run.dynamic.weights)
     images, masks = shown[0]
     assert images.shape == (6, 8, 8, 1)
     assert masks["blocks/0/layers/1/conv"].shape == (6, 8, 8)
