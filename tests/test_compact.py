@@ -11,8 +11,7 @@ from flax import nnx
 
 import dynprune_jax
 from dynprune_jax.models.links import links
-from dynprune_jax.pruning import forms as forms_lib
-from dynprune_jax.pruning import native
+from dynprune_jax.pruning import native, pallas_conv
 from dynprune_jax.pruning import plan as plan_lib
 from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.compact_conv import CompactConv
@@ -195,7 +194,7 @@ def test_a_kernel_that_fails_on_a_device_is_left_out(small, monkeypatch):
     def fails(*args, **options):
         raise NotImplementedError("no such GPU")
 
-    monkeypatch.setattr(forms_lib, "_kept_groups_conv", fails)
+    monkeypatch.setattr(pallas_conv, "kept_groups_conv", fails)
     with pytest.warns(UserWarning, match="'pallas channels' is left out: no such GPU"):
         plan = measure_plan(nnx.Sequential(gate), jnp.ones((2, 4, 4, gate.in_features)), repeats=1)
     assert list(plan.forms.values()) == [Form()]

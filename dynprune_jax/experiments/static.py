@@ -24,7 +24,7 @@ from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
 from dynprune_jax.models.links import Link, links
-from dynprune_jax.pruning.layers import intercept
+from dynprune_jax.pruning.calls import intercept
 from dynprune_jax.pruning.measure import dense_macs
 from dynprune_jax.pruning.ratios import least_factor, scaled
 from dynprune_jax.report import provenance

@@ -9,16 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dynprune_jax.pruning.calls import Images, all_handed_over, as_function
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import fold
-from dynprune_jax.pruning.layers import (
-    Images,
-    Model,
-    all_handed_over,
-    as_function,
-    replaceable_layers,
-    replaced,
-)
+from dynprune_jax.pruning.layers import Model, replaceable_layers, replaced
 from dynprune_jax.pruning.plan import Plan, circumstances, measure_plan
 
 

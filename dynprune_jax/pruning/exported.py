@@ -8,8 +8,8 @@ from flax import nnx
 from jax import export
 
 from dynprune_jax.pruning import native
+from dynprune_jax.pruning.calls import Images
 from dynprune_jax.pruning.compact_conv import is_compact
-from dynprune_jax.pruning.layers import Images
 
 # Calls of which `jax.export` cannot know that they mean the same in another version.
 # The last is the Pallas kernel, whose module is not imported for that.

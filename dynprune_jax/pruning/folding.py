@@ -8,16 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dynprune_jax.pruning.calls import Images, as_function, bodies, intercept
 from dynprune_jax.pruning.handover import GatedNorm, take_over
-from dynprune_jax.pruning.layers import (
-    Images,
-    Model,
-    all_modules,
-    as_function,
-    intercept,
-    replaceable_layers,
-    replaced,
-)
+from dynprune_jax.pruning.layers import Model, all_modules, replaceable_layers, replaced
 
 # What the calls of layers are named in a traced program: the mark, then the layer's name.
 _CONV, _NORM = "conv layer ", "norm layer "
@@ -167,13 +160,12 @@ def _follow(jaxpr: Any, own: set[int]) -> tuple[bool, list[int]]:
         places = [i for i, read in enumerate(eqn.invars) if id(read) in own]
         if not places or str(eqn.params.get("name", "")).startswith(_CONV):
             continue
-        bodies = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(eqn.params.values()))]
-        bodies = [body for body in bodies if hasattr(body, "eqns")]
+        within = bodies(eqn)
         before = 1 if eqn.primitive.name == "cond" else 0  # which branch to take
         handed = eqn.params.get("num_carry", len(eqn.outvars))  # a loop stacks what is behind
-        if not bodies or any(len(body.invars) + before != len(eqn.invars) for body in bodies):
+        if not within or any(len(body.invars) + before != len(eqn.invars) for body in within):
             return True, []
-        for body in bodies:
+        for body in within:
             read, out = _follow(body, {id(body.invars[i - before]) for i in places if i >= before})
             if read or any(i >= handed for i in out):
                 return True, []
@@ -197,8 +189,6 @@ def _pairs_in(jaxpr: Any, calls: Counter[str]) -> list[tuple[str, str]]:
                 if id(var) in made_by and reads[id(var)] == 1:
                     pairs.append((made_by[id(var)], name.removeprefix(_NORM)))
         else:
-            for value in jax.tree.leaves(list(eqn.params.values())):
-                body = getattr(value, "jaxpr", value)
-                if hasattr(body, "eqns"):
-                    pairs += _pairs_in(body, calls)
+            for body in bodies(eqn):
+                pairs += _pairs_in(body, calls)
     return pairs

@@ -78,16 +78,7 @@ def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float
       `(features, channels, taps)`. Else `(taps of the input, channels, taps of the output *
       features)`.
     """
-    height, width, channels, features = kernel.shape
-    if form.product == "patches":
-        return kernel.reshape(height * width, channels, features)
-    if form.product == "rows":
-        return kernel.transpose(1, 2, 0, 3).reshape(width, channels, height * features)
-    if form.product == "taps":
-        return kernel.transpose(2, 0, 1, 3).reshape(1, channels, height * width * features)
-    if form.product == "pairs":
-        return kernel_pairs(kernel)
-    return kernel_panels(kernel) if form.product == "native" else kernel
+    return _PRODUCTS[form.product].layout(kernel)
 
 
 def execute(
@@ -126,33 +117,23 @@ def execute(
     batch = x.shape[0]
     if batch == 0:
         return jnp.zeros((0, *geometry.out, features), jnp.promote_types(jnp.float32, x.dtype))
-    if form.compiled:
-        return kept_conv(
-            Masks(
-                None if form.channels else masks.channels,
-                None if form.columns else masks.columns,
-            ).apply(x),
-            weights,
-            Masks(
-                masks.channels if form.channels else None,
-                masks.columns if form.columns else None,
-                features=masks.features if form.features else None,
-                out_columns=masks.out_columns if form.columns else None,
-            ),
-            geometry,
-            features=features,
+    product = _PRODUCTS[form.product]
+    if product.batch is not None:
+        masked = Masks(
+            None if form.channels else masks.channels, None if form.columns else masks.columns
         )
-    if form.product == "pallas":
-        assert masks.channels is not None
-        groups, _ = kept_indices(masks.channels[:, ::group_size], kept_channels // group_size)
-        return _kept_groups_conv(
-            Masks(None, masks.columns).apply(x),
-            weights,
-            groups,
-            group_size=group_size,
-            padding=geometry.padding,
-            interpret=jax.default_backend() == "cpu",
+        skipped = Masks(
+            masks.channels if form.channels else None,
+            masks.columns if form.columns else None,
+            features=masks.features if form.features else None,
+            out_columns=masks.out_columns if form.columns else None,
         )
+        sizes = {
+            "features": features,
+            "kept_channels": kept_channels,
+            "group_size": group_size,
+        }
+        return product.batch(geometry, weights, masked.apply(x), skipped, **sizes)
     image: dict[str, Any] = {"x": x}
     if masks.channels is not None:
         if form.channels:
@@ -172,17 +153,18 @@ def execute(
     if form.features:
         assert masks.features is not None
         image["wanted"], image["stand"] = kept_indices(masks.features, wanted_features)
-    product = _PRODUCTS[form.product]
+    multiply = product.image
+    assert multiply is not None
     dot = _Dot(precision, jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype)
 
     def convolve(image: Mapping[str, Any]) -> Array:
         if not form.features:
-            return product(geometry, weights, dot, **image)
+            return multiply(geometry, weights, dot, **image)
         rest = dict(image)
         wanted, stand = rest.pop("wanted"), rest.pop("stand")
         of_features = weights.reshape(*weights.shape[:-1], -1, features)
         part = _take(of_features, wanted, axis=-1).reshape(*weights.shape[:-1], -1)
-        y = product(geometry, part, dot, **rest)
+        y = multiply(geometry, part, dot, **rest)
         nothing = jnp.zeros((*y.shape[:-1], 1), y.dtype)  # where those that are not wanted stand
         return _take(jnp.concatenate([y, nothing], axis=-1), stand, axis=-1)
 
@@ -286,11 +268,70 @@ def _conv(
     return y[0]
 
 
-_PRODUCTS: dict[str, Callable[..., Array]] = {
-    "conv": _conv,
-    "patches": _patches,
-    "rows": _rows,
-    "taps": _taps,
+def _native(
+    geometry: Geometry, weights: Array, x: Array, masks: Masks, *, features: int, **_: Any
+) -> Array:
+    """Our C++, which reads in place what the masks keep."""
+    return kept_conv(x, weights, masks, geometry, features=features)
+
+
+def _pallas(
+    geometry: Geometry,
+    weights: Array,
+    x: Array,
+    masks: Masks,
+    *,
+    kept_channels: int,
+    group_size: int,
+    **_: Any,
+) -> Array:
+    """Our Pallas kernel, which reads the kept groups of channels in place."""
+    # Imported when it is needed: Pallas's GPU back ends come and go with JAX's versions.
+    from dynprune_jax.pruning.pallas_conv import kept_groups_conv
+
+    assert masks.channels is not None
+    groups, _ = kept_indices(masks.channels[:, ::group_size], kept_channels // group_size)
+    return kept_groups_conv(
+        x,
+        weights,
+        groups,
+        group_size=group_size,
+        padding=geometry.padding,
+        interpret=jax.default_backend() == "cpu",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """One product: how a kernel is laid out for it, and how it multiplies; one of the two ways.
+
+    Attributes:
+      layout: of a kernel, `(height, width, channels, features)`.
+      image: by XLA, a single image: `(geometry, weights, dot, x, ...)`, with indices of what is
+        gathered and masks of the rest. The last axis of the weights is `(..., features)`.
+      batch: by code of our own, all images: `(geometry, weights, x, masks, ...)`, with masks of
+        what is not to be read.
+    """
+
+    layout: Callable[[Array], Array]
+    image: Callable[..., Array] | None = None
+    batch: Callable[..., Array] | None = None
+
+
+def _unchanged(kernel: Array) -> Array:
+    return kernel
+
+
+_PRODUCTS: dict[str, _Product] = {
+    "conv": _Product(_unchanged, image=_conv),
+    "patches": _Product(lambda k: k.reshape(-1, *k.shape[2:]), image=_patches),
+    "rows": _Product(
+        lambda k: k.transpose(1, 2, 0, 3).reshape(k.shape[1], k.shape[2], -1), image=_rows
+    ),
+    "taps": _Product(lambda k: k.transpose(2, 0, 1, 3).reshape(1, k.shape[2], -1), image=_taps),
+    "native": _Product(kernel_panels, batch=_native),
+    "pairs": _Product(kernel_pairs, batch=_native),
+    "pallas": _Product(_unchanged, batch=_pallas),
 }
 
 
@@ -306,13 +347,6 @@ def _kept_part(
     if channels is None:
         return x, weights
     return _take(x, channels, axis=-1), _take(weights, channels, axis=1)
-
-
-def _kept_groups_conv(*args: Any, **options: Any) -> Array:
-    # Imported when it is needed: Pallas's GPU back ends come and go with JAX's versions.
-    from dynprune_jax.pruning.pallas_conv import kept_groups_conv
-
-    return kept_groups_conv(*args, **options)
 
 
 def _padded(x: Array, padding: Any) -> Array:

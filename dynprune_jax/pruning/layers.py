@@ -1,14 +1,11 @@
-"""The layers of any NNX model: their names, which are meant by a pattern, and their calls."""
+"""The layers of any NNX model: their names, and which of them a pattern means."""
 
-import contextlib
 import difflib
 import fnmatch
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
 
 from dynprune_jax.convolution import convolve
@@ -16,10 +13,6 @@ from dynprune_jax.pruning.dynamic_conv import DynamicConv
 
 # A pattern of layer names, several, or a function of the name and the convolution.
 Layers = str | Sequence[str] | Callable[[str, nnx.Conv], bool]
-# What a model is called with first: a batch of images, as `(batch, height, width, channels)`, or a
-# pytree whose first array, scalars aside, has the batch first; where nothing is computed also
-# shapes and dtypes.
-Images = Any
 Model = TypeVar("Model", bound=nnx.Module)
 
 # A convolution with at most this many input channels sees the image (grey, RGB, RGBA).
@@ -106,105 +99,6 @@ def replaced(model: Model, new: Mapping[str, nnx.Module]) -> Model:
             f"a layer of {type(model).__name__} is in a tuple, where none can take its place: put"
             " its layers in an nnx.List"
         ) from error
-
-
-@contextlib.contextmanager
-def all_handed_over(model: nnx.Module) -> Iterator[None]:
-    """Around a call of a model: what is wanted of outputs must reach their normalizations.
-
-    Raises:
-      ValueError: where it has not.
-    """
-    handovers = [v.handover for v in dynamic_layers(model).values() if v.chooses_outputs]
-    for handover in handovers:
-        handover.clear()
-    try:
-        yield
-        for handover in handovers:
-            if handover.waits:
-                raise handover.error()
-    finally:
-        for handover in handovers:
-            handover.clear()
-
-
-def intercept(
-    model: Model, kinds: type[nnx.Module] | tuple[type[nnx.Module], ...], call: Callable[..., Any]
-) -> Model:
-    """Returns a throw-away copy of a model in which the calls of some layers go through `call`.
-
-    Args:
-      model: it is left as it is.
-      kinds: of the layers.
-      call: gets the layer's name, the layer, its own `__call__`, and the arguments, those with a
-        place in their places. The layer stays an instance of its own class, so a model that looks
-        at it sees no difference.
-    """
-    copy = nnx.clone(model)
-    for name, layer in all_modules(copy).items():
-        if isinstance(layer, kinds):
-            _intercept(layer, name, call)
-    return copy
-
-
-def _intercept(layer: nnx.Module, name: str, call: Callable[..., Any]) -> None:
-    kind: Any = type(layer)
-
-    class Intercepted(kind):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            own: Any = super().__call__
-            given = inspect.signature(own).bind(*args, **kwargs)  # the map may come by its name
-            return call(name, self, own, *given.args, **given.kwargs)
-
-    layer.__class__ = Intercepted
-
-
-def call_and_capture(model: nnx.Module, *inputs: Any) -> tuple[Any, Any]:
-    """Calls a model; returns its outputs and all `nnx.Intermediate` that it has sown."""
-    return nnx.capture(lambda model, *inputs: model(*inputs), nnx.Intermediate)(model, *inputs)
-
-
-def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """The call of a model as a function of arrays, to be traced.
-
-    Args:
-      model: any NNX model.
-      *inputs: what it is called with: arrays or their shapes, in pytrees, and anything else.
-
-    Returns:
-      function: of the arrays; what else the model holds and is called with is part of it. It
-        returns the model's outputs, and what it has sown and written: that is read by somebody too.
-      arrays: the model's variables and the arrays, or shapes of arrays, among the inputs.
-    """
-    graph, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten((state, inputs))
-    kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
-    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
-
-    def function(*arrays: Any) -> Any:
-        new = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            new[i] = array
-        state, inputs = jax.tree.unflatten(structure, new)
-        called = nnx.merge(graph, state)
-        outputs = call_and_capture(called, *inputs)
-        given = {id(leaf) for leaf in new}
-        written = [v for v in jax.tree.leaves(nnx.state(called)) if id(v) not in given]
-        return outputs, written
-
-    return function, [leaves[i] for i in traced]
-
-
-def batch_of(images: Images) -> Any:
-    """The batch, which is the first array of a pytree that is no scalar.
-
-    Raises:
-      ValueError: where there is none.
-    """
-    for leaf in jax.tree.leaves(images):
-        if getattr(leaf, "shape", ()):
-            return leaf
-    raise ValueError(f"images is a {type(images).__name__} that holds no array")
 
 
 def select(model: nnx.Module, layers: Layers) -> list[str]:

@@ -28,6 +28,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dynprune_jax.pruning.calls import bodies
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.masks import Leaf, Masks
 
@@ -290,9 +291,7 @@ def _jaxpr_macs(jaxpr: Any) -> int:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += eqn.outvars[0].aval.size * math.prod(shapes[0][axis] for axis in contracted)
         else:
-            values = jax.tree.leaves(list(eqn.params.values()))
-            bodies = [getattr(value, "jaxpr", value) for value in values]
-            inner = [_jaxpr_macs(body) for body in bodies if hasattr(body, "eqns")]
+            inner = [_jaxpr_macs(body) for body in bodies(eqn)]
             if eqn.primitive.name == "cond":
                 total += max(inner)
             else:

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from dynprune_jax.pruning.compact_conv import is_compact
-from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.layers import (
+from dynprune_jax.pruning.calls import (
     Images,
     all_handed_over,
-    all_modules,
     as_function,
     batch_of,
     call_and_capture,
-    dynamic_layers,
+    cannot_leave,
     intercept,
+    of_kind,
 )
+from dynprune_jax.pruning.compact_conv import is_compact
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.layers import all_modules, dynamic_layers
 from dynprune_jax.pruning.macs import LayerUsage, Usage, conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
 
@@ -91,12 +92,10 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         with all_handed_over(model):
             logits, sown = call_and_capture(metered, images, *others)
     except (TypeError, ValueError) as error:
-        if "__captures__" not in str(error):  # the name that NNX gives to what is sown
+        if not cannot_leave(error):
             raise
         raise ValueError(_does_not_leave("a layer")) from error
-    leaves = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, LayerUsage))
-    layers = [leaf for leaf in leaves if isinstance(leaf, LayerUsage)]  # a model may sow too
-    layers = sorted(layers, key=lambda layer: layer.order)
+    layers = of_kind(sown, LayerUsage)
     gates = dynamic_layers(model)
     _check_counted({order: name for order, name in called.items() if name in gates}, layers)
     for layer in layers:

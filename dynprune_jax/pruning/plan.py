@@ -16,17 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dynprune_jax.pruning import native
+from dynprune_jax.pruning.calls import Images, as_function, batch_of, intercept
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
-from dynprune_jax.pruning.layers import (
-    Images,
-    as_function,
-    batch_of,
-    dynamic_layers,
-    intercept,
-    replaceable_layers,
-)
+from dynprune_jax.pruning.layers import dynamic_layers, replaceable_layers
 from dynprune_jax.pruning.masks import Masks
 
 # After a first round, a form this much slower than the best is out.

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array
 
+from dynprune_jax.pruning.calls import Images
 from dynprune_jax.pruning.compact_conv import is_compact
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio, Ratio
-from dynprune_jax.pruning.layers import Images, dynamic_layers, matches
+from dynprune_jax.pruning.layers import dynamic_layers, matches
 from dynprune_jax.pruning.measure import measure
 
 # One number; one for each block; or one for each pattern of layer names. All are checked by value.

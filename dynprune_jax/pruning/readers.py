@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
+from dynprune_jax.pruning.calls import Images, as_function, cannot_leave, intercept, of_kind
 from dynprune_jax.pruning.folding import traced_pairs
-from dynprune_jax.pruning.layers import Images, as_function, conv_layers, intercept
+from dynprune_jax.pruning.layers import conv_layers
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +66,7 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
         trial.begin({norm: convs[conv].out_features for norm, conv in norms.items()})
     except (TypeError, ValueError) as error:
         leaked = isinstance(error, jax.errors.UnexpectedTracerError)
-        if not leaked and "__captures__" not in str(error):  # the model's own mistake
+        if not leaked and not cannot_leave(error):  # the model's own mistake
             raise
         raise ValueError(
             f"layers of {type(model).__name__} are called within a transformation (such as"
@@ -107,9 +108,7 @@ class _Trial:
             self._kept, self._answers, self._held = kept, answers, held
             self._clock = itertools.count()
             (outputs, sown), _ = function(*arrays)
-            leaves = jax.tree.leaves(sown, is_leaf=lambda leaf: isinstance(leaf, _Seen))
-            leaves = [leaf for leaf in leaves if isinstance(leaf, _Seen)]  # a model may sow too
-            return outputs, sorted(leaves, key=lambda leaf: leaf.order)
+            return outputs, of_kind(sown, _Seen)
 
         self._run = jax.jit(run)
 

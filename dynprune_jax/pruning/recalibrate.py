@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dynprune_jax.pruning.calls import Images, batch_of, intercept
 from dynprune_jax.pruning.compact_conv import is_compact
-from dynprune_jax.pruning.layers import Images, all_modules, batch_of, intercept
+from dynprune_jax.pruning.layers import all_modules
 
 
 def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
