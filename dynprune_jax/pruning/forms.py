@@ -128,31 +128,9 @@ def execute(
             features=masks.features if form.features else None,
             out_columns=masks.out_columns if form.columns else None,
         )
-        sizes = {
-            "features": features,
-            "kept_channels": kept_channels,
-            "group_size": group_size,
-        }
+        sizes = {"features": features, "kept_channels": kept_channels, "group_size": group_size}
         return product.batch(geometry, weights, masked.apply(x), skipped, **sizes)
-    image: dict[str, Any] = {"x": x}
-    if masks.channels is not None:
-        if form.channels:
-            kept = masks.kept_channels
-            if kept is None:
-                kept, _ = kept_indices(masks.channels, kept_channels)
-            image["channels"] = kept
-        else:
-            image["channel_mask"] = masks.channels
-    if masks.columns is not None:
-        if form.columns:
-            flat = masks.columns.reshape(batch, -1)
-            image["columns"], places = kept_indices(flat, kept_columns)
-            image["places"] = places.reshape(masks.columns.shape)
-        else:
-            image["column_mask"] = masks.columns
-    if form.features:
-        assert masks.features is not None
-        image["wanted"], image["stand"] = kept_indices(masks.features, wanted_features)
+    image = _of_each_image(form, x, masks, kept_channels, kept_columns, wanted_features)
     multiply = product.image
     assert multiply is not None
     dot = _Dot(precision, jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype)
@@ -174,6 +152,37 @@ def execute(
     if form.images in (0, batch):
         return jax.vmap(convolve)(image)
     return lax.map(convolve, image, batch_size=form.images if form.images > 1 else None)
+
+
+def _of_each_image(
+    form: Form,
+    x: Array,
+    masks: Masks,
+    kept_channels: int,
+    kept_columns: int,
+    wanted_features: int,
+) -> dict[str, Any]:
+    """The maps, with indices of what a form gathers and masks of what it does not."""
+    image: dict[str, Any] = {"x": x}
+    if masks.channels is not None:
+        if form.channels:
+            kept = masks.kept_channels
+            if kept is None:
+                kept, _ = kept_indices(masks.channels, kept_channels)
+            image["channels"] = kept
+        else:
+            image["channel_mask"] = masks.channels
+    if masks.columns is not None:
+        if form.columns:
+            flat = masks.columns.reshape(x.shape[0], -1)
+            image["columns"], places = kept_indices(flat, kept_columns)
+            image["places"] = places.reshape(masks.columns.shape)
+        else:
+            image["column_mask"] = masks.columns
+    if form.features:
+        assert masks.features is not None
+        image["wanted"], image["stand"] = kept_indices(masks.features, wanted_features)
+    return image
 
 
 @dataclasses.dataclass(frozen=True)
