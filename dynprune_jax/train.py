@@ -148,12 +148,6 @@ def run_phase(
       UserError: if the loss is no longer finite, or every checkpoint is damaged.
       Stopped: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
-    config, total = run.config, run.phase_steps(name)
-    offset = run.phase_steps("dense") if name == "prune" else 0
-    schedule = ratio_schedule(run, network.values(PruneRatio))
-    state = TrainState.create(start, network, run.optimizer(name))
-    timing = Timing()
-    recent: list[dict[str, float]] = []
     folder, of = run.workdir / "checkpoints" / name, run.identity(name, filters_removed_by)
     # Older ones do not tell how they were pruned: there the shapes must do.
     assumed = run.assumed() | {"filters removed by": filters_removed_by}
@@ -161,99 +155,156 @@ def run_phase(
         Checkpoints(folder, of=of, assumed=assumed, mend=True) as checkpoints,
         Feed(run, name, network, run.mesh, teacher) as feed,
     ):
-        state = feed.place(state)
-        if checkpoints.steps():
-            state, extra = checkpoints.restore(state)
-            timing = Timing(**extra["timing"])
-            recent = extra["recent"]
-            feed.set_position(extra["position"])
-        step = int(state.step)
-        every_epochs = {
-            "evaluate": config.evaluate_every_epochs * run.steps_per_epoch,
-            "checkpoint": config.checkpoint_every_epochs * run.steps_per_epoch,
+        phase = _Phase(run, name, network, start, feed, checkpoints)
+        if not phase.done:
+            with (
+                Writers(run.workdir, name, phase.row) as writers,
+                Screen(name, phase.step, phase.total) as screen,
+                StopSignals() as signals,
+            ):
+                phase.go_on(writers, screen, signals)
+                # A signal may also have come during the last save, or with nothing left to do.
+                if stopped_by := processes.agree(signals.received or 0):
+                    checkpoints.wait()
+                    raise Stopped(
+                        stopped_by,
+                        f"stopped by {signal.Signals(stopped_by).name}; step {phase.step} of"
+                        f" {phase.total} of the {name} phase is saved, and the same command goes"
+                        " on",
+                    )
+    return jax.device_get(phase.state.values), phase.timing.summary()
+
+
+class _Phase:
+    """A phase under way, begun at its newest checkpoint or, without one, with `start`.
+
+    Attributes:
+      total: steps in all.
+      step: steps done.
+      state: what they have made.
+      timing: where the time went.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        network: Network,
+        start: Values,
+        feed: Feed,
+        checkpoints: Checkpoints,
+    ):
+        self._run, self._name, self._network = run, name, network
+        self._feed, self._checkpoints = feed, checkpoints
+        self._schedule = ratio_schedule(run, network.values(PruneRatio))
+        self._offset = run.phase_steps("dense") if name == "prune" else 0
+        self._every = {
+            "evaluate": run.config.evaluate_every_epochs * run.steps_per_epoch,
+            "checkpoint": run.config.checkpoint_every_epochs * run.steps_per_epoch,
+            "log": run.config.log_every_steps,
         }
+        self.total = run.phase_steps(name)
+        self.state = feed.place(TrainState.create(start, network, run.optimizer(name)))
+        self.timing = Timing()
+        self._recent: list[dict[str, float]] = []  # metrics since the last row
+        if checkpoints.steps():
+            self.state, extra = checkpoints.restore(self.state)
+            self.timing = Timing(**extra["timing"])
+            self._recent = extra["recent"]
+            feed.set_position(extra["position"])
+        self.step = int(self.state.step)
 
-        def due(what: str) -> bool:
-            return step > 0 and (step % every_epochs[what] == 0 or step == total)
+    @property
+    def row(self) -> int:
+        """The step as rows of metrics count it, over both phases."""
+        return self._offset + self.step
 
-        rows = [row for row in read_metrics(run.workdir) if row["step"] == offset + step]
-        rows = [row for row in rows if row.get("phase") == name and "test_accuracy" in row]
-        owed = due("evaluate") and not rows
-        if step == total and not owed:
-            return jax.device_get(state.values), timing.summary()
-        with (
-            Writers(run.workdir, name, offset + step) as writers,
-            Screen(name, step, total) as screen,
-            StopSignals() as signals,
-        ):
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to train or to evaluate."""
+        return self.step == self.total and not self._owes_evaluation
 
-            def evaluate() -> None:
-                ratios = schedule(jnp.asarray(step - 1))
-                # Of many processes none may leave the others in the middle.
-                alone = jax.process_count() == 1
-                with signals.obeyed() if alone else contextlib.nullcontext():
-                    accuracy = run.evaluate(network, state.values, ratios).accuracy
-                row = {"test_accuracy": accuracy, "resident_memory_mb": resident_memory_mb()}
-                writers.write(offset + step, row)
-                screen.say(step, run.steps_per_epoch, accuracy, _mean(ratios))
+    @property
+    def _owes_evaluation(self) -> bool:
+        """Whether a run that was cut off has saved this step, but not evaluated it."""
+        rows = [row for row in read_metrics(self._run.workdir) if row["step"] == self.row]
+        rows = [row for row in rows if row.get("phase") == self._name and "test_accuracy" in row]
+        return self._due("evaluate") and not rows
 
-            if owed:
-                evaluate()
-            clock = time.perf_counter()
-            stopped_by = 0
-            while step < total and not stopped_by:
-                ends = [total, *(_next(step, every) for every in every_epochs.values())]
-                ends.append(_next(step, config.log_every_steps))
-                count = min(feed.steps_per_dispatch, min(ends) - step)
-                if count < feed.steps_per_dispatch:
-                    count = 1  # so that at most two programs are ever compiled
-                batch = feed.next_batch()
-                called = time.perf_counter()
-                state, metrics = feed.advance(state, count, batch)
-                metrics = jax.device_get(metrics)
-                now = time.perf_counter()
-                step += count
-                if feed.compiled(count):
-                    timing.in_step += now - called
-                    timing.outside_step += called - clock
-                    timing.images += count * config.batch_size
-                else:
-                    timing.compilation += now - clock
-                clock = now
-                means = {key: float(value) for key, value in metrics.items()}
-                recent.append({**means, "steps": count})
-                _stop_if_not_finite(run, name, step, metrics)
-                screen.advance(count, config.batch_size, metrics)
-                if step % config.log_every_steps == 0 or step == total:
-                    writers.write(offset + step, _row(run, name, recent, schedule, step))
-                    recent = []
-                if due("evaluate"):
-                    timing.outside_step += time.perf_counter() - clock
-                    clock = time.perf_counter()
-                    with contextlib.suppress(Stopped):  # save first; the resumed run evaluates
-                        evaluate()
-                    timing.evaluation += time.perf_counter() - clock
-                    clock = time.perf_counter()
-                stopped_by = processes.agree(signals.received or 0)
-                if due("checkpoint") or stopped_by:
-                    saved = jax.device_get(state)
-                    _stop_if_weights_are_not_finite(run, name, step, saved)
-                    extra = {
-                        "timing": dataclasses.asdict(timing),
-                        "position": feed.position(),
-                        "total": total,
-                        "recent": recent,
-                    }
-                    checkpoints.save(step, saved, extra)
-            # A signal may have come since: during the last save, or where nothing was left to do.
-            if stopped_by := stopped_by or processes.agree(signals.received or 0):
-                checkpoints.wait()
-                raise Stopped(
-                    stopped_by,
-                    f"stopped by {signal.Signals(stopped_by).name}; step {step} of {total} of the"
-                    f" {name} phase is saved, and the same command goes on",
-                )
-    return jax.device_get(state.values), timing.summary()
+    def _due(self, what: str) -> bool:
+        return self.step > 0 and (self.step % self._every[what] == 0 or self.step == self.total)
+
+    def go_on(self, writers: Writers, screen: Screen, signals: StopSignals) -> None:
+        """Trains up to the end, or the step that a signal ends."""
+        if self._owes_evaluation:
+            self._evaluate(writers, screen, signals)
+        stopped_by = 0
+        self._clock = time.perf_counter()
+        while self.step < self.total and not stopped_by:
+            count, metrics = self._advance()
+            _stop_if_not_finite(self._run, self._name, self.step, metrics)
+            screen.advance(count, self._run.config.batch_size, metrics)
+            if self._due("log"):
+                row = _row(self._run, self._name, self._recent, self._schedule, self.step)
+                writers.write(self.row, row)
+                self._recent = []
+            if self._due("evaluate"):
+                self._lap("outside_step")
+                with contextlib.suppress(Stopped):  # save first; the resumed run evaluates
+                    self._evaluate(writers, screen, signals)
+                self._lap("evaluation")
+            stopped_by = processes.agree(signals.received or 0)
+            if self._due("checkpoint") or stopped_by:
+                self._save()
+
+    def _advance(self) -> tuple[int, dict[str, Any]]:
+        """Does the steps up to what is due next, at most a dispatch; gives their mean metrics."""
+        most = self._feed.steps_per_dispatch
+        due = (_next(self.step, every) for every in self._every.values())
+        count = min(most, min(self.total, *due) - self.step)
+        if count < most:
+            count = 1  # so that at most two programs are ever compiled
+        batch = self._feed.next_batch()
+        called = time.perf_counter()
+        self.state, metrics = self._feed.advance(self.state, count, batch)
+        metrics = jax.device_get(metrics)
+        self.step += count
+        if self._feed.compiled(count):
+            self._lap("outside_step", called)
+            self._lap("in_step")
+            self.timing.images += count * self._run.config.batch_size
+        else:
+            self._lap("compilation")
+        means = {key: float(value) for key, value in metrics.items()}
+        self._recent.append({**means, "steps": count})
+        return count, metrics
+
+    def _lap(self, part: str, now: float | None = None) -> None:
+        """Adds the time since the last lap to a part of the timing."""
+        now = time.perf_counter() if now is None else now
+        setattr(self.timing, part, getattr(self.timing, part) + now - self._clock)
+        self._clock = now
+
+    def _evaluate(self, writers: Writers, screen: Screen, signals: StopSignals) -> None:
+        ratios = self._schedule(jnp.asarray(self.step - 1))
+        # Of many processes none may leave the others in the middle.
+        alone = jax.process_count() == 1
+        with signals.obeyed() if alone else contextlib.nullcontext():
+            accuracy = self._run.evaluate(self._network, self.state.values, ratios).accuracy
+        row = {"test_accuracy": accuracy, "resident_memory_mb": resident_memory_mb()}
+        writers.write(self.row, row)
+        screen.say(self.step, self._run.steps_per_epoch, accuracy, _mean(ratios))
+
+    def _save(self) -> None:
+        saved = jax.device_get(self.state)
+        _stop_if_weights_are_not_finite(self._run, self._name, self.step, saved)
+        extra = {
+            "timing": dataclasses.asdict(self.timing),
+            "position": self._feed.position(),
+            "total": self.total,
+            "recent": self._recent,
+        }
+        self._checkpoints.save(self.step, saved, extra)
 
 
 def _next(step: int, every: int) -> int:
