@@ -44,7 +44,7 @@ class Geometry:
         if repeats(conv):
             padding = "VALID"
         if isinstance(padding, str):
-            padding = lax.padtype_to_pads((height, width), _spans(conv), strides, padding)
+            padding = lax.padtype_to_pads((height, width), spans(conv), strides, padding)
         elif isinstance(padding, int):
             padding = (padding, padding)
         down, across = (pair(side) for side in padding)
@@ -99,11 +99,11 @@ def repeat_map(
     conv: nnx.Conv, x: Float[Array, "batch height width channels"]
 ) -> Float[Array, "batch padded_height padded_width channels"]:
     """Adds the padding that `CIRCULAR` and `REFLECT` mean, as `nnx.Conv` does."""
-    sides = [((span - 1) // 2, span // 2) for span in _spans(conv)]
+    sides = [((span - 1) // 2, span // 2) for span in spans(conv)]
     return jnp.pad(x, ((0, 0), *sides, (0, 0)), mode=_REPEATING[str(conv.padding)])
 
 
-def _spans(conv: nnx.Conv) -> list[int]:
+def spans(conv: nnx.Conv) -> list[int]:
     """The columns that a kernel spans, down and across."""
     sizes = zip(pair(conv.kernel_size), pair(conv.kernel_dilation), strict=True)
     return [(size - 1) * dilation + 1 for size, dilation in sizes]

@@ -17,6 +17,8 @@ from dynprune_jax.data.augment import (
     random_resized_crop,
 )
 
+cut_and_resized = jax.jit(random_resized_crop, static_argnums=(2, 3))
+
 
 def numbered(batch=4, height=5, width=6, channels=2):
     """Images whose every value is different, as far as 255 allows, and never 0."""
@@ -88,7 +90,7 @@ def test_center_crop_is_the_middle():
 
 def test_a_random_resized_crop_shows_a_plain_image_plain():
     images = np.broadcast_to(np.array([0, 77, 255], np.uint8), (8, 9, 12, 3))
-    crops = random_resized_crop(jax.random.key(0), jnp.asarray(images), 5)
+    crops = cut_and_resized(jax.random.key(0), jnp.asarray(images), 5)
     np.testing.assert_allclose(crops, np.broadcast_to(images[:, :5, :5], crops.shape), atol=1e-3)
 
 
@@ -97,7 +99,7 @@ def test_random_resized_crops_have_the_areas_and_aspects_asked_for():
     side, size = 64, 16
     rows, columns = np.mgrid[:side, :side].astype(np.uint8) * 3
     images = np.broadcast_to(np.stack([rows, columns], -1), (500, side, side, 2))
-    crops = np.asarray(random_resized_crop(jax.random.key(3), jnp.asarray(images), size, 0.25))
+    crops = np.asarray(cut_and_resized(jax.random.key(3), jnp.asarray(images), size, 0.25))
     assert crops.dtype == np.float32
     # Values in the middle of the crop, where no border bends them, grow by a crop's pixel.
     steps = (crops[:, 12, 12] - crops[:, 4, 4]) / 8 / 3 * size  # height and width in pixels
@@ -169,7 +171,7 @@ def test_augment_is_crop_then_flip_then_cutout_under_jit(resized_crop):
     key = jax.random.key(5)
     crop_key, flip_key, cutout_key = jax.random.split(key, 3)
     if resized_crop:
-        cropped = random_resized_crop(crop_key, images, 8)
+        cropped = cut_and_resized(crop_key, images, 8)
     else:
         cropped = random_crop(crop_key, images, 1, 8)
     out = run(key)

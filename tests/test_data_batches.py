@@ -51,7 +51,9 @@ def test_a_device_epoch_draws_no_example_twice(count, size, seed):
     key = jax.random.key(seed)
     drawn = []
     for step in range(count // size):
-        batch, batch_labels = device_batch(key, step, images, labels, size)
+        batch, batch_labels = jax.jit(device_batch, static_argnums=4)(
+            key, step, images, labels, size
+        )
         np.testing.assert_array_equal(batch[:, 0, 0, 0], batch_labels)
         drawn.extend(batch_labels.tolist())
     assert len(drawn) == count // size * size

@@ -26,7 +26,7 @@ def test_every_example_counts_once_however_the_batches_fall():
     whole = evaluate(evaluator, network.weights, eval_batches((images, labels), 11))
     parts = evaluate(evaluator, network.weights, eval_batches((images, labels), 4))
     model.eval()
-    logits, usage = measure(model, prepare(jnp.asarray(images)))
+    logits, usage = nnx.jit(measure)(model, prepare(jnp.asarray(images)))
     np.testing.assert_array_equal(parts.correct, np.argmax(logits, -1) == labels)
     for result in (whole, parts):
         assert result.accuracy == np.mean(np.argmax(logits, -1) == labels)
@@ -48,7 +48,7 @@ def test_batches_mix_what_a_set_holds_in_order_and_results_are_in_that_order(con
     images, labels = run.dataset.test.read_all()
     model = run.dense.bind(run.dense.weights)
     model.eval()
-    logits = model(evaluation_images(config, jnp.asarray(images)))
+    logits = nnx.jit(model)(evaluation_images(config, jnp.asarray(images)))
     right = np.argmax(logits, -1) == labels
     assert right.any()
     assert not right.all()

@@ -69,10 +69,9 @@ def test_keep_highest_equals_the_slow_way_ties_and_nan_included(scores, data):
     count = data.draw(st.integers(1, scores.shape[1]))
     traced = jax.jit(keep_highest)(jnp.asarray(scores), count)
     np.testing.assert_array_equal(traced, slow_mask(scores, count))
-    keys, kept = masks._ordered(jnp.asarray(scores)), jnp.asarray(count)
-    np.testing.assert_array_equal(  # what a GPU does, and what a CPU does
-        masks._threshold_by_sort(keys, kept), masks._threshold_by_search(keys, kept)
-    )
+    keys, kept = jax.jit(masks._ordered)(jnp.asarray(scores)), jnp.asarray(count)
+    by_sort, by_search = map(jax.jit, (masks._threshold_by_sort, masks._threshold_by_search))
+    np.testing.assert_array_equal(by_sort(keys, kept), by_search(keys, kept))  # on GPUs; on CPUs
     assert (np.sum(traced, axis=1) == count).all()
 
 
@@ -111,7 +110,7 @@ def test_kept_indices_are_those_of_the_mask(shape, seed, data):
     count = data.draw(some_count(shape[1]))
     scores = np.random.default_rng(seed).normal(size=shape)
     mask = slow_mask(scores, count)
-    kept, place = kept_indices(jnp.asarray(mask), count)
+    kept, place = jax.device_get(jax.jit(kept_indices, static_argnums=1)(mask, count))
     for row, indices, places in zip(mask, kept, place, strict=True):
         np.testing.assert_array_equal(indices, np.flatnonzero(row))
         np.testing.assert_array_equal(places[row], np.arange(count))
@@ -128,6 +127,7 @@ def test_an_empty_batch_has_no_masks():
 def test_highest_are_the_indices_of_what_keep_highest_marks(scores, data):
     count = data.draw(some_count(scores.shape[1]))
     mask = slow_mask(scores, count)
-    np.testing.assert_array_equal(keep_highest_of_few(jnp.asarray(scores), count), mask)
-    for row, indices in zip(mask, highest(jnp.asarray(scores), count), strict=True):
+    of_few, best = (jax.jit(f, static_argnums=1) for f in (keep_highest_of_few, highest))
+    np.testing.assert_array_equal(of_few(scores, count), mask)
+    for row, indices in zip(mask, jax.device_get(best(scores, count)), strict=True):
         np.testing.assert_array_equal(np.sort(indices), np.flatnonzero(row))

@@ -16,19 +16,15 @@ from dynprune_jax.pruning.pallas_conv import kept_groups_conv
 SAME = ((1, 1), (1, 1))
 
 
-def masked_conv(x, kernel, groups, group_size, padding):
-    """The masked path in float32; with it the mask over channels."""
-    kept = np.zeros((len(x), x.shape[-1] // group_size), bool)
-    kept[np.arange(len(x))[:, None], groups] = True
-    channels = jnp.asarray(np.repeat(kept, group_size, axis=1))
-    y = jax.lax.conv_general_dilated(
+def masked_conv(x, kernel, channels, padding):
+    """The masked path in float32."""
+    return jax.lax.conv_general_dilated(
         Masks(channels).apply(x).astype(jnp.float32),
         kernel.astype(jnp.float32),
         (1, 1),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return y, channels[:, None, None]
 
 
 def check(rng, dtype, batch, size, kernel_size, padding, group_size, kept, total, features, blocks):
@@ -37,17 +33,25 @@ def check(rng, dtype, batch, size, kernel_size, padding, group_size, kept, total
     x = jnp.asarray(rng.normal(size=(batch, *size, channels)), dtype)
     kernel = jnp.asarray(rng.normal(size=(*kernel_size, channels, features)), dtype)
     groups = np.stack([np.sort(rng.permutation(total)[:kept]) for _ in range(batch)])
-    expected, mask = masked_conv(x, kernel, groups, group_size, padding)
-    y = kept_groups_conv(
-        jnp.where(mask, x, jnp.asarray(jnp.nan, dtype)),
-        kernel,
-        jnp.asarray(groups),
-        group_size=group_size,
-        padding=padding,
-        block_rows=blocks[0],
-        block_features=blocks[1],
-        interpret=True,
-    )
+    kept_groups = np.zeros((batch, total), bool)
+    kept_groups[np.arange(batch)[:, None], groups] = True
+    channel_mask = jnp.asarray(np.repeat(kept_groups, group_size, axis=1))
+
+    @jax.jit
+    def both(x, kernel, groups, channel_mask):
+        y = kept_groups_conv(
+            jnp.where(channel_mask[:, None, None], x, jnp.asarray(jnp.nan, dtype)),
+            kernel,
+            groups,
+            group_size=group_size,
+            padding=padding,
+            block_rows=blocks[0],
+            block_features=blocks[1],
+            interpret=True,
+        )
+        return y, masked_conv(x, kernel, channel_mask, padding)
+
+    y, expected = both(x, kernel, jnp.asarray(groups), channel_mask)
     assert y.dtype == dtype
     tolerance = 1e-5 if dtype == jnp.float32 else 2.0**-8
     np.testing.assert_allclose(

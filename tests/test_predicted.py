@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_compact import mixed_plan
+from test_compact import mixed_plan, run
 
 from dynprune_jax import compact, measure, models
 from dynprune_jax.build import build_dynamic
@@ -40,12 +40,11 @@ def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, **options
     """A model with norms as after some training, the same with predicted gates, and images."""
     factory, side, channels = FACTORIES[name]
     model = factory(10, image_size=side, in_channels=channels, width=0.25, rngs=nnx.Rngs(0))
-    key = jax.random.key(1)
-    for i, (_, module) in enumerate(nnx.iter_modules(model)):
+    rng = np.random.default_rng(0)  # JAX would compile its draw for every shape
+    for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
-            for j, part in enumerate((module.scale, module.bias, module.mean, module.var)):
-                draw = jax.random.fold_in(key, 4 * i + j)
-                part[...] = jax.random.uniform(draw, part.shape, minval=0.1, maxval=1.0)
+            for part in (module.scale, module.bias, module.mean, module.var):
+                part[...] = jnp.asarray(rng.uniform(0.1, 1.0, part.shape), jnp.float32)
     blocks = column_blocks(model) if block_columns else ()
     dynamic = predict_channels(
         model,
@@ -55,13 +54,14 @@ def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, **options
         column_blocks=blocks,
         **options,
     )
-    for i, layer in enumerate(dynamic_layers(dynamic).values()):
+    for layer in dynamic_layers(dynamic).values():
         if layer.feature_ratio is not None:  # saliences that differ from input to input
-            draw = jax.random.fold_in(key, i)
-            layer.salience_kernel[...] = jax.random.normal(draw, layer.salience_kernel.shape)
+            drawn = rng.normal(size=layer.salience_kernel.shape)
+            layer.salience_kernel[...] = jnp.asarray(drawn, jnp.float32)
     model.eval()
     dynamic.eval()
-    return model, dynamic, jax.random.normal(key, (3, side, side, channels))
+    images = jnp.asarray(rng.normal(size=(3, side, side, channels)), jnp.float32)
+    return model, dynamic, images
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -101,7 +101,7 @@ def test_nan_is_not_skipped():
 def test_readers_lose_nothing(name, group):
     """What a reader skips is zero: with the readers' own gates open the answers are the same."""
     _, dynamic, images = predicted(name, channel_group=group)
-    logits, usage = measure(dynamic, images)
+    logits, usage = nnx.jit(measure)(dynamic, images)
     by_name = {layer.name: layer for layer in usage.layers}
     model_links = links(dynamic)
     for link in model_links:
@@ -117,7 +117,7 @@ def test_readers_lose_nothing(name, group):
     for link in model_links:
         if isinstance(link.reader, DynamicConv):
             link.reader.channel_ratio = PruneRatio(jnp.float32(0.0))
-    np.testing.assert_allclose(dynamic(images), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(dynamic, images), logits, rtol=1e-5, atol=1e-6)
 
 
 def test_the_cut_counts_both_sides():
@@ -141,10 +141,11 @@ def test_it_starts_as_the_dense_model_and_ranks_as_static_pruning(name, salience
             expected = np.broadcast_to(norms / norms.mean(), (len(images), len(norms)))
             inputs = jnp.ones((len(images), 4, 4, layer.in_features))
             np.testing.assert_allclose(layer.salience(inputs), expected, rtol=1e-5)
+    outputs, expected = run(dynamic, images), run(model, images)
     if salience_scales:  # the norms' scales are divided by it, and it multiplies
-        np.testing.assert_allclose(dynamic(images), model(images), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
     else:
-        np.testing.assert_array_equal(dynamic(images), model(images))
+        np.testing.assert_array_equal(outputs, expected)
 
 
 def test_a_start_that_is_a_constant_of_the_program_is_computed_with_like_any_other():
@@ -161,7 +162,7 @@ def test_a_start_that_is_a_constant_of_the_program_is_computed_with_like_any_oth
     dynamic = predict_channels(Net(), 0.5, {"conv": ("norm", "reader")})
     dynamic.eval()
     expected = nnx.jit(lambda model, images: model(images))(dynamic, images)
-    junk = [jnp.full((n,), 1e30) for n in range(1, 2000, 7)]
+    junk = [jnp.array(np.full((n,), 1e30, np.float32)) for n in range(1, 2000, 7)]
     del junk  # and now it lies there
     np.testing.assert_allclose(nnx.jit(dynamic)(images), expected, rtol=1e-4, atol=1e-5)
 
@@ -218,18 +219,18 @@ def test_a_salience_that_only_ranks_learns_too(monkeypatch):
     monkeypatch.setattr(plan_lib, "_HOPELESS", float("inf"))
     _, dynamic, images = predicted("vgg")
     unit = dynamic.blocks[0].layers[0]
-    y = np.asarray(unit(images))
+    y = np.asarray(run(unit, images))
     unit.conv.salience_scales = False
     np.testing.assert_array_equal(unit.conv.masks(images).salience, 1.0)
     salience = np.asarray(unit.conv.salience(images))[:, None, None, :]
-    np.testing.assert_allclose(np.asarray(unit(images)) * salience, y, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(run(unit, images) * salience, y, rtol=1e-4, atol=1e-6)
     taken = measure_plan(unit, images, repeats=1).milliseconds["conv"]
     skipping = [form for form in taken if form.features]  # what is not wanted
     assert skipping
     forms = mixed_plan(dynamic).forms | {"blocks/0/layers/0/conv": skipping[0]}
     fast = compact(dynamic, images, plan=Plan(forms))
-    np.testing.assert_allclose(fast(images), dynamic(images), rtol=1e-4, atol=1e-4)
-    gradient = nnx.grad(lambda unit: jnp.sum(unit(images)))(unit)
+    np.testing.assert_allclose(run(fast, images), run(dynamic, images), rtol=1e-4, atol=1e-4)
+    gradient = nnx.jit(nnx.grad(lambda unit: jnp.sum(unit(images))))(unit)
     assert np.abs(gradient.conv.salience_kernel[...]).max() > 0
 
 
@@ -238,8 +239,8 @@ def test_the_norm_sees_all_outputs_in_training():
     model, dynamic, images = predicted("vgg")
     model.train()
     dynamic.train()
-    model(images)
-    dynamic(images)
+    for trained in (model, dynamic):
+        nnx.jit(lambda model: model(images))(trained)
     np.testing.assert_allclose(
         dynamic.blocks[0].layers[0].norm.mean[...], model.blocks[0].layers[0].norm.mean[...]
     )
@@ -266,8 +267,8 @@ def test_columns_are_chosen_once_a_block(name):
     dynamic = make_dynamic(model, column_ratio=0.4, column_blocks=blocks)
     dynamic.eval()
     images = jax.random.normal(jax.random.key(1), (3, side, side, channels))
-    _, usage = measure(dynamic, images)
-    layers = {layer.name: layer for layer in usage.layers}
+    _, usage = nnx.jit(measure)(dynamic, images)
+    layers = {layer.name: layer for layer in jax.device_get(usage).layers}
     blocks = [[n for n, _ in block if layers[n].masks.columns is not None] for block in blocks]
     assert max(len(block) for block in blocks) == {"resnet20": 2}.get(name, 3)
     for first, *rest in blocks:

@@ -28,6 +28,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dynprune_jax.geometry import Geometry, pair, repeats, spans
 from dynprune_jax.pruning.calls import bodies
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.masks import Leaf, Masks
@@ -178,29 +179,7 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
     """
     *batch, height, width, channels = shape
 
-    def taps(columns, wanted=None):
-        """Sums in int32, so a map of any size counts exactly."""
-        counts = ones(columns.astype(jnp.float32)[..., None])[..., 0].astype(jnp.int32)
-        return jnp.sum(counts if wanted is None else jnp.where(wanted, counts, 0), axis=(-2, -1))
-
-    with jax.ensure_compile_time_eval():  # the dense count is a number, also under jit
-        # A convolution of the same geometry, with one channel and a kernel of ones, counts for
-        # each output position the taps that fall on a kept column.
-        ones = nnx.Conv(
-            1,
-            1,
-            conv.kernel_size,
-            conv.strides,
-            padding=conv.padding,
-            input_dilation=conv.input_dilation,
-            kernel_dilation=conv.kernel_dilation,
-            use_bias=False,
-            kernel_init=nnx.initializers.ones,
-            rngs=nnx.Rngs(0),
-        )
-        every_column = jnp.ones((1, height, width), bool)
-        all_taps = program_macs(ones, jnp.zeros((1, height, width, 1)))
-        dense_taps = int(taps(every_column)[0])
+    all_taps, dense_taps = _taps_of(conv, height, width)
     fan_out = conv.out_features // conv.feature_group_count
     dynamic = isinstance(conv, DynamicConv)
     ranked = []
@@ -212,14 +191,13 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         ranked.append(height * width // (conv.patch_side(height, width) ** 2 if dynamic else 1))
     if masks.features is not None:
         ranked.append(conv.out_features // (conv.feature_group if dynamic else 1))
-    columns = jnp.ones((*batch, height, width), bool) if masks.columns is None else masks.columns
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
         kept_features=_kept(masks.features, batch, conv.out_features, axes=(-1,)),
         kept_columns=_kept(masks.columns, batch, height * width, axes=(-2, -1)),
         kept_taps=jnp.full(batch, dense_taps, jnp.int32)
         if masks.columns is None and masks.out_columns is None
-        else taps(columns, masks.out_columns),
+        else _kept_taps(conv, (*batch, height, width), masks),
         masks=masks,
         dense_macs=all_taps * channels * fan_out,
         dense_taps=dense_taps,
@@ -232,6 +210,50 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         salience_macs=0 if masks.features is None else channels * conv.out_features,
         **place,
     )
+
+
+def _taps_of(conv: nnx.Conv, height: int, width: int) -> tuple[int, int]:
+    """How many (output position, kernel position) pairs meet a column or padding; and a column.
+
+    Neither counts those on the zeros that a dilated input has between its columns.
+    """
+    if repeats(conv):  # each tap on the padding is one on a column
+        height, width = (n + span - 1 for n, span in zip((height, width), spans(conv), strict=True))
+    apart = pair(conv.input_dilation)
+    sides = [(n - 1) * step + 1 for n, step in zip((height, width), apart, strict=True)]
+    geometry = Geometry.of(conv, height, width)
+    geometry = dataclasses.replace(geometry, height=sides[0], width=sides[1])
+    met = inside = 1
+    for axis in range(2):
+        first = geometry.strides[axis] * np.arange(geometry.out[axis]) - geometry.padding[axis][0]
+        at = first[:, None] + geometry.dilation[axis] * np.arange(geometry.kernel[axis])
+        on_a_place = at % apart[axis] == 0
+        met *= int(np.sum(on_a_place))
+        inside *= int(np.sum(on_a_place & (at >= 0) & (at < sides[axis])))
+    return met, inside
+
+
+def _kept_taps(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks) -> Int[Array, "*batch"]:
+    """The pairs that meet a kept column for a wanted one, in int32: a map of any size is exact."""
+    # A convolution of the same geometry, with one channel and a kernel of ones, counts for each
+    # output position the taps that fall on a kept column.
+    ones = nnx.Conv(
+        1,
+        1,
+        conv.kernel_size,
+        conv.strides,
+        padding=conv.padding,
+        input_dilation=conv.input_dilation,
+        kernel_dilation=conv.kernel_dilation,
+        use_bias=False,
+        kernel_init=nnx.initializers.ones,
+        rngs=nnx.Rngs(0),
+    )
+    columns = jnp.ones(shape, bool) if masks.columns is None else masks.columns
+    counts = ones(columns.astype(jnp.float32)[..., None])[..., 0].astype(jnp.int32)
+    if masks.out_columns is not None:
+        counts = jnp.where(masks.out_columns, counts, 0)
+    return jnp.sum(counts, axis=(-2, -1))
 
 
 def linear_usage(
