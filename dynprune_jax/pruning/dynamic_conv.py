@@ -311,6 +311,7 @@ class DynamicConv(nnx.Conv):
         return masks_lib.drop_targets(self.rngs(), mask, self.drop_probability)
 
 
+@jax.jit  # as one program: there is one for each shape, and every operation takes its time
 def _relative_norms(
     kernel: Float[Array, "height width channels features"],
 ) -> Float[Array, " features"]:

@@ -75,21 +75,37 @@ def fold(model: Model, *inputs: Any) -> tuple[Model, set[str]]:
 
 
 def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
-    """The convolution with the affine map of its norm, worked out in float32 or float64."""
-    wide = jnp.promote_types(jnp.float32, conv.kernel.dtype)
-    scale = jax.lax.rsqrt(norm.var[...].astype(wide) + norm.epsilon)
-    if norm.scale is not None:
-        scale = scale * norm.scale[...]
-    shift = -norm.mean[...] * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias[...]
-    if conv.bias is not None:
-        shift = shift + conv.bias[...] * scale
+    """The convolution with the affine map of its norm."""
+    parts = [conv.kernel, conv.bias, norm.mean, norm.var, norm.scale, norm.bias]
+    values = [None if part is None else part[...] for part in parts]
+    kernel, shift = _affine(*values, norm.epsilon)
     folded = nnx.clone(conv)
-    folded.kernel = nnx.Param(conv.kernel[...] * scale.reshape(1, 1, 1, -1))
+    folded.kernel = nnx.Param(kernel)
     folded.bias = nnx.data(nnx.Param(shift))
     folded.use_bias = True
     return folded
+
+
+@jax.jit
+def _affine(
+    kernel: Array,
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+    norm_scale: Array | None,
+    norm_bias: Array | None,
+    epsilon: float,
+) -> tuple[Array, Array]:
+    """A kernel and a bias for both, worked out in float32 or float64."""
+    scale = jax.lax.rsqrt(var.astype(jnp.promote_types(jnp.float32, kernel.dtype)) + epsilon)
+    if norm_scale is not None:
+        scale = scale * norm_scale
+    shift = -mean * scale
+    if norm_bias is not None:
+        shift = shift + norm_bias
+    if bias is not None:
+        shift = shift + bias * scale
+    return kernel * scale.reshape(1, 1, 1, -1), shift
 
 
 def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]], set[str]]:

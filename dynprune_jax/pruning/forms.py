@@ -70,6 +70,7 @@ class Form:
         return " ".join(filter(None, parts))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float[Array, "..."]:
     """Lays a kernel out as the form multiplies it: once, when a network is made compact.
 

@@ -34,6 +34,7 @@ _TIMEOUT = 300  # seconds
 _FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 
 
+@jax.jit
 def kernel_panels(
     kernel: Float[Array, "kernel_height kernel_width channels features"],
 ) -> Float[Array, "panels taps channels 32"]:
