@@ -125,7 +125,7 @@ def test_a_config_that_prunes_nothing_has_nothing_to_compare(config, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.usefixtures("few_forms")
+@pytest.mark.usefixtures("plain_plans")
 def test_where_filters_cannot_go_as_far_the_static_network_is_left_out(config, tmp_path, capsys):
     """Its filters go where the ratios are, in the last block; its gates leave columns out too."""
     config.width, config.static.allotment = 0.25, "gate"

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import json
 import pickle
 
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import fill, mixed_plan, run, trained
 
 import dynprune_jax
 from dynprune_jax.models.links import links
@@ -19,52 +19,6 @@ from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.forms import Form, possible
 from dynprune_jax.pruning.layers import conv_layers
 from dynprune_jax.pruning.plan import Plan, measure_plan
-
-
-def trained(name, **kwargs):
-    """A model with weights and batch statistics as after training, drawn by NumPy."""
-    model = nnx.eval_shape(
-        lambda: getattr(dynprune_jax.models, name)(10, rngs=nnx.Rngs(0), **kwargs)
-    )
-    rng = np.random.default_rng(0)
-    for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, nnx.Conv | nnx.Linear):
-            fan_in = np.prod(layer.kernel.shape[:-1])
-            fill(layer.kernel, rng.normal(size=layer.kernel.shape) * np.sqrt(2 / fan_in))
-        if isinstance(layer, nnx.BatchNorm | nnx.Linear):
-            fill(layer.bias, 0.1 * rng.normal(size=layer.bias.shape))
-        if isinstance(layer, nnx.BatchNorm):
-            fill(layer.mean, 0.1 * rng.normal(size=layer.mean.shape))
-            fill(layer.var, rng.uniform(0.8, 1.2, size=layer.var.shape))
-            fill(layer.scale, rng.uniform(0.4, 0.6, size=layer.scale.shape))
-    return model
-
-
-def fill(variable, values):
-    variable.set_value(jnp.asarray(values, jnp.float32))
-
-
-def run(model, x):
-    graph, state = nnx.split(model)
-    return jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x)
-
-
-def mixed_plan(model):
-    """Every form somewhere: each layer takes the next of those that can execute it."""
-    forms = {}
-    for i, (name, conv) in enumerate(conv_layers(model).items()):
-        gates = {axis: getattr(conv, f"{axis[:-1]}_ratio", None) is not None for axis in AXES}
-        choice = [
-            form
-            for form in possible(conv, **gates)
-            if form.product != "pallas" and not (form.compiled and native.why_not())
-        ]
-        form = choice[i % len(choice)]
-        forms[name] = dataclasses.replace(form, images=0 if form.product == "conv" else i % 3)
-    return Plan(forms)
-
-
-AXES = ("channels", "columns", "features")
 
 
 @pytest.mark.parametrize(

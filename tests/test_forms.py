@@ -85,7 +85,7 @@ def relative_error(y, reference):
     return np.max(np.abs(y - reference)) / max(np.max(np.abs(reference)), 1e-30)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(cases(), st.data())
 def test_every_form_equals_masked_execution(case, data):
     gate, x = case

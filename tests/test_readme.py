@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import trained
 
 import dynprune_jax
-from dynprune_jax import models
 from dynprune_jax.config import check, flatten
 from dynprune_jax.experiments.static import allot, l1, remove_filters
 from dynprune_jax.experiments.study import find_method, read_rows, tables, with_fields
@@ -780,7 +780,7 @@ def test_the_filters_of_an_allotment_are_those_it_leaves():
         rows = read_rows(ROOT / "docs" / "results" / study)
         return next(r for r in rows if (r["method"], r["cut"], r["seed"]) == (method, 0.65, 0))
 
-    small = models.vgg_digits(10, in_channels=3, image_size=16, rngs=nnx.Rngs(0))
+    small = trained("vgg_digits", in_channels=3, image_size=16)
     gates = row("allotment/own_block", "predicted+distillation")["config"]["gate.channel_ratio"]
     kept = [int(kept_count(gates[link.block], link.conv.out_features)) for link in links(small)]
     own = left(small, 16, 0.65, (0.25, 0.25, 0.9), "block")
@@ -792,7 +792,7 @@ def test_the_filters_of_an_allotment_are_those_it_leaves():
     ):
         assert f"| {name} | {', '.join(map(str, filters))} |" in PAGES
 
-    whole = models.vgg16(10, image_size=32, rngs=nnx.Rngs(0))
+    whole = trained("vgg16", image_size=32)
     static = row("cifar10_vgg16", "l1+as_predicted+distillation")
     given = static["config"]["gate.channel_ratio"]
     names = [link.name for link in links(whole)]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_compact import mixed_plan
+from networks import mixed_plan
 
 from dynprune_jax import compact, fold_batch_norms, make_dynamic, predict_channels, recalibrate
 from dynprune_jax.models import vgg_digits

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
+from networks import mixed_plan
 from PIL import Image
-from test_compact import mixed_plan
 
 from dynprune_jax import build, plots
 from dynprune_jax.checkpoint import Checkpoints
@@ -492,7 +492,7 @@ def test_sweep_scales_the_ratios(config, workdir, capsys):
     assert (workdir / "sweep.png").stat().st_size > 10_000
 
 
-@pytest.mark.usefixtures("few_forms")
+@pytest.mark.usefixtures("plain_plans")
 def test_the_cascades_of_a_run_are_timed(config, workdir):
     config.benchmark.batch_sizes, config.cascade.shares = (128,), (0.3,)
     rows = cascade(config, workdir)

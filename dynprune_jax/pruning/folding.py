@@ -1,5 +1,6 @@
 """Batch normalization folded into the convolution in front of it, for inference."""
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -78,7 +79,7 @@ def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
     """The convolution with the affine map of its norm."""
     parts = [conv.kernel, conv.bias, norm.mean, norm.var, norm.scale, norm.bias]
     values = [None if part is None else part[...] for part in parts]
-    kernel, shift = _affine(*values, norm.epsilon)
+    kernel, shift = _affine(*values, epsilon=norm.epsilon)
     folded = nnx.clone(conv)
     folded.kernel = nnx.Param(kernel)
     folded.bias = nnx.data(nnx.Param(shift))
@@ -86,7 +87,7 @@ def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
     return folded
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="epsilon")
 def _affine(
     kernel: Array,
     bias: Array | None,
