@@ -162,9 +162,9 @@ def run_phase(
                 Screen(name, phase.step, phase.total) as screen,
                 StopSignals() as signals,
             ):
-                phase.go_on(writers, screen, signals)
+                stopped_by = phase.go_on(writers, screen, signals)
                 # A signal may also have come during the last save, or with nothing left to do.
-                if stopped_by := processes.agree(signals.received or 0):
+                if stopped_by := stopped_by or processes.agree(signals.received or 0):
                     checkpoints.wait()
                     raise Stopped(
                         stopped_by,
@@ -213,6 +213,9 @@ class _Phase:
             self._recent = extra["recent"]
             feed.set_position(extra["position"])
         self.step = int(self.state.step)
+        rows = [row for row in read_metrics(run.workdir) if row["step"] == self.row]
+        rows = [row for row in rows if row.get("phase") == name and "test_accuracy" in row]
+        self._owed = self._due("evaluate") and not rows  # cut off between the save and that
 
     @property
     def row(self) -> int:
@@ -222,21 +225,14 @@ class _Phase:
     @property
     def done(self) -> bool:
         """Whether nothing is left to train or to evaluate."""
-        return self.step == self.total and not self._owes_evaluation
-
-    @property
-    def _owes_evaluation(self) -> bool:
-        """Whether a run that was cut off has saved this step, but not evaluated it."""
-        rows = [row for row in read_metrics(self._run.workdir) if row["step"] == self.row]
-        rows = [row for row in rows if row.get("phase") == self._name and "test_accuracy" in row]
-        return self._due("evaluate") and not rows
+        return self.step == self.total and not self._owed
 
     def _due(self, what: str) -> bool:
         return self.step > 0 and (self.step % self._every[what] == 0 or self.step == self.total)
 
-    def go_on(self, writers: Writers, screen: Screen, signals: StopSignals) -> None:
-        """Trains up to the end, or the step that a signal ends."""
-        if self._owes_evaluation:
+    def go_on(self, writers: Writers, screen: Screen, signals: StopSignals) -> int:
+        """Trains up to the end, or the step that a signal ends; gives its number, or 0."""
+        if self._owed:
             self._evaluate(writers, screen, signals)
         stopped_by = 0
         self._clock = time.perf_counter()
@@ -256,6 +252,7 @@ class _Phase:
             stopped_by = processes.agree(signals.received or 0)
             if self._due("checkpoint") or stopped_by:
                 self._save()
+        return stopped_by
 
     def _advance(self) -> tuple[int, dict[str, Any]]:
         """Does the steps up to what is due next, at most a dispatch; gives their mean metrics."""

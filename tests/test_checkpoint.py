@@ -283,6 +283,8 @@ async def full(*_):  # in the background, as the method that it stands for
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+# What tensorstore still has under way may find Orbax' event loop closed, in a thread of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["Orbax", "tensorstore"])
 def test_a_save_that_fails_is_one_line_and_leaves_the_one_before(copy, monkeypatch, how):
     def save():

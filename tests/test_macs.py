@@ -3,6 +3,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,6 +94,23 @@ def test_macs_equal_a_walk_over_every_tap(kernel, strides, dilation, padding, gr
     everything = slow_executed_macs(conv, shape, np.ones(4), np.ones(shape[:2]))
     assert usage.dense_executed_macs == everything[0]
     assert program_macs(conv, jnp.zeros((1, *shape))) == usage.dense_macs
+
+
+@pytest.mark.parametrize(
+    "padding",
+    ["SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", 1, [1, (2, 0)], ((-1, 2), (0, -2))],
+    ids=str,
+)
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [((2, 3), 1, 1), ((3, 2), (2, 3), 2)])
+def test_taps_are_those_that_the_convolution_itself_sums(padding, kernel, stride, dilation):
+    conv = nnx.Conv(
+        1, 1, kernel, stride, padding=padding, kernel_dilation=dilation, use_bias=False,
+        kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    ones = jnp.ones((1, 7, 6, 1))
+    usage = conv_usage(conv, ones.shape, Masks(), **PLACE)
+    assert usage.dense_executed_macs == int(jax.jit(conv)(ones).sum())
+    assert usage.dense_macs == program_macs(conv, ones)
 
 
 def test_a_figure_beyond_32_bits_is_exact():

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import fill, trained
 from networks import run as call
-from networks import trained
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import models
@@ -31,8 +31,12 @@ MODELS = {
 def build(name, width=0.125):
     side, channels = MODELS[name]
     model = trained(name, image_size=side, in_channels=channels, width=width)
+    rng = np.random.default_rng(1)
+    for _, module in nnx.iter_modules(model):  # so that the first layers count in the last
+        if isinstance(module, nnx.BatchNorm):
+            fill(module.scale, rng.uniform(0.5, 1.5, module.scale.shape))
     model.eval()
-    images = np.random.default_rng(1).normal(size=(2, side, side, channels))
+    images = rng.normal(size=(2, side, side, channels))
     return model, jnp.asarray(images, jnp.float32)
 
 

@@ -92,7 +92,7 @@ def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
 
 
 def test_a_study_goes_on_past_a_run_that_fails(small, tmp_path, capfd):
-    small.study.methods, small.study.cuts = ("l1",), (0.2, 0.99)
+    small.study.methods, small.study.cuts = ("l1",), (0.99, 0.2)
     small.study.ablations = ()
     with pytest.raises(UserError, match=r"^not done: l1-99-seed3; l1-99-seed3: config"):
         study(small, tmp_path)

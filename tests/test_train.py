@@ -173,11 +173,12 @@ def failing():
     raise RuntimeError("cut off")
 
 
-# How a run is cut off: what of it is called, how often before, what comes then, what it ends with,
-# and the step of the second phase that is saved, if one is.
+# How a run is cut off: what of it is called, how often before since it was started or went on, what
+# comes then, what it ends with, and the step of the second phase that is saved, if one is.
 AT_THE_LAST_SAVE = (Checkpoints, "save"), 0, raising(signal.SIGTERM), "8 of 8 of the dense", None
+BY_AN_ERROR_BEFORE_A_SAVE = (Feed, "advance"), 5, failing, "cut off", None
 AT_STEP_3 = (Feed, "advance"), 2, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3
-BY_AN_ERROR = (Feed, "advance"), 7, failing, "cut off", 8
+BY_AN_ERROR_BEHIND_ONE = (Feed, "advance"), 7, failing, "cut off", 8
 AT_STEP_6 = (Feed, "advance"), 13, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6
 IN_AN_EVALUATION = (Run, "evaluate"), 0, raising(signal.SIGTERM), "SIGTERM; step 8 of 16", 8
 
@@ -185,7 +186,13 @@ IN_AN_EVALUATION = (Run, "evaluate"), 0, raising(signal.SIGTERM), "SIGTERM; step
 @pytest.mark.usefixtures("short_reports")
 @pytest.mark.parametrize(
     ("memory_limit_mb", "cuts"),
-    [(4096, [AT_THE_LAST_SAVE, AT_STEP_3, BY_AN_ERROR]), (0, [AT_STEP_6, IN_AN_EVALUATION])],
+    [
+        (
+            4096,
+            [AT_THE_LAST_SAVE, BY_AN_ERROR_BEFORE_A_SAVE, AT_STEP_3, BY_AN_ERROR_BEHIND_ONE],
+        ),
+        (0, [AT_STEP_6, IN_AN_EVALUATION]),
+    ],
     ids=["memory", "stream"],
 )
 def test_a_run_cut_off_again_and_again_ends_as_if_it_had_not_been(
@@ -224,8 +231,9 @@ def test_a_run_cut_off_again_and_again_ends_as_if_it_had_not_been(
     assert rows(cut) == rows(whole)
 
 
-@pytest.mark.usefixtures("short_reports")
-def test_pruning_can_start_from_a_checkpoint_or_from_scratch(config, workdir, tmp_path):
+def test_pruning_can_start_from_a_checkpoint_or_from_scratch(
+    config, workdir, short_reports, tmp_path
+):
     first = json.loads((workdir / "report.json").read_text())
     config.prune.start = "checkpoint"
     config.prune.checkpoint = str(workdir)
@@ -363,6 +371,7 @@ def test_what_a_config_says_reaches_the_step(config, tmp_path):
         {"gate.criterion": "inverse"},
         {"data.crop_padding": 4},
         {"data.cutout": 4},
+        {"data.stored_size": 12},
         {"gate.layers": ("blocks/2/*", "blocks/1/*"), "gate.channel_ratio": (0.0, 0.4, 0.5),
          "gate.column_ratio": ()},
         {"seed": 1},

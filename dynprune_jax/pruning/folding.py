@@ -79,7 +79,7 @@ def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
     """The convolution with the affine map of its norm."""
     parts = [conv.kernel, conv.bias, norm.mean, norm.var, norm.scale, norm.bias]
     values = [None if part is None else part[...] for part in parts]
-    kernel, shift = _affine(*values, epsilon=norm.epsilon)
+    kernel, shift = _affine(*values, epsilon=float(norm.epsilon))
     folded = nnx.clone(conv)
     folded.kernel = nnx.Param(kernel)
     folded.bias = nnx.data(nnx.Param(shift))

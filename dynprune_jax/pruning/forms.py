@@ -70,7 +70,6 @@ class Form:
         return " ".join(filter(None, parts))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float[Array, "..."]:
     """Lays a kernel out as the form multiplies it: once, when a network is made compact.
 
@@ -335,9 +334,7 @@ def _unchanged(kernel: Array) -> Array:
 _PRODUCTS: dict[str, _Product] = {
     "conv": _Product(_unchanged, image=_conv),
     "patches": _Product(lambda k: k.reshape(-1, *k.shape[2:]), image=_patches),
-    "rows": _Product(
-        lambda k: k.transpose(1, 2, 0, 3).reshape(k.shape[1], k.shape[2], -1), image=_rows
-    ),
+    "rows": _Product(lambda k: k.transpose(1, 2, 0, 3).reshape(*k.shape[1:3], -1), image=_rows),
     "taps": _Product(lambda k: k.transpose(2, 0, 1, 3).reshape(1, k.shape[2], -1), image=_taps),
     "native": _Product(kernel_panels, batch=_native),
     "pairs": _Product(kernel_pairs, batch=_native),

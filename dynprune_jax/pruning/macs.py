@@ -220,7 +220,7 @@ def _taps_of(conv: nnx.Conv, height: int, width: int) -> tuple[int, int]:
     if repeats(conv):  # each tap on the padding is one on a column
         height, width = (n + span - 1 for n, span in zip((height, width), spans(conv), strict=True))
     apart = pair(conv.input_dilation)
-    sides = [(n - 1) * step + 1 for n, step in zip((height, width), apart, strict=True)]
+    sides = [max(0, (n - 1) * a + 1) for n, a in zip((height, width), apart, strict=True)]
     geometry = Geometry.of(conv, height, width)
     geometry = dataclasses.replace(geometry, height=sides[0], width=sides[1])
     met = inside = 1

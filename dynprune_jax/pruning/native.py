@@ -45,6 +45,7 @@ def kernel_panels(
     return kernel.reshape(height * width, channels, panels, _PANEL).transpose(2, 0, 1, 3)
 
 
+@jax.jit
 def kernel_pairs(
     kernel: Float[Array, "kernel_height kernel_width channels features"],
 ) -> Float[Array, "features channels taps"]:
