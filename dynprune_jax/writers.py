@@ -131,16 +131,29 @@ def screen() -> rich.console.Console:
 
 @contextlib.contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar on a terminal while something is done; gives `progress(done, total)`."""
+    """Shows a bar, rate and time left on a terminal while something is done.
+
+    Gives `progress(done, total)`, to be called as it gets on.
+    """
     console = screen()
+    began = time.perf_counter()
     with rich.progress.Progress(
-        *rich.progress.Progress.get_default_columns(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[rate]}"),
+        rich.progress.TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=console.quiet or not console.is_terminal,
     ) as bar:
-        task = bar.add_task(description)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(description, total=None, rate="")
+
+        def progress(done: int, total: int) -> None:
+            rate = f"{done / (time.perf_counter() - began):.3g}/s" if done else ""
+            bar.update(task, completed=done, total=total, rate=rate)
+
+        yield progress
 
 
 class Screen:

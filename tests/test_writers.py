@@ -1,10 +1,15 @@
 import errno
+import io
 import os
+import re
 import struct
 
 import pytest
+import rich.console
+import rich.text
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from dynprune_jax import writers
 from dynprune_jax.writers import Writers, read_metrics, resident_memory_mb
 
 
@@ -74,3 +79,14 @@ def test_the_memory_held_is_told():
     held = bytearray(b"x" * 100 * 2**20)
     assert resident_memory_mb() > before + 90
     del held
+
+
+def test_a_bar_tells_how_many_of_how_many_are_done_and_the_rate(monkeypatch):
+    file = io.StringIO()
+    console = rich.console.Console(force_terminal=True, width=100, file=file)
+    monkeypatch.setattr(writers, "screen", lambda: console)
+    with writers.progress_bar("evaluating") as progress:
+        progress(0, 6)
+        progress(3, 6)
+    shown = rich.text.Text.from_ansi(file.getvalue()).plain
+    assert re.search(r"evaluating .* 3/6 [\d.e+]+/s", shown)
