@@ -479,9 +479,8 @@ def test_the_study_s_claims_are_what_its_runs_say():
         f" and {behind:.1f} behind at 40 %",
         f"at 65 %, reach [{anew:.1f} %](#what-training-on-does-by-itself), as they do; at 55 %",
         f"geometric median reaches {of('geometric_median'):.1f} %)",
-        "cut came out at {l1:.1f} % where 55 % was asked for, the gates' at {predicted:.1f} %".format(
-            **reached
-        ),
+        f"cut came out at {reached['l1']:.1f} % where 55 % was asked for, the gates' at"
+        f" {reached['predicted']:.1f} %",
         f"share of the result is {attention - undropped:.0f} points",
         f"({attention:.1f} % against {undropped:.1f} %",
         f"trained for in the same way, {attention - random:.0f}.",
