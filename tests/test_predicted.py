@@ -25,10 +25,10 @@ from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
 from dynprune_jax.train_step import Network
 
-FACTORIES = {
-    "vgg": (models.vgg_digits, 8, 1),
-    "resnet20": (models.resnet20, 8, 3),
-    "resnet50": (models.resnet50, 32, 3),
+NETWORKS = {
+    "vgg": ("vgg_digits", 8, 1),
+    "resnet20": ("resnet20", 8, 3),
+    "resnet50": ("resnet50", 32, 3),
 }
 
 
@@ -38,8 +38,8 @@ def reads(model):
 
 def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, **options):
     """A model with norms as after some training, the same with predicted gates, and images."""
-    factory, side, channels = FACTORIES[name]
-    model = trained(factory.__name__, image_size=side, in_channels=channels, width=0.25)
+    of, side, channels = NETWORKS[name]
+    model = trained(of, image_size=side, in_channels=channels, width=0.25)
     rng = np.random.default_rng(0)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
@@ -130,7 +130,7 @@ def test_the_cut_counts_both_sides():
     assert usage.dense_macs == measure(predicted("vgg")[0], images)[1].dense_macs
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("salience_scales", [True, False])
 def test_it_starts_as_the_dense_model_and_ranks_as_static_pruning(name, salience_scales):
     model, dynamic, images = predicted(name, ratio=0.0, salience_scales=salience_scales)
@@ -259,11 +259,11 @@ def test_a_salience_is_taken_once_and_by_its_own_map_only():
     assert not handover.waits
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_columns_are_chosen_once_a_block(name):
     """All its convolutions keep and want what the first has chosen."""
-    factory, side, channels = FACTORIES[name]
-    model = trained(factory.__name__, image_size=side, in_channels=channels, width=0.5)
+    of, side, channels = NETWORKS[name]
+    model = trained(of, image_size=side, in_channels=channels, width=0.5)
     blocks = column_blocks(model)
     dynamic = make_dynamic(model, column_ratio=0.4, column_blocks=blocks)
     dynamic.eval()

@@ -225,12 +225,24 @@ def _taps_of(conv: nnx.Conv, height: int, width: int) -> tuple[int, int]:
     geometry = dataclasses.replace(geometry, height=sides[0], width=sides[1])
     met = inside = 1
     for axis in range(2):
-        first = geometry.strides[axis] * np.arange(geometry.out[axis]) - geometry.padding[axis][0]
-        at = first[:, None] + geometry.dilation[axis] * np.arange(geometry.kernel[axis])
+        at = _places_of_taps(
+            geometry.out[axis],
+            geometry.kernel[axis],
+            geometry.strides[axis],
+            geometry.padding[axis][0],
+            geometry.dilation[axis],
+        )
         on_a_place = at % apart[axis] == 0
         met *= int(np.sum(on_a_place))
         inside *= int(np.sum(on_a_place & (at >= 0) & (at < sides[axis])))
     return met, inside
+
+
+def _places_of_taps(
+    out: int, kernel: int, stride: int, before: int, dilation: int
+) -> Int[np.ndarray, "out kernel"]:
+    """Where on one side of the input, padding below 0 and beyond its end, each tap falls."""
+    return (stride * np.arange(out) - before)[:, None] + dilation * np.arange(kernel)
 
 
 def _kept_taps(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks) -> Int[Array, "*batch"]:
@@ -329,12 +341,8 @@ def _conv_macs(params: Any, kernel: Sequence[int], out: Sequence[int]) -> int:
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     axes = zip(places, sides, *(params[name] for name in names), strict=True)
     for place, side, stride, (before, _), apart, step in axes:
-        if apart == 1:
-            total *= out[place] * kernel[side]
-        else:  # not on the zeros between columns
-            first = stride * np.arange(out[place]) - before
-            taps = (first + step * tap for tap in range(kernel[side]))
-            total *= sum(int(np.count_nonzero(at % apart == 0)) for at in taps)
+        at = _places_of_taps(out[place], kernel[side], stride, before, step)
+        total *= int(np.count_nonzero(at % apart == 0))  # not on the zeros between columns
     return total
 
 
