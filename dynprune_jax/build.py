@@ -1,8 +1,12 @@
 """From a config to its data set and its models; what only they can tell is checked here."""
 
 import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
@@ -13,8 +17,9 @@ from dynprune_jax.data import augment
 from dynprune_jax.data.batches import check_batch_size
 from dynprune_jax.data.sources import Dataset, load_dataset
 from dynprune_jax.errors import UserError
-from dynprune_jax.models.links import column_blocks, links
+from dynprune_jax.models.links import LINKED, column_blocks, links
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
+from dynprune_jax.pruning.readers import find_links
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 
 
@@ -59,22 +64,51 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
       channels: of the images.
 
     Raises:
-      UserError: if the model cannot take images of this size.
+      UserError: if there is no such model, or it cannot take images of this size.
     """
+    options = {
+        "in_channels": channels,
+        "image_size": config.data.image_size,
+        "width": config.width,
+        "dtype": jnp.dtype(config.dtype),
+        "rngs": nnx.Rngs(config.seed),
+    }
+    factory, said = _factory(config.model), f"config.model is {config.model!r};"
     try:
-        return getattr(models, config.model)(
-            num_classes,
-            in_channels=channels,
-            image_size=config.data.image_size,
-            dtype=jnp.dtype(config.dtype),
-            width=config.width,
-            rngs=nnx.Rngs(config.seed),
-        )
+        inspect.signature(factory).bind(num_classes, **options)
+    except TypeError as error:
+        call = ", ".join(("num_classes", *(f"{name}=" for name in options)))
+        raise UserError(f"{said} it is called with ({call}): {error}") from error
+    try:
+        model = factory(num_classes, **options)
     except ValueError as error:
         raise UserError(f"config.data.image_size: {error}") from error
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"{said} it returned {type(model).__name__}, and no nnx.Module")
+    return model
 
 
-def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx.Module:
+def _factory(name: str) -> Callable[..., Any]:
+    """The factory of a model: of this package, or MODULE:NAME.
+
+    Raises:
+      UserError: if there is none.
+    """
+    module, _, attribute = name.rpartition(":")
+    if not module:
+        return getattr(models, name)
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"config.model is {name!r}; {error}") from error
+    if not callable(factory):
+        raise UserError(f"config.model is {name!r}; it must be a function")
+    return factory
+
+
+def build_dynamic(
+    config: Config, model: nnx.Module, channels: int, criterion: str = ""
+) -> nnx.Module:
     """The model with gates at the config's target ratios; it shares the model's parameters.
 
     With every ratio 0 that is the model itself.
@@ -82,15 +116,21 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
     Args:
       config: a checked config.
       model: from `build_model`.
+      channels: of the images.
       criterion: in place of the config's.
 
     Raises:
       UserError: if ratios or layer patterns do not fit the model.
     """
-    blocks = len(model.blocks)  # pyright: ignore[reportAttributeAccessIssue]  every model here has them
     ratios: dict[str, Any] = {}
     for field in ("channel_ratio", "column_ratio"):
         given = config.gate[field]
+        blocks = len(getattr(model, "blocks", ()))
+        if given and not blocks:
+            raise UserError(
+                f"config.gate.{field} is {given}, a ratio for each block; the model of"
+                f" {config.model} has no `blocks`: give it a list of its stages of that name"
+            )
         if given and len(given) != blocks:
             raise UserError(
                 f"config.gate.{field} is {given}; {config.model} has {blocks} blocks:"
@@ -102,9 +142,10 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
         return model
     try:
         if config.gate.kind == "predicted":
-            reads = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
             surgery = functools.partial(
-                predict_channels, links=reads, salience_scales=config.gate.salience_scales
+                predict_channels,
+                links=_links(config, model, channels),
+                salience_scales=config.gate.salience_scales,
             )
         else:
             surgery = make_dynamic
@@ -122,6 +163,27 @@ def build_dynamic(config: Config, model: nnx.Module, criterion: str = "") -> nnx
         )
     except ValueError as error:
         raise UserError(f"config.gate: {error}") from error
+
+
+def _links(config: Config, model: nnx.Module, channels: int) -> Mapping[str, tuple[str, str]]:
+    if isinstance(model, LINKED):
+        return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+    side, dtype = config.data.image_size, jnp.dtype(config.dtype)
+    return _found_links(config.model, config.width, (1, side, side, channels), dtype)
+
+
+@functools.cache  # it takes seconds, and a run makes its network dynamic some twenty times
+def _found_links(
+    name: str, width: float, shape: tuple[int, ...], dtype: Any
+) -> Mapping[str, tuple[str, str]]:
+    """The links of a model of somebody's own, which does not depend on its weights."""
+
+    def model() -> nnx.Module:
+        kwargs = {"image_size": shape[1], "in_channels": shape[-1], "width": width, "dtype": dtype}
+        return _factory(name)(10, **kwargs, rngs=nnx.Rngs(0))
+
+    with jax.ensure_compile_time_eval():  # a run checks its config in a trace
+        return find_links(nnx.eval_shape(model), jax.ShapeDtypeStruct(shape, dtype))
 
 
 def evaluation_images(

@@ -42,7 +42,8 @@ def base_config() -> Config:
             "log_every_steps": 50,
             "evaluate_every_epochs": 1,
             "checkpoint_every_epochs": 1,
-            # A factory of dynprune_jax.models.
+            # A factory of dynprune_jax.models; or one of your own, as MODULE:NAME, that is called
+            # as theirs are and whose model has a list `blocks` too.
             "model": "vgg16",
             "width": 1.0,  # factor on the channels of every convolution of the model
             "data": {
@@ -262,7 +263,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "log_every_steps": _at_least(1),
     "evaluate_every_epochs": _at_least(1),
     "checkpoint_every_epochs": _at_least(1),
-    "model": _one_of(*sorted(models.__all__)),
+    "model": (
+        lambda value: value in models.__all__ or all(value.partition(":")),
+        f"choose one of {', '.join(sorted(models.__all__))}, or a factory of your own as"
+        " MODULE:NAME",
+    ),
     "width": _above(0.0, 1000.0),
     "data.name": (bool, "it must name a data set, such as digits"),
     "data.path": _PATH,

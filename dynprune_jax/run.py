@@ -342,11 +342,14 @@ class Run:
 
     def gated(self, dense: Values) -> Values:
         """What the dynamic network starts with: the values of a dense one, and of its new gates."""
-        return Network(build_dynamic(self.config, self.dense.bind(dense))).weights
+        return self._dynamic(self.dense.bind(dense)).weights
 
     def network_with(self, criterion: str) -> Network:
         """The dynamic network with another criterion in its gates."""
-        return Network(build_dynamic(self.config, self.model, criterion))
+        return self._dynamic(self.model, criterion)
+
+    def _dynamic(self, model: nnx.Module, criterion: str = "") -> Network:
+        return Network(build_dynamic(self.config, model, self.dataset.channels, criterion))
 
     def trained_values(self) -> tuple[Values | None, Values | None]:
         """Reads the weights of a finished run: dense, and after targeted dropout.
@@ -445,6 +448,6 @@ def _build_both(
     model.train()
     if not config.prune.epochs:
         return model, None
-    dynamic = build_dynamic(config, model)
+    dynamic = build_dynamic(config, model, channels)
     dynamic.train()
     return model, dynamic

@@ -48,6 +48,7 @@ def data_dir(tmp_path_factory):
 def config(data_dir):
     """The digits job, small enough for seconds: 8 dense steps, then 16 with targeted dropout."""
     config = ConfigDict(runpy.run_path(str(CONFIGS / "digits_vgg.py"))["get_config"]())
+    config.model = "networks:small_vgg"
     config.batch_size = 16
     config.eval_batch_size = 40
     config.log_every_steps = 4
@@ -62,8 +63,8 @@ def config(data_dir):
     config.ascent.warmup = 0.2
     config.ascent.increment = 0.1
     config.ascent.interval_epochs = 0.5
-    config.gate.channel_ratio = (0.3, 0.4, 0.5)
-    config.gate.column_ratio = (0.2, 0.0, 0.3)
+    config.gate.channel_ratio = (0.3, 0.5)
+    config.gate.column_ratio = (0.0, 0.3)
     config.sweep.fractions = (0.0, 1.0)
     config.benchmark.repeats = 3
     return config

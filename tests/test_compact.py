@@ -25,11 +25,11 @@ from dynprune_jax.pruning.plan import Plan, measure_plan
     ("name", "ratios"),
     [
         ("vgg16", {"channel_ratio": (0.2, 0.2, 0.6, 0.9, 0.9)}),
-        ("resnet56", {"channel_ratio": (0.3, 0.3, 0.6), "column_ratio": 0.3}),
+        ("resnet20", {"channel_ratio": (0.3, 0.3, 0.6), "column_ratio": 0.3}),
     ],
 )
 def test_a_compact_network_gives_the_answers_of_the_masked_one(name, ratios):
-    layers = "*/conv2" if name == "resnet56" else "*"
+    layers = "*/conv2" if name == "resnet20" else "*"
     model = trained(name)
     dynamic = dynprune_jax.make_dynamic(model, **ratios, layers=layers)
     dynamic.eval()

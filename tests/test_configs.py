@@ -21,7 +21,7 @@ def test_every_config_is_valid_and_builds(path):
     classes, channels = CLASSES.get(config.data.name, (1000, 3))
 
     def build():
-        return build_dynamic(config, build_model(config, classes, channels))
+        return build_dynamic(config, build_model(config, classes, channels), channels)
 
     assert dynamic_layers(nnx.eval_shape(build))
 
@@ -36,7 +36,7 @@ def test_every_method_of_a_study_builds(path):
         assert all(field.startswith(("gate.", "static.", "ascent.", "prune.")) for field in fields)
         changed = with_fields(config, fields)
         config_lib.check(changed)
-        dynamic = nnx.eval_shape(lambda dense, c=changed: build_dynamic(c, dense), model)
+        dynamic = nnx.eval_shape(lambda dense, c=changed: build_dynamic(c, dense, channels), model)
         assert dynamic_layers(dynamic)
 
 

@@ -28,6 +28,7 @@ def environment(tmp_path_factory):
     """One device, and what one process has compiled the next does not compile again."""
     return {
         **os.environ,
+        "PYTHONPATH": os.path.dirname(__file__),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -38,6 +39,7 @@ def environment(tmp_path_factory):
 @pytest.fixture
 def command(data_dir):
     fields = {
+        "model": "networks:small_vgg",
         "data.data_dir": data_dir,
         "data.image_size": 8,
         "data.crop_padding": 1,
@@ -54,8 +56,8 @@ def command(data_dir):
         "prune.learning_rate": 0.01,
         "ascent.warmup": 0.4,
         "ascent.increment": 0.2,
-        "gate.channel_ratio": (0.0, 0.4, 0.5),
-        "gate.column_ratio": (0.0, 0.0, 0.5),
+        "gate.channel_ratio": (0.4, 0.5),
+        "gate.column_ratio": (0.0, 0.5),
         "gate.drop_probability": 0.8,
     }
     return [

@@ -80,7 +80,7 @@ def test_filters_are_allotted_as_the_gates_that_skip_them(config, kind, name):
     config.gate.kind, config.model, config.gate.layers = kind, name, ("*",)
     config.gate.channel_ratio, config.gate.column_ratio = (0.25, 0.5, 0.75), ()
     model, _ = build(name, width=1.0)
-    gates = dynamic_layers(build_dynamic(config, model))
+    gates = dynamic_layers(build_dynamic(config, model, 3))
     for link in links(model):
         gate, axis = (
             (gates[link.name], "feature_ratio")

@@ -48,7 +48,7 @@ def test_a_study_runs_each_point_once(small, tmp_path, monkeypatch):
         assert json.loads(text) == row
         assert str(tmp_path) not in text  # no path of this machine
     both = next(row for row in rows if row["method"] == "both")
-    assert both["config"]["gate.column_ratio"] == [both["config"]["gate.column_ratio"][0]] * 3
+    assert both["config"]["gate.column_ratio"] == [both["config"]["gate.column_ratio"][0]] * 2
     for name in ("curves", "ablations"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 150
@@ -132,9 +132,9 @@ def test_a_file_that_is_no_result_is_said(small, tmp_path, text):
 def test_ratios_that_are_scaled_to_a_cut_are_proportions(config, cut):
     """Steep ones too: those of the config themselves, which no run has, need not be reached."""
     config.ascent.increment = 0.05
-    config.gate.channel_ratio, config.gate.column_ratio = (0.1, 0.1, 0.3), ()
+    config.gate.channel_ratio, config.gate.column_ratio = (0.1, 0.3), ()
     scaled = at_cut(config, cut)
-    config.gate.channel_ratio = (0.3, 0.3, 0.9)
+    config.gate.channel_ratio = (0.3, 0.9)
     assert at_cut(config, cut).gate.channel_ratio == pytest.approx(
         scaled.gate.channel_ratio, abs=2e-3
     )
@@ -160,7 +160,7 @@ def test_shared_columns_are_counted_on_images(config, tmp_path):
     """Where both sides lose columns, how many taps are left depends on where the columns are."""
     config.data.image_size = 16
     config.gate.channel_ratio = ()
-    config.gate.column_ratio = (0.3, 0.3, 0.3)
+    config.gate.column_ratio = (0.3, 0.3)
     config.gate.block_columns = True
     config.ascent.increment = 0.5
     run = Run.open(at_cut(config, 0.5), tmp_path)
@@ -171,7 +171,7 @@ def test_gates_go_on_every_convolution_where_a_cut_needs_it(config):
     config.gate.layers = ("blocks/*/layers/1/conv",)
     assert at_cut(config, 0.1).gate.layers == ("blocks/*/layers/1/conv",)
     config.ascent.increment = 0.5
-    assert at_cut(config, 0.6).gate.layers == ("*",)
+    assert at_cut(config, 0.8).gate.layers == ("*",)
     with pytest.raises(UserError, match=r"no factor on the ratios .* cuts 99%"):
         at_cut(config, 0.99)
 

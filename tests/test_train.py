@@ -90,9 +90,10 @@ def test_what_a_run_leaves(config, workdir):
         assert row["examples"] == 100
     assert set(report["pruned_by_other_criteria"]) == {"random", "inverse", "shared"}
     assert layers["blocks/0/layers/0/conv"]["channel_ratio"] is None  # it sees the image
-    assert layers["blocks/1/layers/0/conv"]["channel_ratio"] == 0.4
-    assert layers["blocks/1/layers/0/conv"]["column_ratio"] is None  # its ratio is 0
-    assert layers["blocks/2/layers/2/conv"]["column_ratio"] == 0.3
+    assert layers["blocks/0/layers/1/conv"]["channel_ratio"] == 0.3
+    assert layers["blocks/0/layers/1/conv"]["column_ratio"] is None  # its ratio is 0
+    assert layers["blocks/1/layers/1/conv"]["channel_ratio"] == 0.5
+    assert layers["blocks/1/layers/1/conv"]["column_ratio"] == 0.3
     assert len(report["parameters_digest"]) == 64
     assert report["seed"] == config.seed
     assert report["seconds"] > 0
@@ -110,8 +111,8 @@ def test_the_metrics_tell_of_the_ascent(workdir):
     rows = read_metrics(workdir)
     pruning = [row for row in rows if row["phase"] == "prune" and "train_loss" in row]
     assert [row["step"] for row in pruning] == [12, 16, 20, 24]
-    # Gates at .3, .4, .5 in blocks of 1, 2 and 3 convolutions; warm-up .2, then .1 every 4 steps.
-    means = [0.2, 0.3, (0.3 + 2 * 0.4 + 3 * 0.4) / 6, (0.3 + 2 * 0.4 + 3 * 0.5) / 6]
+    # Gates at .3 and .5, of 1 convolution and of 2; warm-up .2, then .1 every 4 steps.
+    means = [0.2, 0.3, (0.3 + 2 * 0.4) / 3, (0.3 + 2 * 0.5) / 3]
     np.testing.assert_allclose([row["channel_ratio"] for row in pruning], means, rtol=1e-5)
     assert all(row.get("channel_ratio") is None for row in rows if row["phase"] == "dense")
     assert [row["step"] for row in rows if "test_accuracy" in row] == [8, 16, 24]
@@ -291,7 +292,7 @@ def test_runs_of_other_seeds_and_ratios_have_the_same_program(config, tmp_path):
             given = feed.place(state), feed._data, feed._given
             return feed._step.lower(*given, count=1).as_text()
 
-    assert program(0, (0.3, 0.4, 0.5)) == program(1, (0.2, 0.3, 0.4))
+    assert program(0, (0.3, 0.5)) == program(1, (0.2, 0.4))
 
 
 def test_four_devices_train_as_one_does(config, tmp_path):
@@ -372,8 +373,8 @@ def test_what_a_config_says_reaches_the_step(config, tmp_path):
         {"data.crop_padding": 4},
         {"data.cutout": 4},
         {"data.stored_size": 12},
-        {"gate.layers": ("blocks/2/*", "blocks/1/*"), "gate.channel_ratio": (0.0, 0.4, 0.5),
-         "gate.column_ratio": ()},
+        {"gate.layers": ("blocks/1/layers/1/*", "blocks/1/layers/0/*"),
+         "gate.channel_ratio": (0.0, 0.5), "gate.column_ratio": ()},
         {"seed": 1},
     ):  # fmt: skip
         assert metrics(**fields)["loss"] != base["loss"], fields
@@ -397,6 +398,7 @@ def test_waiting_for_a_stream_is_not_time_in_the_step(config, tmp_path, monkeypa
 def test_pictures_show_what_the_network_sees(config, tmp_path, monkeypatch):
     config.data.image_size = 8
     config.data.stored_size = 12
+    config.gate.column_ratio = (0.3, 0.0)
     shown = []
     monkeypatch.setattr(
         plots, "kept_columns_figure", lambda images, masks: shown.append((images, masks))
@@ -583,8 +585,8 @@ def test_sensitivity_changes_one_ratio_alone(config, workdir):
     rows = sensitivity(config, workdir)
     report = json.loads((workdir / "report.json").read_text())
     points = {tuple(row[key] for key in ("weights", "axis", "block", "ratio")): row for row in rows}
-    gates = {("channel_ratio", 0), ("channel_ratio", 1), ("channel_ratio", 2)}
-    gates |= {("column_ratio", 0), ("column_ratio", 2)}  # the second block's is 0
+    # The first block's column ratio is 0.
+    gates = {("channel_ratio", 0), ("channel_ratio", 1), ("column_ratio", 1)}
     for axis, block in gates:
         untouched = points["dense", axis, block, 0.0]
         assert untouched["accuracy"] == report["dense"]["accuracy"]
@@ -593,22 +595,22 @@ def test_sensitivity_changes_one_ratio_alone(config, workdir):
         assert target["accuracy"] == report["pruned"]["accuracy"]
         assert target["mac_reduction"] == report["pruned"]["mac_reduction"]
     assert {point[1:3] for point in points} == gates
-    # Two weights, five gates, the ratios 0, .2, .4, .6, .8; .3 and .5 are besides, .3 twice.
-    assert len(points) == len(rows) == 2 * (5 * 5 + 3)
+    # Two weights, three gates, the ratios 0, .2, .4, .6, .8; .3 and .5 are besides, .3 twice.
+    assert len(points) == len(rows) == 2 * (3 * 5 + 3)
     # The same point of a network that has no other gates.
     trained = Run.open(config, workdir)
     dense, pruned = trained.trained_values()
-    config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.6, 0.0), ()
-    alone = Network(build.build_dynamic(config, trained.model))
+    config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.6), ()
+    alone = Network(build.build_dynamic(config, trained.model, 1))
     expected = trained.evaluate(alone, dense)
     found = points["dense", "channel_ratio", 1, 0.6]
     assert found["accuracy"] == expected.accuracy
     assert found["executed_mac_reduction"] == expected.usage.executed_mac_reduction
     # And one of the trained network with all its gates, one of them another.
-    config.gate.channel_ratio, config.gate.column_ratio = (0.3, 0.4, 0.5), (0.2, 0.0, 0.8)
-    changed = Network(build.build_dynamic(config, trained.model))
+    config.gate.channel_ratio, config.gate.column_ratio = (0.3, 0.5), (0.0, 0.8)
+    changed = Network(build.build_dynamic(config, trained.model, 1))
     expected = trained.evaluate(changed, pruned)
-    found = points["dropout", "column_ratio", 2, 0.8]
+    found = points["dropout", "column_ratio", 1, 0.8]
     assert found["accuracy"] == expected.accuracy
     assert found["executed_mac_reduction"] == expected.usage.executed_mac_reduction
     assert json.loads((workdir / "sensitivity.json").read_text()) == rows

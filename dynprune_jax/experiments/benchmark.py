@@ -1,5 +1,6 @@
 """Skipped work as time: a compact network against the fastest dense one, in one process."""
 
+import contextlib
 import os
 import statistics
 import time
@@ -80,10 +81,11 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     refuse_study(folder)
     model, channels = _trained_or_fresh(config, folder)
     model.eval()
-    for ratio in config.benchmark.ratios:
-        build_dynamic(_at(config, ratio), model)  # a mistake shows before the first minute
-    build_dynamic(config, model)
-    shares(config, model)
+    # A mistake shows before the first minute.
+    for each in (config, *(_at(config, ratio) for ratio in config.benchmark.ratios)):
+        build_dynamic(each, model, channels)
+    with contextlib.suppress(ValueError):  # told where the static network is left out
+        shares(config, model)
     make_folder(folder)
     console = screen()
     rows: list[dict[str, Any]] = []
@@ -120,7 +122,7 @@ class _Bench:
 
     def row(self, config: Config, controls: bool = False) -> dict[str, Any]:
         """Measures one setting of ratios; with the controls and the other runtimes or without."""
-        dynamic = _choosing(build_dynamic(config, self._model))
+        dynamic = self._dynamic(config)
         dynamic.eval()
         usage = _usage(dynamic, self._images[:1])
         name = f"{usage.mac_reduction:.3f}"
@@ -130,7 +132,7 @@ class _Bench:
         ways["compact"] = self._compile(compact(dynamic, self._images, plan=plan))
         extra: dict[str, Any] = {}
         if controls:
-            random = _choosing(build_dynamic(config, self._model, criterion="random"))
+            random = self._dynamic(config, "random")
             ways["random masks"] = self._compile(compact(random, self._images, plan=plan))
             static = self._static(usage.mac_reduction)
             if static is not None:
@@ -163,6 +165,9 @@ class _Bench:
             "compact_memory_mb": memory["compact"],
         }
 
+    def _dynamic(self, config: Config, criterion: str = "") -> nnx.Module:
+        return _choosing(build_dynamic(config, self._model, self._images.shape[-1], criterion))
+
     def _plan(self, name: str, model: nnx.Module) -> Plan:
         return planned(name, model, self._images, self._config, self._folder, self._known)
 
@@ -171,8 +176,8 @@ class _Bench:
 
     def _static(self, mac_reduction: float) -> nnx.Module | None:
         """The network with filters removed until as many MACs are gone, where they can be."""
-        allotted = shares(self._config, self._model)
         try:
+            allotted = shares(self._config, self._model)
             ratios = allot(self._model, self._images[:1], mac_reduction, allotted)
         except ValueError as error:  # a residual network keeps what its units hand on
             self._console.print(f"static network left out: {error}", highlight=False)

@@ -25,7 +25,7 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
 from dynprune_jax.models.links import Link, links
 from dynprune_jax.pruning.calls import intercept
-from dynprune_jax.pruning.measure import dense_macs
+from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.ratios import least_factor, scaled
 from dynprune_jax.report import provenance
 from dynprune_jax.run import Run
@@ -131,7 +131,7 @@ def remove_filters(model: Any, scores: Scores, ratios: dict[str, float]) -> Any:
 
     for link in links(small):
         n = link.conv.out_features
-        count = max(n - int(ratios[link.name] * n + 1e-6), 1)
+        count = _kept(n, ratios[link.name])
         kept = np.sort(np.argsort(-scores[link.name], kind="stable")[:count])
         for name in ("kernel", "bias"):
             keep(link.conv, name, kept, -1)
@@ -165,15 +165,20 @@ def allot(model: Any, image: Any, mac_reduction: float, shares: dict[str, float]
     """
     if not any(shares.values()):
         raise ValueError("no removal of filters is asked for: all shares are 0")
-    dense = dense_macs(model, image)
-    order = {link.name: -np.arange(link.conv.out_features, dtype=float) for link in links(model)}
+    usage = nnx.eval_shape(lambda model, image: measure(model, image)[1], model, image)
+    found = links(model)
 
     def at(factor: float) -> dict[str, float]:
         return {name: scaled(share, factor) for name, share in shares.items()}
 
     def reaches(factor: float) -> bool:
-        small = remove_filters(model, order, at(factor))
-        return 1.0 - dense_macs(small, image) / dense >= mac_reduction - 1e-9
+        macs, ratios = {layer.name: layer.dense_macs for layer in usage.layers}, at(factor)
+        for link in found:
+            n = link.conv.out_features
+            for name in (link.name, link.reader_name):  # one makes n maps, the other reads them
+                macs[name] = macs[name] * _kept(n, ratios[link.name]) // n
+        left = usage.other_macs + sum(macs.values())
+        return 1.0 - left / usage.dense_macs >= mac_reduction - 1e-9
 
     factor = least_factor(shares.values(), reaches)
     if factor is None:
@@ -278,6 +283,11 @@ def shares(config: Config, model: Any) -> dict[str, float]:
     return {
         link.name: given[link.block if predicted else link.reader_block] for link in links(model)
     }
+
+
+def _kept(n: int, ratio: float) -> int:
+    """How many of n filters are left."""
+    return max(n - int(ratio * n + 1e-6), 1)
 
 
 def _filters(link: Link) -> np.ndarray:

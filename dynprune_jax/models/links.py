@@ -6,7 +6,12 @@ from typing import Any
 
 from flax import nnx
 
+from dynprune_jax.models.resnet import ResNet
+from dynprune_jax.models.resnet_cifar import CifarResNet
 from dynprune_jax.models.vgg import VGG, VGGUnit
+
+# The models of which it is known here; of any other `find_links` finds the links by trial.
+LINKED = (VGG, ResNet, CifarResNet)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +46,9 @@ def links(model: Any) -> list[Link]:
     unit is added to what entered it.
 
     Raises:
-      ValueError: for a model without any.
+      ValueError: for any other model, or one without links.
     """
+    _check(model)
     names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
     found = [
         Link(names[id(conv)], names[id(norm)], names[id(reader)], *blocks, conv, norm, reader)
@@ -61,7 +67,11 @@ def column_blocks(model: Any) -> list[list[tuple[str, str]]]:
 
     Returns:
       For each block or unit the names of each convolution and its normalization, in order.
+
+    Raises:
+      ValueError: for any other model.
     """
+    _check(model)
     names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
     found = []
     for block in model.blocks:
@@ -71,6 +81,15 @@ def column_blocks(model: Any) -> list[list[tuple[str, str]]]:
         )
         found += [[(names[id(conv)], names[id(norm)]) for conv, norm in group] for group in groups]
     return found
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, LINKED):
+        names = ", ".join(kind.__name__ for kind in LINKED)
+        raise ValueError(
+            f"which filters of {type(model).__name__} can leave, and which convolutions can share"
+            f" columns, is known of {names} alone"
+        )
 
 
 def _unit(unit: Any) -> list[tuple[nnx.Conv, nnx.BatchNorm]]:
