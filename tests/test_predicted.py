@@ -492,7 +492,7 @@ def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
     np.testing.assert_array_equal(dynamic(images), expected(images))
     followers = {
         "channel_ratio": links(model)[0].reader_name,
-        "column_ratio": next(names[1][0] for names in column_blocks(model) if names[1:]),
+        "column_ratio": [names[1][0] for names in column_blocks(model) if names[1:]][-1],
     }
     for axis, follower in followers.items():
         if axis == "column_ratio" or dynamic_layers(dynamic)[follower].feature_ratio is None:
