@@ -1272,3 +1272,65 @@ def test_every_file_and_heading_that_a_page_names_is_there(page):
             found = [line.lstrip("# ").lower() for line in lines if line.startswith("#")]
             anchors = {re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in found}
             assert heading in anchors, heading
+
+
+def test_the_configs_say_what_their_runs_do():
+    def said(config, result):
+        text = " ".join((ROOT / "configs" / f"{config}.py").read_text(encoding="utf-8").split())
+        assert f"Result: {result}" in text, result
+
+    def cuts(study, method, at=(0.55, 0.65, 0.75)):
+        first, second, third = (f"{accuracy(study, method, cut):.1f}" for cut in at)
+        return f"{first}, {second} and {third} %"
+
+    name = "cifar10_vgg16"
+    said(
+        name,
+        f"dense {accuracy(name, 'dense'):.1f} %; by predicted gates with a teacher"
+        f" {cuts(name, 'predicted+distillation')} with 55, 65 and 75 % of the MACs removed, by"
+        f" static pruning with one {cuts(name, 'l1+as_predicted+distillation')} (3 seeds;",
+    )
+    name = "cifar10_vgg_small"
+    gates, attention, static = (
+        f"{accuracy(name, f'{method}distillation', 0.55):.1f} %"
+        for method in ("predicted+", "", "l1+")
+    )
+    said(
+        name,
+        f"dense {accuracy(name, 'dense'):.1f} %; with 55 % of the MACs removed and a teacher"
+        f" {gates} by predicted gates, {attention} by attention, {static} by static pruning (3",
+    )
+    name = "imagenette_resnet18_small"
+    columns, channels, static = (
+        f"{accuracy(name, method, 0.4):.1f} %" for method in ("columns", "channels", "l1")
+    )
+    gates = f"{accuracy(name, 'predicted', 0.4, seeds=(0, 1)):.1f} %"
+    said(
+        name,
+        f"dense {accuracy(name, 'dense'):.1f} %; with 40 % of the MACs removed {gates} by"
+        f" predicted gates (2 seeds), {columns} by attention on columns, {channels} on channels,"
+        f" {static} by static pruning (3 seeds)",
+    )
+    name = "cifar10_resnet56"
+    mild, steep = (
+        f"{accuracy(name, 'predicted+channels+distillation', cut, seeds=(0,)):.1f}"
+        for cut in (0.37, 0.62)
+    )
+    static = accuracy(name, "l1+as_predicted+channels+distillation", 0.62, seeds=(0,))
+    said(
+        name,
+        f"with --mode=study, one seed, dense {accuracy(name, 'dense', seeds=(0,)):.1f} %; by"
+        f" predicted gates on channels, with a teacher and from a drawn start, {mild} and {steep} %"
+        f" with 38 and 62 % of the MACs removed; static pruning is ahead, {static:.1f} % with 62 %",
+    )
+    runs = reports("digits_vgg")
+    dense, pruned, untrained = (
+        mean_and_spread([run[part]["accuracy"] for run in runs])
+        for part in ("dense", "pruned", "pruned_without_targeted_dropout")
+    )
+    cut = statistics.mean(run["pruned"]["mac_reduction"] for run in runs)
+    said(
+        "digits_vgg",
+        f"mean ± standard deviation of 3 seeds: dense {dense}; with {100 * cut:.1f} % of the MACs"
+        f" removed {pruned}, and {untrained} without targeted dropout.",
+    )
