@@ -1,10 +1,13 @@
-"""A model of the user's own, named in a config."""
+"""From a config to a model of the user's own; what is wrong with it or with the data is said."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from dynprune_jax import build
 from dynprune_jax.build import build_dynamic, build_model
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.layers import dynamic_layers
@@ -58,6 +61,13 @@ def number(num_classes, **options):
 
 
 TEXT = "not a function"
+
+
+def test_a_data_set_of_one_class_is_refused(config, monkeypatch):
+    one = dataclasses.replace(build.build_dataset(config), class_names=("cat",))
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: one)
+    with pytest.raises(UserError, match="name is 'digits'; it has one class"):
+        build.build_dataset(config)
 
 
 @pytest.fixture

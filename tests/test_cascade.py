@@ -102,6 +102,8 @@ def test_a_cascade_is_one_program_for_every_threshold_and_can_be_exported():
 def test_what_cannot_be_a_cascade_is_refused():
     with pytest.raises(ValueError, match="chunk is 0; it must be at least 1"):
         Cascade(Flat(0), Flat(1), 0.5, chunk=0)
+    with pytest.raises(ValueError, match="threshold is nan; it must be a number"):
+        Cascade(Flat(0), Flat(1), jnp.float32("nan"))
     other = nnx.Sequential(Flat(1), lambda logits: logits[:, :1])
     with pytest.raises(ValueError, match=r"\(2, 1\), the first one \(4, 5\); both must have"):
         Cascade(Flat(0), other, 0.5, chunk=2)(images(4))

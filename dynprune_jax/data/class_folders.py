@@ -48,7 +48,8 @@ def list_class_folders(path: str) -> Listing:
     Hidden files and folders, and files that are not named as images, are left out.
 
     Raises:
-        UserError: a folder is missing, a class is empty, or the splits' classes differ.
+        UserError: a folder is missing, a class is empty, there is one alone, or the splits'
+            classes differ.
     """
     root = os.path.expanduser(path)
     if not path:
@@ -66,6 +67,8 @@ def list_class_folders(path: str) -> Listing:
             f"config.data.path={path}: class {name!r} is only in the {only} folder; "
             "both must have the same classes"
         )
+    if len(train) < 2:
+        raise UserError(f"config.data.path={path}: it has one class, {min(train)!r}; two are needed")
     names = tuple(sorted(train))
     digest = hashlib.sha256()
     files: dict[str, list[tuple[str, int]]] = {}

@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 
@@ -41,7 +43,7 @@ class Cascade(nnx.Module):
       chunk: how many images the second network takes at once, at least 1.
 
     Raises:
-      ValueError: for a chunk of less than 1.
+      ValueError: for a chunk of less than 1, or a threshold that is NaN, unless it is traced.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class Cascade(nnx.Module):
     ):
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1")
+        if not isinstance(threshold, Tracer) and np.isnan(threshold):
+            raise ValueError(f"threshold is {threshold}; it must be a number")
         self.first: Any = first  # nnx.Module declares no call
         self.second: Any = second
         self.threshold = nnx.Variable(jnp.asarray(threshold, jnp.float32))
