@@ -229,7 +229,7 @@ MISTAKES = {
     ),
     "one class": (
         lambda p: folders_of(p, classes=("cat",)),
-        "images: it has one class, 'cat'; two are needed",
+        "images: it has one class, 'cat'; give two",
     ),
     "empty class": (lambda p: folders_of(p, empty_class), "dog"),
     "corrupt image": (lambda p: folders_of(p, corrupt), r"dog/3\.png"),

@@ -68,7 +68,7 @@ def list_class_folders(path: str) -> Listing:
             "both must have the same classes"
         )
     if len(train) < 2:
-        raise UserError(f"config.data.path={path}: it has one class, {min(train)!r}; two are needed")
+        raise UserError(f"config.data.path={path}: it has one class, {min(train)!r}; give two")
     names = tuple(sorted(train))
     digest = hashlib.sha256()
     files: dict[str, list[tuple[str, int]]] = {}
