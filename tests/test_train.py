@@ -625,7 +625,12 @@ def test_the_network_of_a_run_is_exported(config, workdir):
     stored, _ = run.dataset.test.read(np.arange(4))
     model = run.dynamic.bind(run.recalibrated(run.dynamic, run.trained_values()[1]))
     model.eval()
-    mixed_plan(model).save(workdir / "plan_batch_4.json")  # to measure one takes half a minute
+    plan = workdir / "plan_batch_4.json"
+    plan.write_text("{}")
+    with pytest.raises(UserError, match=r"plan_batch_4\.json"):
+        export(config, workdir)
+    assert not list(workdir.glob("exported*"))
+    mixed_plan(model).save(plan)  # to measure one takes half a minute
     files = export(config, workdir)
     assert [file.name for file in files] == ["exported.bin", "exported_compact_4.bin"]
     expected = nnx.jit(model)(build.evaluation_images(config, jnp.asarray(stored)))

@@ -47,6 +47,8 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     model.eval()
     prepare = functools.partial(evaluation_images, config)
     shape = run.one_image.shape[1:]
+    # A plan that does not fit is found before anything is written.
+    compacts = {size: _compact(run, model, size) for size in config.benchmark.batch_sizes}
     any_number = jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}")
     written = [
         _write(
@@ -59,18 +61,8 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
             f"any number of images, on {', '.join(_PLATFORMS)}",
         )
     ]
-    for size in config.benchmark.batch_sizes:
-        seen = jax.ShapeDtypeStruct((size, *shape), run.one_image.dtype)
-        with progress_bar(f"batch {size}: measuring the forms of each layer") as progress:
-            plan = run.workdir / f"plan_batch_{size}.json"
-            given = plan.exists()
-            try:
-                fast = compact(model, seen, plan=plan, progress=progress)
-            except ValueError as error:
-                if given:  # and it is no plan, or another network's
-                    raise UserError(str(error)) from error
-                raise
-        stored = jax.ShapeDtypeStruct(seen.shape, jnp.uint8)
+    for size, fast in compacts.items():
+        stored = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
         written.append(
             _write(
                 run.workdir / f"exported_compact_{size}.bin",
@@ -80,6 +72,19 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
         )
     screen().print("dynprune_jax.load_exported(BYTES_OF_A_FILE) is a function of uint8 images")
     return written
+
+
+def _compact(run: Run, model: nnx.Module, size: int) -> nnx.Module:
+    seen = jax.ShapeDtypeStruct((size, *run.one_image.shape[1:]), run.one_image.dtype)
+    plan = run.workdir / f"plan_batch_{size}.json"
+    given = plan.exists()
+    with progress_bar(f"batch {size}: measuring the forms of each layer") as progress:
+        try:
+            return compact(model, seen, plan=plan, progress=progress)
+        except ValueError as error:
+            if given:  # and it is no plan, or another network's
+                raise UserError(str(error)) from error
+            raise
 
 
 def _write(path: Path, data: bytes, what: str) -> Path:
