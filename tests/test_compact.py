@@ -478,6 +478,13 @@ def test_images_may_come_in_a_pytree():
         dynprune_jax.measure(model, {})
 
 
+@pytest.mark.parametrize("name", ["measure", "compact", "export_model", "find_links"])
+def test_a_shape_alone_is_no_batch(name):
+    model = trained("small_vgg")
+    with pytest.raises(ValueError, match="images is a tuple that holds no array; give a batch, or"):
+        getattr(dynprune_jax, name)(model, (1, 8, 8, 1))
+
+
 def test_a_map_smaller_than_its_kernel_gives_an_empty_one():
     conv = nnx.Conv(8, 8, (3, 3), padding="VALID", rngs=nnx.Rngs(0))
     model = dynprune_jax.make_dynamic(nnx.Sequential(conv), 0.5)

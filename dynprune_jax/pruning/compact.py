@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dynprune_jax.pruning.calls import Images, all_handed_over, as_function
+from dynprune_jax.pruning.calls import Images, all_handed_over, as_function, batch_of
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import fold
 from dynprune_jax.pruning.layers import Model, replaceable_layers, replaced
@@ -45,11 +45,12 @@ def compact(
       progress: called after each layer is measured, see `measure_plan`.
 
     Raises:
-      ValueError: if what is wanted of a convolution's outputs does not reach its normalization; if
-        the plan names a layer that the model does not have, or a form that a layer cannot be
-        executed in; if the file is not a plan.
+      ValueError: for no images; if what is wanted of a convolution's outputs does not reach its
+        normalization; if the plan names a layer that the model does not have, or a form that a
+        layer cannot be executed in; if the file is not a plan.
       OSError: if there is no folder for the file; before anything is measured.
     """
+    batch_of(images)
     folded, read = fold(model, images, *others)
     function, arrays = as_function(folded, images, *others)
     with all_handed_over(folded):

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import export
 
 from dynprune_jax.pruning import native
-from dynprune_jax.pruning.calls import Images
+from dynprune_jax.pruning.calls import Images, batch_of
 from dynprune_jax.pruning.compact_conv import is_compact
 
 # Calls of which `jax.export` cannot know that they mean the same in another version.
@@ -38,9 +38,11 @@ def export_model(
         one at hand.
 
     Raises:
-      ValueError: for a compact model and platforms, or one name in place of several. What
-        `jax.export` refuses it refuses in its own words, such as a model that calls back to Python.
+      ValueError: for no images, for a compact model and platforms, or one name in place of several.
+        What `jax.export` refuses it refuses in its own words, such as a model that calls back to
+        Python.
     """
+    batch_of(images)
     if is_compact(model) and platforms is not None:
         raise ValueError(
             f"platforms is {platforms!r}; a compact model is exported for the one at hand alone:"

@@ -12,7 +12,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
-from dynprune_jax.pruning.calls import Images, as_function, cannot_leave, intercept, of_kind
+from dynprune_jax.pruning.calls import (
+    Images,
+    as_function,
+    batch_of,
+    cannot_leave,
+    intercept,
+    of_kind,
+)
 from dynprune_jax.pruning.folding import traced_pairs
 from dynprune_jax.pruning.layers import conv_layers
 
@@ -53,9 +60,10 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
       of the layer that reads the result. Of several with the same reader, the first.
 
     Raises:
-      ValueError: where there is none, or layers are called within a transformation that what they
-        see does not leave.
+      ValueError: for no images, where there is no link, or layers are called within a
+        transformation that what they see does not leave.
     """
+    batch_of(images)
     model = nnx.clone(model)
     model.eval()
     convs = conv_layers(model)
