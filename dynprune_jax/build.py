@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynprune_jax import models
-from dynprune_jax.config import Config
+from dynprune_jax.config import Config, is_own
 from dynprune_jax.data import augment
 from dynprune_jax.data.batches import check_batch_size
 from dynprune_jax.data.sources import Dataset, load_dataset
@@ -21,6 +21,9 @@ from dynprune_jax.models.links import LINKED, column_blocks, links
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
 from dynprune_jax.pruning.readers import find_links
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
+
+# For a convolution the names of the normalization behind it and of the layer that reads the result.
+Links = Mapping[str, tuple[str, str]]
 
 
 def build_dataset(config: Config) -> Dataset:
@@ -64,7 +67,8 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
       channels: of the images.
 
     Raises:
-      UserError: if there is no such model, or it cannot take images of this size.
+      UserError: if there is no such model, it cannot take images of this size, or it is one of
+        somebody's own that is not called or does not answer as ours are.
     """
     options = {
         "in_channels": channels,
@@ -73,41 +77,98 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
         "dtype": jnp.dtype(config.dtype),
         "rngs": nnx.Rngs(config.seed),
     }
-    factory, said = _factory(config.model), f"config.model is {config.model!r};"
+    if is_own(config.model):
+        return _build_own(config, num_classes, options)
     try:
-        inspect.signature(factory).bind(num_classes, **options)
-    except TypeError as error:
-        call = ", ".join(("num_classes", *(f"{name}=" for name in options)))
-        raise UserError(f"{said} it is called with ({call}): {error}") from error
-    try:
-        model = factory(num_classes, **options)
+        return getattr(models, config.model)(num_classes, **options)
     except ValueError as error:
         raise UserError(f"config.data.image_size: {error}") from error
-    if not isinstance(model, nnx.Module):
-        raise UserError(f"{said} it returned {type(model).__name__}, and no nnx.Module")
+
+
+def _build_own(config: Config, num_classes: int, options: Mapping[str, Any]) -> nnx.Module:
+    """A model by a factory of somebody's own, once it is known to be one that can be trained."""
+    said = f"config.model is {config.model!r}; "
+    factory = own_factory(config.model)
+    # Of a class of Flax itself the signature would be that of any other.
+    called, first = (factory.__init__, (None,)) if isinstance(factory, type) else (factory, ())
+    try:
+        inspect.signature(called).bind(*first, num_classes, **options)
+    except (TypeError, ValueError) as error:
+        call = ", ".join(("num_classes", *(f"{name}=" for name in options)))
+        raise UserError(f"{said}it is called with ({call}): {error}") from error
+    try:
+        model = factory(num_classes, **options)
+    except ValueError as error:  # Flax's own go on for many lines
+        raise UserError(said + str(error).partition("\n")[0]) from error
+    if not isinstance(model, nnx.Module) or not callable(model):
+        raise UserError(f"{said}it returned {type(model).__name__}: no nnx.Module with a __call__")
+    images = _one_image(config, options["in_channels"])
+    try:
+        inspect.signature(model.__call__).bind(images)
+    except TypeError as error:
+        raise UserError(f"{said}its model is called with images alone: {error}") from error
+    logits = nnx.eval_shape(lambda model, images: model(images), model, images)
+    if getattr(logits, "shape", None) != (1, num_classes):
+        found = getattr(logits, "shape", type(logits).__name__)
+        raise UserError(
+            f"{said}of images of the shape {images.shape} its model gives {found}, and not logits"
+            f" of the shape {(1, num_classes)}"
+        )
     return model
 
 
-def _factory(name: str) -> Callable[..., Any]:
-    """The factory of a model: of this package, or MODULE:NAME.
+def own_factory(name: str) -> Callable[..., Any]:
+    """The factory that MODULE:NAME names; the module is imported.
 
     Raises:
       UserError: if there is none.
     """
-    module, _, attribute = name.rpartition(":")
-    if not module:
-        return getattr(models, name)
+    module, _, attribute = name.partition(":")
+    said = f"config.model is {name!r}; "
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"config.model is {name!r}; {error}") from error
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"{said}{module} cannot be imported: {error}") from error
+        raise UserError(
+            f"{said}there is no module {error.name!r} in the current folder, in PYTHONPATH or"
+            " among what is installed"
+        ) from error
+    except (ImportError, AttributeError) as error:
+        raise UserError(said + str(error)) from error
     if not callable(factory):
-        raise UserError(f"config.model is {name!r}; it must be a function")
+        raise UserError(f"{said}it is of type {type(factory).__name__}, and must be a function")
     return factory
 
 
+def _one_image(config: Config, channels: int) -> jax.ShapeDtypeStruct:
+    side = config.data.image_size
+    return jax.ShapeDtypeStruct((1, side, side, channels), jnp.dtype(config.dtype))
+
+
+def build_links(config: Config, model: nnx.Module, channels: int) -> Links:
+    """Where predicted gates can go; for others nothing. Of somebody's own model it takes seconds.
+
+    Args:
+      config: a checked config.
+      model: from `build_model`.
+      channels: of the images.
+
+    Raises:
+      UserError: if they can go nowhere.
+    """
+    if config.gate.kind != "predicted":
+        return {}
+    if isinstance(model, LINKED):
+        return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+    try:
+        return find_links(model, _one_image(config, channels))
+    except ValueError as error:
+        raise UserError(f"config.gate.kind is 'predicted'; {error}") from error
+
+
 def build_dynamic(
-    config: Config, model: nnx.Module, channels: int, criterion: str = ""
+    config: Config, model: nnx.Module, reads: Links, criterion: str = ""
 ) -> nnx.Module:
     """The model with gates at the config's target ratios; it shares the model's parameters.
 
@@ -116,7 +177,7 @@ def build_dynamic(
     Args:
       config: a checked config.
       model: from `build_model`.
-      channels: of the images.
+      reads: of the model, from `build_links`.
       criterion: in place of the config's.
 
     Raises:
@@ -125,12 +186,14 @@ def build_dynamic(
     ratios: dict[str, Any] = {}
     for field in ("channel_ratio", "column_ratio"):
         given = config.gate[field]
-        blocks = len(getattr(model, "blocks", ()))
-        if given and not blocks:
+        stages = getattr(model, "blocks", None)
+        if given and not isinstance(stages, nnx.List):
             raise UserError(
                 f"config.gate.{field} is {given}, a ratio for each block; the model of"
-                f" {config.model} has no `blocks`: give it a list of its stages of that name"
+                f" {config.model} has no attribute `blocks` that is an nnx.List: give it one of its"
+                " stages"
             )
+        blocks = len(stages or ())
         if given and len(given) != blocks:
             raise UserError(
                 f"config.gate.{field} is {given}; {config.model} has {blocks} blocks:"
@@ -143,9 +206,7 @@ def build_dynamic(
     try:
         if config.gate.kind == "predicted":
             surgery = functools.partial(
-                predict_channels,
-                links=_links(config, model, channels),
-                salience_scales=config.gate.salience_scales,
+                predict_channels, links=reads, salience_scales=config.gate.salience_scales
             )
         else:
             surgery = make_dynamic
@@ -163,27 +224,6 @@ def build_dynamic(
         )
     except ValueError as error:
         raise UserError(f"config.gate: {error}") from error
-
-
-def _links(config: Config, model: nnx.Module, channels: int) -> Mapping[str, tuple[str, str]]:
-    if isinstance(model, LINKED):
-        return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
-    side, dtype = config.data.image_size, jnp.dtype(config.dtype)
-    return _found_links(config.model, config.width, (1, side, side, channels), dtype)
-
-
-@functools.cache  # it takes seconds, and a run makes its network dynamic some twenty times
-def _found_links(
-    name: str, width: float, shape: tuple[int, ...], dtype: Any
-) -> Mapping[str, tuple[str, str]]:
-    """The links of a model of somebody's own, which does not depend on its weights."""
-
-    def model() -> nnx.Module:
-        kwargs = {"image_size": shape[1], "in_channels": shape[-1], "width": width, "dtype": dtype}
-        return _factory(name)(10, **kwargs, rngs=nnx.Rngs(0))
-
-    with jax.ensure_compile_time_eval():  # a run checks its config in a trace
-        return find_links(nnx.eval_shape(model), jax.ShapeDtypeStruct(shape, dtype))
 
 
 def evaluation_images(

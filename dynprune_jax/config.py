@@ -42,8 +42,8 @@ def base_config() -> Config:
             "log_every_steps": 50,
             "evaluate_every_epochs": 1,
             "checkpoint_every_epochs": 1,
-            # A factory of dynprune_jax.models; or one of your own, as MODULE:NAME, that is called
-            # as theirs are and whose model has a list `blocks` too.
+            # A factory of dynprune_jax.models; or one of your own, MODULE:NAME, with the signature
+            # that they have, in a module that Python finds, such as one in the current folder.
             "model": "vgg16",
             "width": 1.0,  # factor on the channels of every convolution of the model
             "data": {
@@ -253,6 +253,12 @@ def _each(
     )
 
 
+def is_own(model: str) -> bool:
+    """Whether `config.model` names a factory of somebody's own, as MODULE:NAME."""
+    module, _, name = model.partition(":")
+    return all(part.isidentifier() for part in (*module.split("."), name))
+
+
 _PATH = (lambda value: not os.path.expanduser(value).startswith("~"), "there is no such user")
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"),
@@ -264,7 +270,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "evaluate_every_epochs": _at_least(1),
     "checkpoint_every_epochs": _at_least(1),
     "model": (
-        lambda value: value in models.__all__ or all(value.partition(":")),
+        lambda value: value in models.__all__ or is_own(value),
         f"choose one of {', '.join(sorted(models.__all__))}, or a factory of your own as"
         " MODULE:NAME",
     ),

@@ -21,10 +21,13 @@ from ml_collections import ConfigDict
 from dynprune_jax import config as config_lib
 from dynprune_jax import processes, sharding
 from dynprune_jax.build import (
+    Links,
     build_dataset,
     build_dynamic,
+    build_links,
     build_model,
     evaluation_images,
+    own_factory,
     training_images,
 )
 from dynprune_jax.checkpoint import Checkpoints
@@ -67,6 +70,7 @@ class Run:
       model: the dense model with its initial weights.
       dense: the same as a network.
       dynamic: the network with gates at their target ratios, or None where nothing is pruned.
+      reads: where predicted gates can go, from `build_links`.
     """
 
     config: Config
@@ -76,6 +80,7 @@ class Run:
     model: nnx.Module
     dense: Network
     dynamic: Network | None
+    reads: Links
 
     @classmethod
     def open(cls, config: Config, workdir: str | os.PathLike) -> "Run":
@@ -91,12 +96,16 @@ class Run:
         check_workdir(config, folder)
         refuse_study(folder)
         # Before a data set is prepared, which can take minutes: does the model fit the config?
-        nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3))
+        # Of somebody's own that is not known for other images than it is for.
+        if config_lib.is_own(config.model):
+            own_factory(config.model)
+        else:
+            nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3)[:2])
         dataset = build_dataset(config)
-        model, dynamic_model = _build_both(config, dataset.num_classes, dataset.channels)
+        model, dynamic_model, reads = _build_both(config, dataset.num_classes, dataset.channels)
         dynamic = Network(dynamic_model) if dynamic_model is not None else None
         mesh = sharding.data_mesh()
-        return cls(config, folder, mesh, dataset, model, Network(model), dynamic)
+        return cls(config, folder, mesh, dataset, model, Network(model), dynamic, reads)
 
     def check_ascent(self) -> None:
         """Raises UserError where the ratios do not reach their targets before the end."""
@@ -349,7 +358,7 @@ class Run:
         return self._dynamic(self.model, criterion)
 
     def _dynamic(self, model: nnx.Module, criterion: str = "") -> Network:
-        return Network(build_dynamic(self.config, model, self.dataset.channels, criterion))
+        return Network(build_dynamic(self.config, model, self.reads, criterion))
 
     def trained_values(self) -> tuple[Values | None, Values | None]:
         """Reads the weights of a finished run: dense, and after targeted dropout.
@@ -442,12 +451,13 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _build_both(
     config: Config, num_classes: int, channels: int
-) -> tuple[nnx.Module, nnx.Module | None]:
-    """The dense model in training mode and, if anything is pruned, the dynamic one."""
+) -> tuple[nnx.Module, nnx.Module | None, Links]:
+    """The dense model in training mode; if anything is pruned, the dynamic one, and the links."""
     model = build_model(config, num_classes, channels)
     model.train()
     if not config.prune.epochs:
-        return model, None
-    dynamic = build_dynamic(config, model, channels)
+        return model, None, {}
+    reads = build_links(config, model, channels)
+    dynamic = build_dynamic(config, model, reads)
     dynamic.train()
-    return model, dynamic
+    return model, dynamic, reads

@@ -1,6 +1,7 @@
 """From a config to a model of the user's own; what is wrong with it or with the data is said."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import pytest
 from flax import nnx
 
 from dynprune_jax import build
-from dynprune_jax.build import build_dynamic, build_model
+from dynprune_jax.build import build_model
 from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.static import shares
 from dynprune_jax.pruning.layers import dynamic_layers
+from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
 
 
@@ -44,16 +47,66 @@ def own(num_classes, *, in_channels, image_size, width, dtype, rngs):
     return Own(num_classes, in_channels, width, dtype, rngs)
 
 
-def without_blocks(num_classes, *, in_channels, image_size, width, dtype, rngs):
-    return nnx.Sequential(nnx.Conv(8, 8, (3, 3), rngs=rngs))
+def only_what_it_is_for(num_classes, *, in_channels, **options):
+    """It knows its data, reads its weights, and has arrays that were made as it was imported."""
+    assert (num_classes, in_channels) == (10, 1)
+    model = own(num_classes, in_channels=in_channels, **options)
+    model.scale = nnx.Variable(SCALE / float(jnp.max(jnp.abs(model.head.kernel[...]))))
+    return model
+
+
+SCALE = jnp.ones(())
+
+
+def answering(answer, **attributes):
+    def factory(num_classes, *, in_channels, image_size, width, dtype, rngs):
+        model = Answering(answer)
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        return model
+
+    return factory
+
+
+class Answering(nnx.Module):
+    def __init__(self, answer):
+        self.conv = nnx.Conv(1, 8, (3, 3), rngs=nnx.Rngs(0))
+        self.answer = answer
+
+    def __call__(self, x):
+        return self.answer(self.conv(x).mean((1, 2)))
+
+
+class Told(nnx.Module):
+    def __init__(self, num_classes, *, in_channels, image_size, width, dtype, rngs):
+        pass
+
+    def __call__(self, x, train):
+        return x
+
+
+class Narrow(nnx.Module):
+    def __init__(self, num_classes, *, in_channels, image_size, dtype, rngs):
+        pass
+
+
+def ten(y):
+    return jnp.concatenate([y, y[:, :2]], axis=1)
+
+
+without_blocks = answering(ten)
+of_a_sequence = answering(ten, blocks=nnx.Sequential(lambda x: x))
+of_eight = answering(lambda y: y)
+of_a_pair = answering(lambda y: (y, y))
 
 
 def for_large_images(num_classes, *, in_channels, image_size, width, dtype, rngs):
-    raise ValueError(f"give {image_size + 1} pixels")
+    raise ValueError(f"give {image_size + 1} pixels\nas it is written")
 
 
-def without_width(num_classes, *, in_channels, image_size, dtype, rngs):
-    pass
+class Listed(nnx.Module):
+    def __init__(self, num_classes, *, in_channels, image_size, width, dtype, rngs):
+        self.blocks = [nnx.Conv(1, 8, (3, 3), rngs=rngs)]
 
 
 def number(num_classes, **options):
@@ -88,11 +141,22 @@ def test_it_is_trained_and_pruned(config, tmp_path):
     assert macs == dense - 2 * (0.25 + 0.5) * convolution
 
 
-def test_predicted_gates_are_where_trial_finds_that_a_layer_reads(config):
+def test_a_factory_is_called_for_its_data_alone_and_not_within_a_trace(config, tmp_path):
+    config.model = "test_build:only_what_it_is_for"
     config.gate.kind, config.gate.layers = "predicted", ("*",)
-    dynamic = nnx.eval_shape(lambda: build_dynamic(config, build_model(config, 10, 1), 1))
-    chosen = [n for n, gate in dynamic_layers(dynamic).items() if gate.feature_ratio is not None]
+    run = Run.open(config, tmp_path)
+    gates = dynamic_layers(run.dynamic.bind())
+    chosen = [name for name, gate in gates.items() if gate.feature_ratio is not None]
     assert chosen == ["blocks/0/first", "blocks/1/first"]
+
+
+def test_a_module_that_makes_arrays_is_imported_outside_of_traces(config, tmp_path, monkeypatch):
+    text = "from test_build import own, jnp\nSCALE = jnp.ones(()) * 2\n"
+    (tmp_path / "makes_arrays.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    config.model = "makes_arrays:own"
+    Run.open(config, tmp_path / "run")
+    assert float(sys.modules["makes_arrays"].SCALE) == 2
 
 
 def test_it_is_the_factory_that_draws_the_weights(config):
@@ -105,27 +169,41 @@ def test_it_is_the_factory_that_draws_the_weights(config):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("no_such_module:own", "config.model is 'no_such_module:own'; No module named"),
+        ("no_such_module:own", "there is no module 'no_such_module' in the current folder, in PY"),
+        ("test_build.py:own", "there is no module 'test_build.py' in the current"),
+        ("broken:own", r"'broken:own'; broken cannot be imported: No module named 'numpyy'"),
         ("test_build:nothing", "config.model is 'test_build:nothing'; .*no attribute 'nothing'"),
-        ("test_build:TEXT", "config.model is 'test_build:TEXT'; it must be a function"),
-        (".build:own", "config.model is '.build:own'; .*relative"),
+        ("test_build:TEXT", "'test_build:TEXT'; it is of type str, and must be a function"),
         (
-            "test_build:without_width",
+            "test_build:Narrow",
             r"it is called with \(num_classes, in_channels=, image_size=, width=, dtype=, rngs=\):"
             " got an unexpected keyword argument 'width'",
         ),
-        ("test_build:number", "it returned int, and no nnx.Module"),
-        ("test_build:for_large_images", "config.data.image_size: give 9 pixels"),
-        ("test_build:without_blocks", "the model of test_build:without_blocks has no `blocks`"),
+        ("test_build:number", "it returned int: no nnx.Module with a __call__"),
+        ("test_build:for_large_images", "'test_build:for_large_images'; give 9 pixels$"),
+        ("test_build:Listed", "'test_build:Listed'; Found .*list[^\n]*$"),
+        ("test_build:Told", "its model is called with images alone: missing a .* 'train'"),
+        (
+            "test_build:of_eight",
+            r"shape \(1, 8, 8, 1\) its model gives \(1, 8\), and not .*10",
+        ),
+        ("test_build:of_a_pair", r"its model gives tuple, and not logits of the shape \(1, 10\)"),
+        ("test_build:without_blocks", "has no attribute `blocks` that is an nnx.List: give it"),
+        ("test_build:of_a_sequence", "has no attribute `blocks` that is an nnx.List: give it"),
     ],
 )
-def test_what_is_wrong_with_it_is_said(config, model, message):
+def test_what_is_wrong_with_it_is_said(config, tmp_path, monkeypatch, model, message):
+    (tmp_path / "broken.py").write_text("import numpyy")
+    monkeypatch.syspath_prepend(tmp_path)
     config.model = model
     with pytest.raises(UserError, match=message):
-        build_dynamic(config, build_model(config, 10, 1), 1)
+        Run.open(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_what_is_known_of_our_models_alone_is_not_guessed(config):
+def test_what_is_known_of_our_models_alone_is_not_guessed(config, tmp_path):
     config.gate.column_ratio, config.gate.block_columns = (0.5, 0.5), True
-    with pytest.raises(UserError, match="is known of VGG, ResNet, CifarResNet alone"):
-        build_dynamic(config, build_model(config, 10, 1), 1)
+    with pytest.raises(UserError, match="Own is no architecture of dynprune_jax"):
+        Run.open(config, tmp_path)
+    with pytest.raises(UserError, match="filters are removed from our architectures alone"):
+        shares(config, build_model(config, 10, 1))

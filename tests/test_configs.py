@@ -6,7 +6,7 @@ from conftest import CONFIGS
 from flax import nnx
 
 from dynprune_jax import config as config_lib
-from dynprune_jax.build import build_dynamic, build_model
+from dynprune_jax.build import build_dynamic, build_links, build_model
 from dynprune_jax.experiments.study import find_method, with_fields
 from dynprune_jax.pruning.layers import dynamic_layers
 
@@ -21,7 +21,8 @@ def test_every_config_is_valid_and_builds(path):
     classes, channels = CLASSES.get(config.data.name, (1000, 3))
 
     def build():
-        return build_dynamic(config, build_model(config, classes, channels), channels)
+        model = build_model(config, classes, channels)
+        return build_dynamic(config, model, build_links(config, model, channels))
 
     assert dynamic_layers(nnx.eval_shape(build))
 
@@ -36,7 +37,10 @@ def test_every_method_of_a_study_builds(path):
         assert all(field.startswith(("gate.", "static.", "ascent.", "prune.")) for field in fields)
         changed = with_fields(config, fields)
         config_lib.check(changed)
-        dynamic = nnx.eval_shape(lambda dense, c=changed: build_dynamic(c, dense, channels), model)
+        reads = build_links(changed, model, channels)
+        dynamic = nnx.eval_shape(
+            lambda dense, c=changed, reads=reads: build_dynamic(c, dense, reads), model
+        )
         assert dynamic_layers(dynamic)
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from networks import mixed_plan, run, trained
 
 from dynprune_jax import compact, measure, models
-from dynprune_jax.build import build_dynamic, build_model
+from dynprune_jax.build import build_dynamic, build_links, build_model
 from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
 from dynprune_jax.pruning import plan as plan_lib
@@ -593,7 +593,7 @@ def test_a_run_with_predicted_gates(config, tmp_path):
     assert channels == 1
     weights = Network(trained).weights
     assert weights.keys() == Network(build_model(config, 10, 1)).weights.keys()
-    fresh = build_dynamic(config, trained, 1)
+    fresh = build_dynamic(config, trained, build_links(config, trained, 1))
     for chooses in (False, True):
         gates = [g for g in dynamic_layers(fresh).values() if g.feature_ratio is not None]
         assert len(gates) == 4
@@ -601,7 +601,7 @@ def test_a_run_with_predicted_gates(config, tmp_path):
         assert set(drawn) == {chooses}
         fresh = _choosing(fresh)
     config.gate.channel_group, config.gate.column_patch = 8, 2
-    gates = dynamic_layers(build_dynamic(config, trained, 1)).values()
+    gates = dynamic_layers(build_dynamic(config, trained, build_links(config, trained, 1))).values()
     assert {(gate.channel_group, gate.column_patch) for gate in gates} == {(8, 2)}
 
 

@@ -10,7 +10,7 @@ from networks import run as call
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import models
-from dynprune_jax.build import build_dynamic, training_images
+from dynprune_jax.build import build_dynamic, build_links, training_images
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import static as static_lib
@@ -80,7 +80,7 @@ def test_filters_are_allotted_as_the_gates_that_skip_them(config, kind, name):
     config.gate.kind, config.model, config.gate.layers = kind, name, ("*",)
     config.gate.channel_ratio, config.gate.column_ratio = (0.25, 0.5, 0.75), ()
     model, _ = build(name, width=1.0)
-    gates = dynamic_layers(build_dynamic(config, model, 3))
+    gates = dynamic_layers(build_dynamic(config, model, build_links(config, model, 3)))
     for link in links(model):
         gate, axis = (
             (gates[link.name], "feature_ratio")

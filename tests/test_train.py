@@ -601,14 +601,14 @@ def test_sensitivity_changes_one_ratio_alone(config, workdir):
     trained = Run.open(config, workdir)
     dense, pruned = trained.trained_values()
     config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.6), ()
-    alone = Network(build.build_dynamic(config, trained.model, 1))
+    alone = Network(build.build_dynamic(config, trained.model, {}))
     expected = trained.evaluate(alone, dense)
     found = points["dense", "channel_ratio", 1, 0.6]
     assert found["accuracy"] == expected.accuracy
     assert found["executed_mac_reduction"] == expected.usage.executed_mac_reduction
     # And one of the trained network with all its gates, one of them another.
     config.gate.channel_ratio, config.gate.column_ratio = (0.3, 0.5), (0.0, 0.8)
-    changed = Network(build.build_dynamic(config, trained.model, 1))
+    changed = Network(build.build_dynamic(config, trained.model, {}))
     expected = trained.evaluate(changed, pruned)
     found = points["dropout", "column_ratio", 1, 0.8]
     assert found["accuracy"] == expected.accuracy

@@ -1,6 +1,5 @@
 """Skipped work as time: a compact network against the fastest dense one, in one process."""
 
-import contextlib
 import os
 import statistics
 import time
@@ -19,11 +18,12 @@ from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
-from dynprune_jax.build import build_dynamic, build_model
+from dynprune_jax.build import Links, build_dynamic, build_links, build_model
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
 from dynprune_jax.experiments.static import allot, l1, remove_filters, shares
+from dynprune_jax.models.links import LINKED
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
@@ -82,16 +82,17 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     model, channels = _trained_or_fresh(config, folder)
     model.eval()
     # A mistake shows before the first minute.
+    reads = build_links(config, model, channels)
     for each in (config, *(_at(config, ratio) for ratio in config.benchmark.ratios)):
-        build_dynamic(each, model, channels)
-    with contextlib.suppress(ValueError):  # told where the static network is left out
+        build_dynamic(each, model, reads)
+    if isinstance(model, LINKED):
         shares(config, model)
     make_folder(folder)
     console = screen()
     rows: list[dict[str, Any]] = []
     for batch_size in config.benchmark.batch_sizes:
         shape = (batch_size, config.data.image_size, config.data.image_size, channels)
-        bench = _Bench(config, model, shape, folder, console)
+        bench = _Bench(config, model, reads, shape, folder, console)
         for ratio in config.benchmark.ratios:
             rows.append(bench.row(_at(config, ratio)))
         rows.append(bench.row(config, controls=True))
@@ -108,11 +109,12 @@ class _Bench:
         self,
         config: Config,
         model: nnx.Module,
+        reads: Links,
         shape: tuple[int, int, int, int],
         folder: Path,
         console: rich.console.Console,
     ):
-        self._config, self._model, self._folder = config, model, folder
+        self._config, self._model, self._reads, self._folder = config, model, reads, folder
         self._console = console
         self._known: dict[Any, dict[Form, float]] = {}
         self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
@@ -166,7 +168,7 @@ class _Bench:
         }
 
     def _dynamic(self, config: Config, criterion: str = "") -> nnx.Module:
-        return _choosing(build_dynamic(config, self._model, self._images.shape[-1], criterion))
+        return _choosing(build_dynamic(config, self._model, self._reads, criterion))
 
     def _plan(self, name: str, model: nnx.Module) -> Plan:
         return planned(name, model, self._images, self._config, self._folder, self._known)
@@ -176,8 +178,11 @@ class _Bench:
 
     def _static(self, mac_reduction: float) -> nnx.Module | None:
         """The network with filters removed until as many MACs are gone, where they can be."""
+        if not isinstance(self._model, LINKED):
+            self._console.print("static network left out: it is made of our architectures alone")
+            return None
+        allotted = shares(self._config, self._model)
         try:
-            allotted = shares(self._config, self._model)
             ratios = allot(self._model, self._images[:1], mac_reduction, allotted)
         except ValueError as error:  # a residual network keeps what its units hand on
             self._console.print(f"static network left out: {error}", highlight=False)

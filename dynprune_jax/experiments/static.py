@@ -23,7 +23,7 @@ from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
-from dynprune_jax.models.links import Link, links
+from dynprune_jax.models.links import LINKED, Link, links
 from dynprune_jax.pruning.calls import intercept
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.ratios import least_factor, scaled
@@ -269,8 +269,13 @@ def shares(config: Config, model: Any) -> dict[str, float]:
     """What each convolution's filters lose, as a config allots it, up to a common factor.
 
     Raises:
-      UserError: where it is to go by ratios, and there are none.
+      UserError: for somebody's own model, or where it is to go by ratios and there are none.
     """
+    if not isinstance(model, LINKED):
+        raise UserError(
+            f"config.model is {config.model!r}; filters are removed from our architectures alone:"
+            " choose gates, or one of dynprune_jax.models"
+        )
     if config.static.allotment != "gate":
         return {link.name: 1.0 for link in links(model)}
     given = config.gate.channel_ratio

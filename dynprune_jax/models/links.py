@@ -85,10 +85,9 @@ def column_blocks(model: Any) -> list[list[tuple[str, str]]]:
 
 def _check(model: Any) -> None:
     if not isinstance(model, LINKED):
-        names = ", ".join(kind.__name__ for kind in LINKED)
         raise ValueError(
-            f"which filters of {type(model).__name__} can leave, and which convolutions can share"
-            f" columns, is known of {names} alone"
+            f"{type(model).__name__} is no architecture of dynprune_jax.models, of which alone it"
+            " is known which filters can leave and which convolutions can share columns"
         )
 
 
