@@ -437,5 +437,6 @@ def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> 
         ("compact, random masks", "random_masks_ms"),
         ("static, of equal MACs", "static_ms"),
     ):
-        table.add_row(name, *(f"{row[key]:.2f}" if key in row else "" for row in own))
+        if any(key in row for row in own):
+            table.add_row(name, *(f"{row[key]:.2f}" if key in row else "" for row in own))
     console.print(table)

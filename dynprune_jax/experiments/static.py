@@ -265,17 +265,22 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
+def refuse_own(config: Config, model: Any) -> None:
+    """Raises UserError for a model that is no architecture of this package."""
+    if not isinstance(model, LINKED):
+        raise UserError(
+            f"config.model is {config.model!r}; filters are removed from our architectures alone:"
+            " choose gates, or one of dynprune_jax.models"
+        )
+
+
 def shares(config: Config, model: Any) -> dict[str, float]:
     """What each convolution's filters lose, as a config allots it, up to a common factor.
 
     Raises:
       UserError: for somebody's own model, or where it is to go by ratios and there are none.
     """
-    if not isinstance(model, LINKED):
-        raise UserError(
-            f"config.model is {config.model!r}; filters are removed from our architectures alone:"
-            " choose gates, or one of dynprune_jax.models"
-        )
+    refuse_own(config, model)
     if config.static.allotment != "gate":
         return {link.name: 1.0 for link in links(model)}
     given = config.gate.channel_ratio

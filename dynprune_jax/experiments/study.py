@@ -26,7 +26,7 @@ from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.static import static
+from dynprune_jax.experiments.static import refuse_own, static
 from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import least_factor, scaled
@@ -163,6 +163,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         the training, and those of a seed whose dense network failed.
     """
     config_lib.check(config)
+    methods, ablations = config.study.methods, config.study.ablations
     for field in ("methods", "ablations"):
         for name in config.study[field]:
             if not METHODS.keys() >= {*name.split("+")}:
@@ -182,11 +183,13 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         raise UserError(f"--workdir={folder} is a run's; give a study a folder of its own")
     read_rows(folder)
     with tempfile.TemporaryDirectory() as nobodys:
-        Run.open(config, nobodys)  # a mistake leaves nothing behind
+        model = Run.open(config, nobodys).model  # a mistake leaves nothing behind
+    if any(find_method(name).run is static for name in (*methods, *ablations)):
+        refuse_own(config, model)
     make_folder(folder)
     keep_config(config, folder)
-    grid = [(name, cut) for name in config.study.methods for cut in config.study.cuts]
-    grid += [(name, config.study.ablation_cut) for name in config.study.ablations]
+    grid = [(name, cut) for name in methods for cut in config.study.cuts]
+    grid += [(name, config.study.ablation_cut) for name in ablations]
     runs_of = {seed: _runs(config, seed, grid, folder / "runs") for seed in config.study.seeds}
     names = [name for runs in runs_of.values() for name in runs]
     done = sum((folder / f"{name}.json").exists() for name in names)
