@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
@@ -17,7 +16,8 @@ from dynprune_jax.data import augment
 from dynprune_jax.data.batches import check_batch_size
 from dynprune_jax.data.sources import Dataset, load_dataset
 from dynprune_jax.errors import UserError
-from dynprune_jax.models.links import LINKED, column_blocks, links
+from dynprune_jax.models.links import LINKED, column_blocks
+from dynprune_jax.models.links import links as our_links
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
 from dynprune_jax.pruning.readers import find_links
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
@@ -102,7 +102,7 @@ def _build_own(config: Config, num_classes: int, options: Mapping[str, Any]) -> 
         raise UserError(said + str(error).partition("\n")[0]) from error
     if not isinstance(model, nnx.Module) or not callable(model):
         raise UserError(f"{said}it returned {type(model).__name__}: no nnx.Module with a __call__")
-    images = _one_image(config, options["in_channels"])
+    images = one_image(config, options["in_channels"])
     try:
         inspect.signature(model.__call__).bind(images)
     except TypeError as error:
@@ -141,11 +141,6 @@ def own_factory(name: str) -> Callable[..., Any]:
     return factory
 
 
-def _one_image(config: Config, channels: int) -> jax.ShapeDtypeStruct:
-    side = config.data.image_size
-    return jax.ShapeDtypeStruct((1, side, side, channels), jnp.dtype(config.dtype))
-
-
 def build_links(config: Config, model: nnx.Module, channels: int) -> Links:
     """Where predicted gates can go; for others nothing. Of somebody's own model it takes seconds.
 
@@ -160,15 +155,15 @@ def build_links(config: Config, model: nnx.Module, channels: int) -> Links:
     if config.gate.kind != "predicted":
         return {}
     if isinstance(model, LINKED):
-        return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+        return {link.name: (link.norm_name, link.reader_name) for link in our_links(model)}
     try:
-        return find_links(model, _one_image(config, channels))
+        return find_links(model, one_image(config, channels))
     except ValueError as error:
         raise UserError(f"config.gate.kind is 'predicted'; {error}") from error
 
 
 def build_dynamic(
-    config: Config, model: nnx.Module, reads: Links, criterion: str = ""
+    config: Config, model: nnx.Module, links: Links, criterion: str = ""
 ) -> nnx.Module:
     """The model with gates at the config's target ratios; it shares the model's parameters.
 
@@ -177,7 +172,7 @@ def build_dynamic(
     Args:
       config: a checked config.
       model: from `build_model`.
-      reads: of the model, from `build_links`.
+      links: of the model, from `build_links`.
       criterion: in place of the config's.
 
     Raises:
@@ -206,7 +201,7 @@ def build_dynamic(
     try:
         if config.gate.kind == "predicted":
             surgery = functools.partial(
-                predict_channels, links=reads, salience_scales=config.gate.salience_scales
+                predict_channels, links=links, salience_scales=config.gate.salience_scales
             )
         else:
             surgery = make_dynamic
@@ -224,6 +219,12 @@ def build_dynamic(
         )
     except ValueError as error:
         raise UserError(f"config.gate: {error}") from error
+
+
+def one_image(config: Config, channels: int) -> Float[Array, "1 side side channels"]:
+    """A black image as the network sees it, for counting."""
+    side = config.data.image_size
+    return evaluation_images(config, jnp.zeros((1, side, side, channels), jnp.uint8))
 
 
 def evaluation_images(

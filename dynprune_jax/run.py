@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -27,6 +26,7 @@ from dynprune_jax.build import (
     build_links,
     build_model,
     evaluation_images,
+    one_image,
     own_factory,
     training_images,
 )
@@ -70,7 +70,7 @@ class Run:
       model: the dense model with its initial weights.
       dense: the same as a network.
       dynamic: the network with gates at their target ratios, or None where nothing is pruned.
-      reads: where predicted gates can go, from `build_links`.
+      links: where predicted gates can go, from `build_links`.
     """
 
     config: Config
@@ -80,7 +80,7 @@ class Run:
     model: nnx.Module
     dense: Network
     dynamic: Network | None
-    reads: Links
+    links: Links
 
     @classmethod
     def open(cls, config: Config, workdir: str | os.PathLike) -> "Run":
@@ -102,10 +102,10 @@ class Run:
         else:
             nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3)[:2])
         dataset = build_dataset(config)
-        model, dynamic_model, reads = _build_both(config, dataset.num_classes, dataset.channels)
+        model, dynamic_model, links = _build_both(config, dataset.num_classes, dataset.channels)
         dynamic = Network(dynamic_model) if dynamic_model is not None else None
         mesh = sharding.data_mesh()
-        return cls(config, folder, mesh, dataset, model, Network(model), dynamic, reads)
+        return cls(config, folder, mesh, dataset, model, Network(model), dynamic, links)
 
     def check_ascent(self) -> None:
         """Raises UserError where the ratios do not reach their targets before the end."""
@@ -316,9 +316,7 @@ class Run:
     @property
     def one_image(self) -> Float[Array, "1 side side channels"]:
         """A black image as the network sees it, for counting."""
-        side = self.config.data.image_size
-        image = jnp.zeros((1, side, side, self.dataset.channels), jnp.uint8)
-        return evaluation_images(self.config, image)
+        return one_image(self.config, self.dataset.channels)
 
     def mac_reduction(self, ratios: Mapping[str, Any] | None = None) -> float:
         """The conventional MAC reduction, before any training of the gates.
@@ -358,7 +356,7 @@ class Run:
         return self._dynamic(self.model, criterion)
 
     def _dynamic(self, model: nnx.Module, criterion: str = "") -> Network:
-        return Network(build_dynamic(self.config, model, self.reads, criterion))
+        return Network(build_dynamic(self.config, model, self.links, criterion))
 
     def trained_values(self) -> tuple[Values | None, Values | None]:
         """Reads the weights of a finished run: dense, and after targeted dropout.
@@ -457,7 +455,7 @@ def _build_both(
     model.train()
     if not config.prune.epochs:
         return model, None, {}
-    reads = build_links(config, model, channels)
-    dynamic = build_dynamic(config, model, reads)
+    links = build_links(config, model, channels)
+    dynamic = build_dynamic(config, model, links)
     dynamic.train()
-    return model, dynamic, reads
+    return model, dynamic, links

@@ -37,9 +37,9 @@ def test_every_method_of_a_study_builds(path):
         assert all(field.startswith(("gate.", "static.", "ascent.", "prune.")) for field in fields)
         changed = with_fields(config, fields)
         config_lib.check(changed)
-        reads = build_links(changed, model, channels)
+        found = build_links(changed, model, channels)
         dynamic = nnx.eval_shape(
-            lambda dense, c=changed, reads=reads: build_dynamic(c, dense, reads), model
+            lambda dense, c=changed, found=found: build_dynamic(c, dense, found), model
         )
         assert dynamic_layers(dynamic)
 

@@ -82,9 +82,9 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     model, channels = _trained_or_fresh(config, folder)
     model.eval()
     # A mistake shows before the first minute.
-    reads = build_links(config, model, channels)
+    links = build_links(config, model, channels)
     for each in (config, *(_at(config, ratio) for ratio in config.benchmark.ratios)):
-        build_dynamic(each, model, reads)
+        build_dynamic(each, model, links)
     if isinstance(model, LINKED):
         shares(config, model)
     make_folder(folder)
@@ -92,7 +92,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     for batch_size in config.benchmark.batch_sizes:
         shape = (batch_size, config.data.image_size, config.data.image_size, channels)
-        bench = _Bench(config, model, reads, shape, folder, console)
+        bench = _Bench(config, model, links, shape, folder, console)
         for ratio in config.benchmark.ratios:
             rows.append(bench.row(_at(config, ratio)))
         rows.append(bench.row(config, controls=True))
@@ -109,12 +109,12 @@ class _Bench:
         self,
         config: Config,
         model: nnx.Module,
-        reads: Links,
+        links: Links,
         shape: tuple[int, int, int, int],
         folder: Path,
         console: rich.console.Console,
     ):
-        self._config, self._model, self._reads, self._folder = config, model, reads, folder
+        self._config, self._model, self._links, self._folder = config, model, links, folder
         self._console = console
         self._known: dict[Any, dict[Form, float]] = {}
         self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
@@ -168,7 +168,7 @@ class _Bench:
         }
 
     def _dynamic(self, config: Config, criterion: str = "") -> nnx.Module:
-        return _choosing(build_dynamic(config, self._model, self._reads, criterion))
+        return _choosing(build_dynamic(config, self._model, self._links, criterion))
 
     def _plan(self, name: str, model: nnx.Module) -> Plan:
         return planned(name, model, self._images, self._config, self._folder, self._known)

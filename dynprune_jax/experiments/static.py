@@ -296,7 +296,7 @@ def shares(config: Config, model: Any) -> dict[str, float]:
 
 
 def _kept(n: int, ratio: float) -> int:
-    """How many of n filters are left."""
+    """How many of n filters are left: `kept_count` in Python's numbers, which compile nothing."""
     return max(n - int(ratio * n + 1e-6), 1)
 
 

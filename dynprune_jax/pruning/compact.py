@@ -50,7 +50,7 @@ def compact(
         layer cannot be executed in; if the file is not a plan.
       OSError: if there is no folder for the file; before anything is measured.
     """
-    batch_of(images)
+    batch_of(images)  # refuses what holds none
     folded, read = fold(model, images, *others)
     function, arrays = as_function(folded, images, *others)
     with all_handed_over(folded):

@@ -42,7 +42,7 @@ def export_model(
         What `jax.export` refuses it refuses in its own words, such as a model that calls back to
         Python.
     """
-    batch_of(images)
+    batch_of(images)  # refuses what holds none
     if is_compact(model) and platforms is not None:
         raise ValueError(
             f"platforms is {platforms!r}; a compact model is exported for the one at hand alone:"

@@ -63,7 +63,7 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
       ValueError: for no images, where there is no link, or layers are called within a
         transformation that what they see does not leave.
     """
-    batch_of(images)
+    batch_of(images)  # refuses what holds none
     model = nnx.clone(model)
     model.eval()
     convs = conv_layers(model)
