@@ -152,14 +152,24 @@ def build_links(config: Config, model: nnx.Module, channels: int) -> Links:
     Raises:
       UserError: if they can go nowhere.
     """
-    if config.gate.kind != "predicted":
-        return {}
+    return all_links(config, model, channels) if config.gate.kind == "predicted" else {}
+
+
+def all_links(config: Config, model: nnx.Module, channels: int) -> Links:
+    """The links of any model: what predicted gates skip, and static pruning removes.
+
+    Raises:
+      UserError: if there are none.
+    """
     if isinstance(model, LINKED):
-        return {link.name: (link.norm_name, link.reader_name) for link in our_links(model)}
+        return our_links(model)
     try:
         return find_links(model, one_image(config, channels))
     except ValueError as error:
-        raise UserError(f"config.gate.kind is 'predicted'; {error}") from error
+        raise UserError(
+            f"config.model is {config.model!r}; neither predicted gates nor static pruning have a"
+            f" place in it: {error}"
+        ) from error
 
 
 def build_dynamic(

@@ -1,5 +1,6 @@
 """Settings that hold for every test: strict JAX, several fake devices; a small config."""
 
+import gc
 import itertools
 import os
 import runpy
@@ -36,6 +37,19 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # A job in the background of a script is started with Ctrl-C ignored; what obeys it is tested here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What the tests of one file leave is nothing that those of the next have to carry.
+
+    In a process full of traces and programs all takes longer, most of all Python's search for what
+    is unreachable, which looks at every object that it has not been told to pass over.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ from flax import nnx
 from dynprune_jax import build
 from dynprune_jax.build import build_model
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.static import shares
-from dynprune_jax.experiments.study import study
 from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
@@ -206,9 +204,3 @@ def test_what_is_known_of_our_models_alone_is_not_guessed(config, tmp_path):
     config.gate.column_ratio, config.gate.block_columns = (0.5, 0.5), True
     with pytest.raises(UserError, match="Own is no architecture of dynprune_jax"):
         Run.open(config, tmp_path)
-    with pytest.raises(UserError, match="filters are removed from our architectures alone"):
-        shares(config, build_model(config, 10, 1))
-    config.gate.block_columns, config.study.methods = False, ("attention", "l1")
-    with pytest.raises(UserError, match="filters are removed from our architectures alone"):
-        study(config, tmp_path / "study")
-    assert not (tmp_path / "study").exists()

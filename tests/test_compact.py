@@ -495,7 +495,7 @@ def test_a_map_smaller_than_its_kernel_gives_an_empty_one():
 
 def test_a_model_can_be_copied_after_it_was_made_compact():
     model = trained("vgg_digits", image_size=8, width=0.25)
-    names = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+    names = links(model)
     model = dynprune_jax.predict_channels(model, 0.5, names)
     model.eval()
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))

@@ -398,8 +398,11 @@ def test_the_entry_point_trains_on_class_folders_in_a_process_of_its_own(tmp_pat
         f"--config.data.data_dir={tmp_path / 'prepared'}", *" ".join(folders).split(),
         "--config.batch_size=10", "--config.dense.epochs=1", "--config.prune.epochs=1",
         "--config.dense.warmup_epochs=0", "--config.ascent.warmup=0.9",
+        "--config.model=networks:small_vgg", "--config.gate.channel_ratio=(.3,.5)",
+        "--config.gate.column_ratio=(0.,.3)",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["data"] == {

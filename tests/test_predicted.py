@@ -16,7 +16,7 @@ from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
 from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.handover import GatedNorm, Handover
-from dynprune_jax.pruning.layers import dynamic_layers
+from dynprune_jax.pruning.layers import all_modules, dynamic_layers
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.plan import Plan, measure_plan
 from dynprune_jax.pruning.ratios import set_ratios
@@ -32,10 +32,6 @@ NETWORKS = {
 }
 
 
-def reads(model):
-    return {link.name: (link.norm_name, link.reader_name) for link in links(model)}
-
-
 def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, **options):
     """A model with norms as after some training, the same with predicted gates, and images."""
     of, side, channels = NETWORKS[name]
@@ -49,7 +45,7 @@ def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, **options
     dynamic = predict_channels(
         model,
         ratio,
-        reads(model),
+        links(model),
         column_ratio,
         column_blocks=blocks,
         **options,
@@ -103,20 +99,19 @@ def test_readers_lose_nothing(name, group):
     _, dynamic, images = predicted(name, channel_group=group)
     logits, usage = nnx.jit(measure)(dynamic, images)
     by_name = {layer.name: layer for layer in usage.layers}
-    model_links = links(dynamic)
-    for link in model_links:
-        features = np.asarray(by_name[link.name].masks.features)
+    layers = all_modules(dynamic)
+    readers = {name: reader for name, (_, reader) in links(dynamic).items()}
+    for name, reader in readers.items():
+        features = np.asarray(by_name[name].masks.features)
         of_groups = features.reshape(len(images), -1, group)
         np.testing.assert_array_equal(of_groups.any(axis=2), of_groups.all(axis=2))
         n = of_groups.shape[1]
         np.testing.assert_array_equal(features.sum(axis=1), group * (n - int(0.4 * n + 1e-6)))
-        if isinstance(link.reader, DynamicConv):
-            np.testing.assert_array_equal(
-                by_name[link.reader_name].kept_channels, features.sum(axis=1)
-            )
-    for link in model_links:
-        if isinstance(link.reader, DynamicConv):
-            link.reader.channel_ratio = PruneRatio(jnp.float32(0.0))
+        if isinstance(layers[reader], DynamicConv):
+            np.testing.assert_array_equal(by_name[reader].kept_channels, features.sum(axis=1))
+    for reader in readers.values():
+        if isinstance(layers[reader], DynamicConv):
+            layers[reader].channel_ratio = PruneRatio(jnp.float32(0.0))
     np.testing.assert_allclose(run(dynamic, images), logits, rtol=1e-5, atol=1e-6)
 
 
@@ -422,8 +417,8 @@ def test_a_reader_that_cannot_skip_single_channels_loses_nothing(groups, togethe
     chain = Chain(groups or 1)
     if groups is None:
         chain.reader = Other(8, 8, (3, 3), rngs=nnx.Rngs(0))
-    links = {"conv": ("norm", "reader")}
-    model = predict_channels(chain, 0.4, links, channel_group=together)
+    given = {"conv": ("norm", "reader")}
+    model = predict_channels(chain, 0.4, given, channel_group=together)
     model.eval()
     x = jax.random.normal(jax.random.key(0), (3, 6, 6, 8))
     logits, usage = measure(model, x)
@@ -442,9 +437,9 @@ def test_a_plan_times_what_a_reader_can_skip(monkeypatch):
     monkeypatch.setattr(plan_lib, "_HOPELESS", np.inf)  # all of it, however slow
     chain = Chain(1)
     chain.eval()
-    links = {"conv": ("norm", "reader")}
+    given = {"conv": ("norm", "reader")}
     x = jax.ShapeDtypeStruct((1, 4, 4, 8), jnp.float32)
-    timed = measure_plan(predict_channels(chain, 0.5, links), x).milliseconds["reader"]
+    timed = measure_plan(predict_channels(chain, 0.5, given), x).milliseconds["reader"]
     assert {form.channels for form in timed} == {True, False}
 
 
@@ -483,7 +478,7 @@ def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
     model, dynamic, images = predicted(name, 0.4, 0.3, block_columns=True)
     blocks = [0.1 * i for i in range(1, len(model.blocks) + 1)]
     expected = predict_channels(
-        model, blocks, reads(model), 0.6, column_blocks=column_blocks(model)
+        model, blocks, links(model), 0.6, column_blocks=column_blocks(model)
     )
     nnx.update(expected, nnx.state(dynamic, nnx.Param))
     expected.eval()
@@ -491,7 +486,7 @@ def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
     set_ratios(dynamic, channel_ratio=blocks, column_ratio=0.6)
     np.testing.assert_array_equal(dynamic(images), expected(images))
     followers = {
-        "channel_ratio": links(model)[0].reader_name,
+        "channel_ratio": next(reader for _, reader in links(model).values()),
         "column_ratio": [names[1][0] for names in column_blocks(model) if names[1:]][-1],
     }
     for axis, follower in followers.items():
@@ -529,21 +524,21 @@ def test_a_reader_that_sees_something_else_besides_skips_nothing():
 def test_surgery_says_what_it_cannot_do():
     model, dynamic, _ = predicted("vgg")
     with pytest.raises(ValueError, match="matches none of the 7 convolutions"):
-        predict_channels(model, 0.5, reads(model), layers="blocks/9/*")
+        predict_channels(model, 0.5, links(model), layers="blocks/9/*")
     for again in (
-        lambda: predict_channels(dynamic, 0.5, reads(model)),
-        lambda: predict_channels(dynamic, 0.5, reads(model), layers="blocks/0/*"),
+        lambda: predict_channels(dynamic, 0.5, links(model)),
+        lambda: predict_channels(dynamic, 0.5, links(model), layers="blocks/0/*"),
         lambda: make_dynamic(dynamic, 0.0),
     ):
         with pytest.raises(ValueError, match=r"blocks/0/layers/./conv has a predicted gate, or"):
             again()
     with pytest.raises(ValueError, match=r"channel_group is 32, .* at most 32: no channel"):
-        predict_channels(model, 0.5, reads(model), channel_group=32)
+        predict_channels(model, 0.5, links(model), channel_group=32)
     for nothing in (None, (None, None, None)):
         with pytest.raises(ValueError, match="give channel_ratio"):
-            predict_channels(model, nothing, reads(model))
+            predict_channels(model, nothing, links(model))
     name = "blocks/0/layers/0/conv"
-    norm, reader = reads(model)[name]
+    norm, reader = links(model)[name]
     for link, wrong in (
         ({"conv": (norm, reader)}, "'conv', which is no Conv"),
         ({name: (reader, reader)}, f"'{reader}', which is no BatchNorm"),
@@ -552,13 +547,13 @@ def test_surgery_says_what_it_cannot_do():
         with pytest.raises(ValueError, match=f"links names {wrong}"):
             predict_channels(model, {"*": 0.5}, link)
     second = "blocks/0/layers/1/conv"
-    both = {name: (norm, second), second: (reads(model)[second][0], second)}
+    both = {name: (norm, second), second: (links(model)[second][0], second)}
     with pytest.raises(ValueError, match=f"'{second}' as what reads the outputs of both"):
         predict_channels(model, 0.5, both)
-    both[second] = (norm, reads(model)[second][1])
+    both[second] = (norm, links(model)[second][1])
     with pytest.raises(ValueError, match=f"{norm} is named as the normalization of several"):
         predict_channels(model, 0.5, both)
-    shared = make_dynamic(model, None, 0.5, column_blocks=[[(second, reads(model)[second][0])]])
+    shared = make_dynamic(model, None, 0.5, column_blocks=[[(second, links(model)[second][0])]])
     with pytest.raises(ValueError, match=f"{second} .* or shares a choice of columns: make"):
         make_dynamic(shared, 0.5, layers=second)
     conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))

@@ -131,9 +131,8 @@ def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_anywhere(tmp_path,
     assert "Traceback" not in output
     assert not (tmp_path / "many" / "report.json").exists()
 
-    shutil.copytree(tmp_path / "many", tmp_path / "one")
     shutil.copytree(tmp_path / "many", tmp_path / "eight")
-    finish([*start_main("one", 1, 1), *start_main("eight", 1, 8)])
+    finish(start_main("eight", 1, 8))
     output = subprocess.run(
         [ROOT / "launch" / "local.sh", "2", *flags("many")],
         env=environment(JAX_NUM_CPU_DEVICES=2),
@@ -145,7 +144,7 @@ def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_anywhere(tmp_path,
     assert output.returncode == 0, output.stdout
     assert output.stdout.count("Report, pictures and checkpoints") == 1  # one process prints
     losses = {}
-    for workdir in ("many", "one", "eight"):
+    for workdir in ("many", "eight"):
         assert (tmp_path / workdir / "training.png").exists()
         report = json.loads((tmp_path / workdir / "report.json").read_text())
         assert report["dense"]["examples"] == 40
@@ -153,8 +152,7 @@ def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_anywhere(tmp_path,
         assert [row["step"] for row in rows] == list(range(2, 25, 2))
         losses[workdir] = [row["train_loss"] for row in rows]
     # From the same state on: the same steps, but for rounding that grows.
-    for workdir in ("one", "eight"):
-        np.testing.assert_allclose(losses[workdir][:3], losses["many"][:3], rtol=1e-2)
+    np.testing.assert_allclose(losses["eight"][:3], losses["many"][:3], rtol=1e-2)
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, data_dir):

@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import trained
 
 import dynprune_jax
-from dynprune_jax import find_links, measure, models, predict_channels
+from dynprune_jax import find_links, measure, predict_channels
 from dynprune_jax.models.links import links
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 
@@ -13,13 +14,13 @@ IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [("vgg_digits", 8), ("vgg16_imagenet", 64), ("resnet20", 8), ("resnet50", 32)]
+    ("name", "side"),
+    [("small_vgg", 8), ("vgg16_imagenet", 64), ("small_resnet20", 8), ("small_resnet50", 16)],
 )
 def test_the_links_of_our_models_are_found(name, side):
-    model = getattr(models, name)(10, image_size=side, in_channels=3, width=0.25, rngs=nnx.Rngs(0))
-    expected = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+    model = trained(name, image_size=side, in_channels=3, width=0.25)
     found = find_links(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-    assert list(found.items()) == list(expected.items())
+    assert list(found.items()) == list(links(model).items())
 
 
 class Chain(nnx.Module):
@@ -143,7 +144,7 @@ def test_of_two_with_one_reader_there_is_one_link():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_any_dtype_and_any_input_will_do(dtype):
-    model = models.resnet20(10, image_size=8, width=0.25, dtype=dtype, rngs=nnx.Rngs(0))
+    model = trained("small_resnet20", image_size=8, in_channels=3, width=0.25, dtype=dtype)
 
     class Named(nnx.Module):
         def __init__(self):
@@ -154,7 +155,7 @@ def test_any_dtype_and_any_input_will_do(dtype):
             return {"logits": self.model(inputs["image"].astype(dtype)), "seed": rngs.params()}
 
     inputs = {"name": "image", "image": jax.ShapeDtypeStruct((1, 8, 8, 3), dtype)}
-    expected = {link.name: link.reader_name for link in links(model)}
+    expected = {name: reader for name, (_, reader) in links(model).items()}
     found = find_links(Named(), inputs, nnx.Rngs(0))
     assert {k[6:]: reader[6:] for k, (_, reader) in found.items()} == expected
     stored = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)

@@ -14,11 +14,12 @@ from networks import trained
 
 import dynprune_jax
 from dynprune_jax.config import check, flatten
-from dynprune_jax.experiments.static import allot, l1, remove_filters
+from dynprune_jax.experiments.static import allot, block_of, l1, remove_filters
 from dynprune_jax.experiments.study import find_method, read_rows, tables, with_fields
 from dynprune_jax.flags import parse
 from dynprune_jax.main import MODES
 from dynprune_jax.models.links import links
+from dynprune_jax.pruning.layers import conv_layers
 from dynprune_jax.pruning.masks import kept_count
 
 ROOT = Path(__file__).parent.parent
@@ -61,17 +62,30 @@ def mean_and_spread(values, digits=4):
 def test_the_example_runs(capsys):
     use, train = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, Any] = {}
+    assert use.count("image_size=32, rngs") == 1
+    use = use.replace("image_size=32, rngs", "image_size=32, width=0.125, rngs")  # quicker by far
     exec(compile(use, "README.md", "exec"), names)
     narrow = dynprune_jax.models.vgg16(10, image_size=32, width=0.125, rngs=nnx.Rngs(0))
-    names["model"] = dynprune_jax.make_dynamic(narrow, 0.2)  # and not minutes for a wide one
+    names["model"] = dynprune_jax.make_dynamic(narrow, 0.2)
     before = names["model"].blocks[4].layers[2].conv.kernel[...]
     exec(compile(train, "README.md", "exec"), names)
     gates = dynprune_jax.dynamic_layers(names["model"]).values()
     assert {round(float(gate.channel_ratio[...]), 3) for gate in gates} == {0.1}
     assert np.abs(names["model"].blocks[4].layers[2].conv.kernel[...] - before).max() > 0
     printed = capsys.readouterr().out
-    assert "313201664" in printed  # dense MACs per image
-    assert "'blocks/4/layers/2/conv': 52" in printed  # 512 - floor(0.9 * 512)
+    maps = (
+        (3, 8, 32),
+        (8, 8, 32),
+        (8, 16, 16),
+        (16, 16, 16),
+        (16, 32, 8),
+        (32, 32, 8),
+        (32, 32, 8),
+    )
+    maps += ((32, 64, 4), (64, 64, 4), (64, 64, 4), (64, 64, 2), (64, 64, 2), (64, 64, 2))
+    macs = sum(9 * channels * filters * side**2 for channels, filters, side in maps)
+    assert printed.startswith(f"{macs + 64 * 10} ")  # and the classifier
+    assert "'blocks/4/layers/2/conv': 7" in printed  # 64 - floor(0.9 * 64)
 
 
 def test_the_results_table_is_what_the_reports_say():
@@ -255,7 +269,7 @@ def fastest(row):
 
 def test_what_gates_cost_is_what_is_counted():
     model = dynprune_jax.models.vgg16(10, image_size=32, rngs=nnx.Rngs(0))
-    reads = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+    reads = links(model)
     model = dynprune_jax.predict_channels(model, (0.25, 0.25, 0.26, 0.9, 0.9), reads)
     model.eval()
     graph, state = nnx.split(model)
@@ -770,10 +784,17 @@ def test_what_is_said_of_cascades_is_what_was_measured():
 
 def test_the_filters_of_an_allotment_are_those_it_leaves():
     def left(model, side, mac_reduction, given, block):
-        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-        shares = {link.name: given[getattr(link, block)] for link in links(model)}
-        small = remove_filters(model, l1(model), allot(model, image, mac_reduction, shares))
-        return [link.conv.out_features for link in links(small)]
+        found, image = links(model), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        shares = {name: given[block(name, reader)] for name, (_, reader) in found.items()}
+        ratios = allot(model, found, image, mac_reduction, shares)
+        small = conv_layers(remove_filters(model, found, l1(model, found), ratios))
+        return [small[name].out_features for name in found]
+
+    def own_block(name, reader):
+        return block_of(name)
+
+    def readers_block(name, reader):  # of what the head reads the last one
+        return block_of(name if block_of(reader) is None else reader)
 
     def row(study, method):
         rows = read_rows(ROOT / "docs" / "results" / study)
@@ -781,9 +802,10 @@ def test_the_filters_of_an_allotment_are_those_it_leaves():
 
     small = trained("vgg_digits", in_channels=3, image_size=16)
     gates = row("allotment/own_block", "predicted+distillation")["config"]["gate.channel_ratio"]
-    kept = [int(kept_count(gates[link.block], link.conv.out_features)) for link in links(small)]
-    own = left(small, 16, 0.65, (0.25, 0.25, 0.9), "block")
-    readers = left(small, 16, 0.65, (0.25, 0.25, 0.9), "reader_block")
+    filters = {name: conv_layers(small)[name].out_features for name in links(small)}
+    kept = [int(kept_count(gates[block_of(name)], n)) for name, n in filters.items()]
+    own = left(small, 16, 0.65, (0.25, 0.25, 0.9), own_block)
+    readers = left(small, 16, 0.65, (0.25, 0.25, 0.9), readers_block)
     for name, filters in (
         ("dynamic, predicted", kept),
         ("static, L1 norm, by the convolution's own block", own),
@@ -794,9 +816,8 @@ def test_the_filters_of_an_allotment_are_those_it_leaves():
     whole = trained("vgg16", image_size=32)
     static = row("cifar10_vgg16", "l1+as_predicted+distillation")
     given = static["config"]["gate.channel_ratio"]
-    names = [link.name for link in links(whole)]
-    last = left(whole, 32, static["mac_reduction"], given, "reader_block")[
-        names.index("blocks/2/layers/2/conv")
+    last = left(whole, 32, static["mac_reduction"], given, readers_block)[
+        list(links(whole)).index("blocks/2/layers/2/conv")
     ]
     claim = f"kept {last} of 256 filters, where the gates keep {kept_count(given[2], 256)} ("
     assert claim in PAGES

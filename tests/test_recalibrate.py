@@ -62,7 +62,7 @@ def test_with_the_statistics_of_a_batch_evaluation_is_what_training_computes_of_
     if kind == "attention":
         model = make_dynamic(model, 0.5, 0.25)
     else:
-        reads = {link.name: (link.norm_name, link.reader_name) for link in links(model)}
+        reads = links(model)
         model = predict_channels(model, 0.5, reads)
     model.train()
     expected = call(nnx.clone(model), images(1))

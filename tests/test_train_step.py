@@ -176,7 +176,7 @@ def test_only_kernels_decay():
 
 def test_saliences_learn_at_their_own_rate():
     dense = model()
-    reads = {link.name: (link.norm_name, link.reader_name) for link in links(dense)}
+    reads = links(dense)
     params = Network(predict_channels(dense, 0.5, reads)).values(nnx.Param)
     gradients = jax.tree.map(jnp.ones_like, params)
 

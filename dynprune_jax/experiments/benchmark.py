@@ -22,8 +22,7 @@ from dynprune_jax.build import Links, build_dynamic, build_links, build_model
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
-from dynprune_jax.experiments.static import allot, l1, remove_filters, shares
-from dynprune_jax.models.links import LINKED
+from dynprune_jax.experiments.static import allot, l1, removable, remove_filters, shares
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
@@ -85,14 +84,18 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     links = build_links(config, model, channels)
     for each in (config, *(_at(config, ratio) for ratio in config.benchmark.ratios)):
         build_dynamic(each, model, links)
-    if isinstance(model, LINKED):
-        shares(config, model)
-    make_folder(folder)
     console = screen()
+    try:
+        removed = removable(config, model, channels)
+    except UserError as error:  # a network of somebody's own
+        console.print(f"static network left out: {error}", highlight=False)
+        removed = {}
+    shares(config, removed)
+    make_folder(folder)
     rows: list[dict[str, Any]] = []
     for batch_size in config.benchmark.batch_sizes:
         shape = (batch_size, config.data.image_size, config.data.image_size, channels)
-        bench = _Bench(config, model, links, shape, folder, console)
+        bench = _Bench(config, model, links, removed, shape, folder, console)
         for ratio in config.benchmark.ratios:
             rows.append(bench.row(_at(config, ratio)))
         rows.append(bench.row(config, controls=True))
@@ -110,12 +113,13 @@ class _Bench:
         config: Config,
         model: nnx.Module,
         links: Links,
+        removable: Links,
         shape: tuple[int, int, int, int],
         folder: Path,
         console: rich.console.Console,
     ):
-        self._config, self._model, self._links, self._folder = config, model, links, folder
-        self._console = console
+        self._config, self._model, self._folder, self._console = config, model, folder, console
+        self._links, self._removable = links, removable
         self._known: dict[Any, dict[Form, float]] = {}
         self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
         self._dense_plan = self._plan("dense", model)
@@ -178,16 +182,16 @@ class _Bench:
 
     def _static(self, mac_reduction: float) -> nnx.Module | None:
         """The network with filters removed until as many MACs are gone, where they can be."""
-        if not isinstance(self._model, LINKED):
-            self._console.print("static network left out: it is made of our architectures alone")
+        model, links = self._model, self._removable
+        if not links:
             return None
-        allotted = shares(self._config, self._model)
+        allotted = shares(self._config, links)
         try:
-            ratios = allot(self._model, self._images[:1], mac_reduction, allotted)
+            ratios = allot(model, links, self._images[:1], mac_reduction, allotted)
         except ValueError as error:  # a residual network keeps what its units hand on
             self._console.print(f"static network left out: {error}", highlight=False)
             return None
-        return remove_filters(self._model, l1(self._model), ratios)
+        return remove_filters(model, links, l1(model, links), ratios)
 
     def _others(self) -> Mapping[str, Callable[[], Any]]:
         if self._config.dtype != "float32":

@@ -7,7 +7,7 @@ those with the lowest leave the network, and with them the next layer's kernel r
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,14 +17,15 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.build import training_images
+from dynprune_jax.build import Links, all_links, one_image, training_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
-from dynprune_jax.models.links import LINKED, Link, links
+from dynprune_jax.models.links import LINKED
 from dynprune_jax.pruning.calls import intercept
+from dynprune_jax.pruning.layers import all_modules
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.ratios import least_factor, scaled
 from dynprune_jax.report import provenance
@@ -38,13 +39,13 @@ _TAYLOR_BATCHES = 8
 Scores = dict[str, Float[np.ndarray, " filters"]]
 
 
-def l1(model: Any, run: Run | None = None) -> Scores:
+def l1(model: Any, links: Links, run: Run | None = None) -> Scores:
     """L1 norm of a filter's weights (Li et al. 2016, arXiv 1608.08710)."""
     del run
-    return {link.name: np.abs(_filters(link)).sum(axis=1) for link in links(model)}
+    return {name: np.abs(rows).sum(axis=1) for name, rows in _filters(model, links)}
 
 
-def geometric_median(model: Any, run: Run) -> Scores:
+def geometric_median(model: Any, links: Links, run: Run) -> Scores:
     """Sum of a filter's distances to the layer's others: the most replaceable has the lowest.
 
     He et al. 2018, arXiv 1811.00250, equation 4.
@@ -56,16 +57,17 @@ def geometric_median(model: Any, run: Run) -> Scores:
         apart = squares[:, None] + squares[None, :] - 2 * filters @ filters.T
         return np.sqrt(np.maximum(apart, 0)).sum(axis=1)
 
-    return {link.name: distances(_filters(link).astype(np.float64)) for link in links(model)}
+    return {name: distances(rows.astype(np.float64)) for name, rows in _filters(model, links)}
 
 
-def taylor(model: Any, run: Run) -> Scores:
+def taylor(model: Any, links: Links, run: Run) -> Scores:
     """First-order change of the loss if a map were zero (Molchanov et al. 2016, arXiv 1611.06440).
 
     The mean over images of `|sum over the map of dC/dh * h|`, equation 8, on augmented training
     images. It is taken before the relu, where `dC/dh * h` is the same as behind it.
     """
-    norms = {link.norm_name: link.name for link in links(model)}
+    norms = {norm: name for name, (norm, _) in links.items()}
+    filters = {norm: all_modules(model)[name].out_features for norm, name in norms.items()}
     network = Network(model)
 
     @jax.jit
@@ -80,10 +82,7 @@ def taylor(model: Any, run: Run) -> Scores:
             logits = bound(training_images(run.config, key, images))
             return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
-        ones = {
-            link.norm_name: jnp.ones((images.shape[0], link.conv.out_features))
-            for link in links(model)
-        }
+        ones = {norm: jnp.ones((images.shape[0], n)) for norm, n in filters.items()}
         return jax.tree.map(lambda g: jnp.mean(jnp.abs(g), axis=0), jax.grad(loss)(ones))
 
     keys = jax.random.split(jax.random.key(run.config.seed), _TAYLOR_BATCHES)
@@ -95,32 +94,34 @@ def taylor(model: Any, run: Run) -> Scores:
     return {norms[name]: np.mean([batch[name] for batch in each], axis=0) for name in norms}
 
 
-def random(model: Any, run: Run) -> Scores:
+def random(model: Any, links: Links, run: Run) -> Scores:
     """Control: a uniform draw."""
     rng = np.random.default_rng(run.config.seed)
-    return {link.name: rng.random(link.conv.out_features) for link in links(model)}
+    return {name: rng.random(len(rows)) for name, rows in _filters(model, links)}
 
 
-def none(model: Any, run: Run) -> Scores:
+def none(model: Any, links: Links, run: Run) -> Scores:
     """Control: nothing is removed, so that a dense network is trained on for as long."""
     del run
-    return {link.name: np.zeros(link.conv.out_features) for link in links(model)}
+    return {name: np.zeros(len(rows)) for name, rows in _filters(model, links)}
 
 
-CRITERIA: dict[str, Callable[[Any, Run], Scores]] = {
+CRITERIA: dict[str, Callable[[Any, Links, Run], Scores]] = {
     f.__name__: f for f in (l1, geometric_median, taylor, random, none)
 }
 
 
-def remove_filters(model: Any, scores: Scores, ratios: dict[str, float]) -> Any:
+def remove_filters(model: Any, links: Links, scores: Scores, ratios: dict[str, float]) -> Any:
     """Returns a smaller model without the lowest-scored filters; the given one stays as it is.
 
     Args:
-      model: one of this package's; its arrays are read, so it cannot be traced.
+      model: any, of these links; its arrays are read, so it cannot be traced.
+      links: from `removable`.
       scores: by convolution, one for each of its filters.
       ratios: by convolution, the fraction of its filters to remove, in [0, 1).
     """
     small = nnx.clone(model)
+    layers = all_modules(small)
 
     def keep(owner: Any, name: str, kept: np.ndarray, axis: int) -> None:
         # By NumPy, which compiles nothing: each of the many sizes would be a program of its own.
@@ -129,30 +130,70 @@ def remove_filters(model: Any, scores: Scores, ratios: dict[str, float]) -> Any:
             value = np.take(np.asarray(variable.get_value()), kept, axis)
             setattr(owner, name, type(variable)(jnp.asarray(value)))
 
-    for link in links(small):
-        n = link.conv.out_features
-        count = _kept(n, ratios[link.name])
-        kept = np.sort(np.argsort(-scores[link.name], kind="stable")[:count])
-        for name in ("kernel", "bias"):
-            keep(link.conv, name, kept, -1)
-        for name in ("scale", "bias", "mean", "var"):
-            keep(link.norm, name, kept, -1)
-        link.conv.out_features = link.norm.num_features = count
-        if isinstance(link.reader, nnx.Conv):
-            keep(link.reader, "kernel", kept, 2)
-            link.reader.in_features = count
-        else:  # a map laid out as one vector: its channels come last
-            rows = np.arange(link.reader.in_features).reshape(-1, n)[:, kept].ravel()
-            keep(link.reader, "kernel", rows, 0)
-            link.reader.in_features = len(rows)
+    for name, (norm_name, reader_name) in links.items():
+        conv, norm, reader = layers[name], layers[norm_name], layers[reader_name]
+        n = conv.out_features
+        count = _kept(n, ratios[name])
+        kept = np.sort(np.argsort(-scores[name], kind="stable")[:count])
+        for part in ("kernel", "bias"):
+            keep(conv, part, kept, -1)
+        for part in ("scale", "bias", "mean", "var"):
+            keep(norm, part, kept, -1)
+        conv.out_features = norm.num_features = count
+        # What is laid out as a vector, or has been before, has its channels last.
+        rows = np.arange(reader.in_features).reshape(-1, n)[:, kept].ravel()
+        keep(reader, "kernel", rows, -2)
+        reader.in_features = len(rows)
     return small
 
 
-def allot(model: Any, image: Any, mac_reduction: float, shares: dict[str, float]) -> dict[str, Any]:
+def removable(config: Config, model: Any, channels: int) -> Links:
+    """The links whose filters can be removed, of our models or of somebody's own.
+
+    Those of somebody's own are tried: the model without half of its filters must take an image. A
+    link whose reader has a filter for each of its channels is left out.
+
+    Args:
+      config: a checked config.
+      model: from `build_model`.
+      channels: of the images.
+
+    Raises:
+      UserError: if there are none, or the model's code does not take fewer filters.
+    """
+    links = all_links(config, model, channels)
+    if isinstance(model, LINKED):
+        return links
+    said = f"config.model is {config.model!r}; "
+    layers = all_modules(model)
+    links = {
+        name: (norm, reader)
+        for name, (norm, reader) in links.items()
+        if getattr(layers[reader], "feature_group_count", 1) == 1
+        and all(getattr(layers[layer], "mask", None) is None for layer in (name, reader))
+    }
+    if not links:
+        raise UserError(f"{said}it has no filters that can leave alone, for static pruning")
+    small = remove_filters(model, links, l1(model, links), dict.fromkeys(links, 0.5))
+    small.eval()
+    try:
+        nnx.eval_shape(lambda small, images: small(images), small, one_image(config, channels))
+    except Exception as error:  # whatever code of somebody else's raises
+        raise UserError(
+            f"{said}its code counts on the number of its filters, so that static pruning cannot"
+            f" remove any: {str(error).partition(chr(10))[0]}"
+        ) from error
+    return links
+
+
+def allot(
+    model: Any, links: Links, image: Any, mac_reduction: float, shares: dict[str, float]
+) -> dict[str, float]:
     """The ratio of every convolution with which a model loses that fraction of its MACs.
 
     Args:
-      model: one of this package's.
+      model: any, of these links.
+      links: from `removable`.
       image: a batch of one, or its shape and dtype.
       mac_reduction: of the whole network, conventional.
       shares: by convolution; its ratio is this times a common factor, at most 0.95.
@@ -166,17 +207,17 @@ def allot(model: Any, image: Any, mac_reduction: float, shares: dict[str, float]
     if not any(shares.values()):
         raise ValueError("no removal of filters is asked for: all shares are 0")
     usage = nnx.eval_shape(lambda model, image: measure(model, image)[1], model, image)
-    found = links(model)
+    layers = all_modules(model)
+    filters = {name: layers[name].out_features for name in links}
 
     def at(factor: float) -> dict[str, float]:
         return {name: scaled(share, factor) for name, share in shares.items()}
 
     def reaches(factor: float) -> bool:
         macs, ratios = {layer.name: layer.dense_macs for layer in usage.layers}, at(factor)
-        for link in found:
-            n = link.conv.out_features
-            for name in (link.name, link.reader_name):  # one makes n maps, the other reads them
-                macs[name] = macs[name] * _kept(n, ratios[link.name]) // n
+        for name, n in filters.items():
+            for layer in (name, links[name][1]):  # one makes n maps, the other reads them
+                macs[layer] = macs[layer] * _kept(n, ratios[name]) // n
         left = usage.other_macs + sum(macs.values())
         return 1.0 - left / usage.dense_macs >= mac_reduction - 1e-9
 
@@ -214,16 +255,18 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     image = run.one_image
     model: Any = run.dense.bind(run.dense.weights)
     model.eval()
+    links = removable(config, model, run.dataset.channels)
     reduction = 0.0 if config.static.criterion == "none" else run.mac_reduction()
     try:  # before anything is trained: no weights matter
-        ratios = allot(model, image, reduction, shares(config, model))
+        ratios = allot(model, links, image, reduction, shares(config, links))
     except ValueError as error:
         raise UserError(f"config.static.allotment: {error}") from error
     dense, timings = train_dense(run)
     assert dense is not None  # checked above
     model = run.dense.bind(dense)
     model.eval()
-    small = remove_filters(model, CRITERIA[config.static.criterion](model, run), ratios)
+    scores = CRITERIA[config.static.criterion](model, links, run)
+    small = remove_filters(model, links, scores, ratios)
     small.train()
     network = Network(small)
     teacher = dense if config.prune.distillation else None
@@ -239,8 +282,8 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
         "pruned_without_training": run.evaluate(network, network.weights).summary(),
         "criterion": config.static.criterion,
         "filters": {
-            link.name: {"kept": link.conv.out_features, "ratio": ratios[link.name]}
-            for link in links(small)
+            name: {"kept": len(kept), "ratio": ratios[name]}
+            for name, kept in _filters(small, links)
         },
         "dense_macs_per_image": dense_macs(model, image),
         "parameters_digest": tree_digest(pruned),
@@ -265,34 +308,36 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
-def refuse_own(config: Config, model: Any) -> None:
-    """Raises UserError for a model that is no architecture of this package."""
-    if not isinstance(model, LINKED):
-        raise UserError(
-            f"config.model is {config.model!r}; filters are removed from our architectures alone:"
-            " choose gates, or one of dynprune_jax.models"
-        )
-
-
-def shares(config: Config, model: Any) -> dict[str, float]:
+def shares(config: Config, links: Links) -> dict[str, float]:
     """What each convolution's filters lose, as a config allots it, up to a common factor.
 
+    Where that goes by the gates' ratios, of those that skip the filters: predicted ones are where
+    the filters are, others in front of what reads them; what the head reads has those of the last
+    block, and what is in no block loses nothing.
+
     Raises:
-      UserError: for somebody's own model, or where it is to go by ratios and there are none.
+      UserError: where it is to go by ratios and there are none.
     """
-    refuse_own(config, model)
     if config.static.allotment != "gate":
-        return {link.name: 1.0 for link in links(model)}
+        return dict.fromkeys(links, 1.0)
     given = config.gate.channel_ratio
     if not any(given):
         raise UserError(
             "config.static.allotment is 'gate' and config.gate.channel_ratio is"
             f" {given}; give ratios, or choose uniform"
         )
-    predicted = config.gate.kind == "predicted"  # then gates are where the filters are
-    return {
-        link.name: given[link.block if predicted else link.reader_block] for link in links(model)
-    }
+    predicted = config.gate.kind == "predicted"
+    found = {}
+    for name, (_, reader) in links.items():
+        blocks = [block_of(name)] if predicted else [block_of(reader), block_of(name)]
+        found[name] = next((given[block] for block in blocks if block is not None), 0.0)
+    return found
+
+
+def block_of(name: str) -> int | None:
+    """Which entry of `model.blocks` a layer of that name is in."""
+    first, index, *_ = [*name.split("/"), ""]
+    return int(index) if first == "blocks" else None
 
 
 def _kept(n: int, ratio: float) -> int:
@@ -300,7 +345,9 @@ def _kept(n: int, ratio: float) -> int:
     return max(n - int(ratio * n + 1e-6), 1)
 
 
-def _filters(link: Link) -> np.ndarray:
-    """A convolution's filters as rows."""
-    kernel = np.asarray(link.conv.kernel[...])
-    return kernel.reshape(-1, kernel.shape[-1]).T
+def _filters(model: Any, links: Links) -> Iterator[tuple[str, np.ndarray]]:
+    """The convolutions whose filters can leave, and each one's filters as rows."""
+    layers = all_modules(model)
+    for name in links:
+        kernel = np.asarray(layers[name].kernel[...])
+        yield name, kernel.reshape(-1, kernel.shape[-1]).T

@@ -1,6 +1,5 @@
-"""Which layer reads which: the filters of a model that can be left out, one by one or for good."""
+"""What is known of our models: which layer reads which, which convolutions can share columns."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,46 +13,22 @@ from dynprune_jax.models.vgg import VGG, VGGUnit
 LINKED = (VGG, ResNet, CifarResNet)
 
 
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """Filters that can leave: a convolution, its normalization, and the layer that reads them.
+def links(model: Any) -> dict[str, tuple[str, str]]:
+    """What `find_links` finds, of one of this package's models, without a trial.
 
-    Attributes:
-      name: path of the convolution.
-      norm_name: path of its normalization.
-      reader_name: path of the layer that reads its outputs.
-      block: index in `model.blocks` of the convolution.
-      reader_block: that of the reader; of the last block where the head reads.
-      conv: the convolution.
-      norm: its normalization.
-      reader: the one layer that reads its outputs.
-    """
+    Of a VGG every convolution has a link; of a residual network those inside a unit, because what
+    leaves a unit is added to what entered it.
 
-    name: str
-    norm_name: str
-    reader_name: str
-    block: int
-    reader_block: int
-    conv: nnx.Conv
-    norm: nnx.BatchNorm
-    reader: nnx.Conv | nnx.Linear
-
-
-def links(model: Any) -> list[Link]:
-    """The links of one of this package's models, in order.
-
-    Of a VGG every convolution; of a residual network those inside a unit, because what leaves a
-    unit is added to what entered it.
+    Returns:
+      For each convolution that has one the names of the normalization behind it and of the layer
+      that reads the result, in order.
 
     Raises:
       ValueError: for any other model, or one without links.
     """
     _check(model)
     names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
-    found = [
-        Link(names[id(conv)], names[id(norm)], names[id(reader)], *blocks, conv, norm, reader)
-        for blocks, conv, norm, reader in _links(model)
-    ]
+    found = {names[id(c)]: (names[id(norm)], names[id(r)]) for c, norm, r in _links(model)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no filters that can leave alone")
     return found
@@ -99,24 +74,17 @@ def _unit(unit: Any) -> list[tuple[nnx.Conv, nnx.BatchNorm]]:
     return pairs[strided[-1] + 1 :] if strided else pairs
 
 
-def _links(model: Any) -> Iterator[tuple[tuple[int, int], nnx.Conv, nnx.BatchNorm, Any]]:
+def _links(model: Any) -> Iterator[tuple[nnx.Conv, nnx.BatchNorm, nnx.Module]]:
+    layers = [layer for block in model.blocks for layer in block.layers]
     if isinstance(model, VGG):
-        units = [
-            (index, unit)
-            for index, block in enumerate(model.blocks)
-            for unit in block.layers
-            if isinstance(unit, VGGUnit)
-        ]
+        units = [unit for unit in layers if isinstance(unit, VGGUnit)]
         head: Any = model.head
         first = head if isinstance(head, nnx.Linear) else head.layers[0]
-        readers = [(index, unit.conv) for index, unit in units[1:]] + [(units[-1][0], first)]
-        for (block, unit), (reader_block, reader) in zip(units, readers, strict=True):
-            yield (block, reader_block), unit.conv, unit.norm, reader
+        for unit, reader in zip(units, [*(unit.conv for unit in units[1:]), first], strict=True):
+            yield unit.conv, unit.norm, reader
     else:
-        for index, block in enumerate(model.blocks):
-            for unit in block.layers:
-                for i in (1, 2):
-                    reader = getattr(unit, f"conv{i + 1}", None)
-                    if reader is not None:
-                        conv, norm = getattr(unit, f"conv{i}"), getattr(unit, f"norm{i}")
-                        yield (index, index), conv, norm, reader
+        for unit in layers:
+            for i in (1, 2):
+                reader = getattr(unit, f"conv{i + 1}", None)
+                if reader is not None:
+                    yield getattr(unit, f"conv{i}"), getattr(unit, f"norm{i}"), reader
