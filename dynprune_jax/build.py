@@ -161,9 +161,9 @@ def all_links(config: Config, model: nnx.Module, channels: int) -> Links:
     Raises:
       UserError: if there are none.
     """
-    if isinstance(model, LINKED):
-        return our_links(model)
     try:
+        if type(model) in LINKED:
+            return our_links(model)
         return find_links(model, one_image(config, channels))
     except ValueError as error:
         raise UserError(

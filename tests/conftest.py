@@ -24,7 +24,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the tests' time is compilation: a cheap one here, and in processes that are started.
-_CHEAP = ["--xla_backend_optimization_level=1"]
+_CHEAP = ["--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true"]
 if jax.__version_info__ < (0, 11):  # later jaxlibs end at the flag, which they do not know
     _CHEAP.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_CHEAP, os.environ.get("XLA_FLAGS", "")])

@@ -137,6 +137,18 @@ def test_where_filters_cannot_go_as_far_the_static_network_is_left_out(config, t
     assert "static network left out: no removal of filters takes" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("plain_plans")
+@pytest.mark.parametrize(("model", "removes"), [("Small", True), ("Halves", False)])
+def test_of_a_network_of_ones_own(config, tmp_path, capsys, model, removes):
+    config.model = f"test_static:{model}"
+    config.gate.channel_ratio, config.gate.column_ratio = (0.2,), ()
+    config.benchmark.batch_sizes, config.benchmark.ratios = (1,), ()
+    (row,) = benchmark(config, tmp_path / "b")
+    assert ("static_ms" in row) == removes
+    said = "static network left out: config.model is 'test_static:Halves'; static pruning can"
+    assert (said in capsys.readouterr().out) != removes
+
+
 def test_an_allotment_by_ratios_needs_some(config, tmp_path):
     config.gate.channel_ratio, config.static.allotment = (), "gate"
     with pytest.raises(UserError, match=r"config\.static\.allotment is 'gate'"):

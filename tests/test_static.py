@@ -10,17 +10,25 @@ from networks import run as call
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import models
-from dynprune_jax.build import build_dynamic, build_links, build_model, training_images
+from dynprune_jax.build import (
+    all_links,
+    build_dynamic,
+    build_links,
+    build_model,
+    training_images,
+)
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import static as static_lib
 from dynprune_jax.experiments.static import (
     CRITERIA,
     allot,
+    l1,
     removable,
     remove_filters,
     shares,
     static,
+    try_removal,
 )
 from dynprune_jax.experiments.study import study
 from dynprune_jax.models.links import links
@@ -132,7 +140,8 @@ class Own(nnx.Module):
                 b, h, w, c = x.shape
                 x = x.reshape(b, h // 2, 2, w // 2, 2, self.fixed or c)
                 x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, -1)
-            x = nnx.relu(norm(conv(x)))
+            told = {"mask": None} if conv is self.stem else {}
+            x = nnx.relu(norm(conv(x), **told))
         return self.head(x.reshape(len(x), -1))
 
 
@@ -140,16 +149,93 @@ def counting_on_filters(num_classes, **options):
     return Own(num_classes, **options, fixed=16)
 
 
-class Depthwise(Own):
+class Small(nnx.Module):
+    """What becomes of the first convolution's channels until the head reads them, or another."""
+
+    def __init__(self, num_classes, *, in_channels, image_size, width, dtype, rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.stem = nnx.Conv(in_channels, 16, (3, 3), **options)
+        self.blocks = nnx.List([nnx.Conv(16, 16, (3, 3), **options)])
+        self.norm = nnx.BatchNorm(16, **options)
+        self.head = nnx.Linear(16, num_classes, rngs=rngs)
+
     def __call__(self, x):
-        y = self.blocks[0](nnx.relu(self.norms[0](self.stem(x))))
-        return self.head(y[:, ::2, ::2].reshape(len(y), -1))
+        x = self.between(self.norm(self.blocks[0](self.stem(x))))
+        return self.head(x.mean((1, 2)))
+
+    def between(self, x):
+        return nnx.relu(x)
+
+
+class Depthwise(Small):
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        self.each = nnx.Conv(16, 16, (3, 3), feature_group_count=16, rngs=rngs)
+
+    def between(self, x):
+        return self.each(x)
+
+
+class Tied(Small):
+    """Two convolutions have one kernel."""
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        self.other = nnx.Conv(16, 16, (3, 3), rngs=rngs)
+        self.other.kernel = self.blocks[0].kernel
+
+    def __call__(self, x):
+        return super().__call__(x) + self.head(self.other(self.stem(x)).mean((1, 2)))
+
+
+class OtherHead(Small):
+    """Its head is a layer that nobody counts."""
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+
+        class Other(nnx.Linear):
+            pass
+
+        self.head = Other(16, num_classes, rngs=rngs)
+
+
+class Halves(Small):
+    """It knows the places of its channels."""
+
+    def between(self, x):
+        first, second = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([nnx.relu(first), nnx.silu(second)], axis=-1)
+
+
+class Asserting(Small):
+    def between(self, x):
+        if x.shape[-1] != 16:
+            raise AssertionError
+        return x
+
+
+class Again(Small):
+    """One layer is called twice."""
+
+    def __call__(self, x):
+        x = self.blocks[1](self.blocks[1](self.stem(x)))
+        return self.head(nnx.relu(self.norm(self.blocks[0](x))).mean((1, 2)))
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        self.blocks.append(nnx.Conv(16, 16, (3, 3), rngs=rngs))
+
+
+class NoNorm(Small):
+    def __call__(self, x):
+        return self.head(nnx.relu(self.blocks[0](self.stem(x))).mean((1, 2)))
 
 
 def test_of_a_network_of_ones_own_leaves_what_alone_is_read(config):
     config.model = "test_static:Own"
     model, images = trained_own(config)
-    found = removable(config, model, 1)
+    found = removable(config, model, all_links(config, model, 1))
     assert found == {
         "blocks/1": ("norms/2", "blocks/2"),
         "blocks/2": ("norms/3", "head"),
@@ -180,13 +266,19 @@ def trained_own(config):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("counting_on_filters", "its code counts on the number of its filters, so .* reshape"),
+        ("counting_on_filters", "its code counts on all of them: .*reshape"),
+        ("Halves", "its code counts on all of them: "),
+        ("Asserting", "its code counts on all of them: AssertionError$"),
         ("Depthwise", "it has no filters that can leave alone, for static pruning"),
+        ("OtherHead", "it has no filters that can leave alone, for static pruning"),
+        ("Tied", "neither predicted gates nor static pruning have a place in it: Tied has no"),
+        ("NoNorm", "neither predicted gates nor static pruning have a place in it: NoNorm has no"),
     ],
 )
 def test_of_a_network_of_ones_own_what_cannot_leave_is_said(config, tmp_path, model, message):
     config.model = f"test_static:{model}"
-    config.gate.channel_ratio = config.gate.column_ratio = (0.0, 0.5, 0.5)
+    blocks = len(build_model(config, 10, 1).blocks)
+    config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.0, 0.5)[-blocks:], ()
     config.study.methods = ("attention", "l1")
     for mode, folder in ((static, "run"), (study, "study")):
         with pytest.raises(UserError, match=message):
@@ -302,8 +394,35 @@ def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path, monkeypa
     assert static(config, tmp_path / "static")["parameters_digest"] == report["parameters_digest"]
 
 
+def test_what_is_called_twice_counts_twice(config):
+    config.model = "test_static:Again"
+    model, images = trained_own(config)
+    found = removable(config, model, all_links(config, model, 1))
+    assert found == {"blocks/0": ("norm", "head")}
+    ratios = allot(model, found, images[:1], 0.1, {"blocks/0": 1.0})
+    small = remove_filters(model, found, l1(model, found), ratios)
+    assert 0.9 >= dense_macs(small, images) / dense_macs(model, images) > 0.85
+
+
+def test_channels_that_change_places_are_no_zeros_that_stay(config):
+    config.model = "test_static:Halves"
+    model, images = trained_own(config)
+    found = removable(config, model, all_links(config, model, 1))
+    with pytest.raises(UserError, match="without them it answers as another model"):
+        try_removal(config, model, found, {"blocks/0": 0.5}, images)
+    try_removal(config, model, found, {"blocks/0": 0.0}, images)
+
+
+@pytest.mark.usefixtures("short_reports")
+def test_the_control_needs_no_filters_that_can_leave(config, tmp_path):
+    config.model, config.static.criterion = "test_static:NoNorm", "none"
+    config.gate.channel_ratio, config.gate.column_ratio = (0.5,), ()
+    assert static(config, tmp_path)["pruned"]["mac_reduction"] == 0
+
+
 def test_a_static_run_of_a_network_of_ones_own(config, tmp_path):
     config.model = "test_static:Own"
+    config.static.criterion = "taylor"
     config.dense.epochs, config.prune.epochs = 1, 1
     config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.0, 0.5), ()
     config.ascent.warmup = 0.5

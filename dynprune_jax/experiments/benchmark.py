@@ -18,11 +18,18 @@ from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
-from dynprune_jax.build import Links, build_dynamic, build_links, build_model
+from dynprune_jax.build import Links, all_links, build_dynamic, build_links, build_model
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
-from dynprune_jax.experiments.static import allot, l1, removable, remove_filters, shares
+from dynprune_jax.experiments.static import (
+    allot,
+    l1,
+    removable,
+    remove_filters,
+    shares,
+    try_removal,
+)
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
@@ -86,11 +93,12 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         build_dynamic(each, model, links)
     console = screen()
     try:
-        removed = removable(config, model, channels)
+        removed = removable(config, model, links or all_links(config, model, channels))
     except UserError as error:  # a network of somebody's own
-        console.print(f"static network left out: {error}", highlight=False)
+        _left_out(console, error)
         removed = {}
-    shares(config, removed)
+    if removed:
+        shares(config, removed)
     make_folder(folder)
     rows: list[dict[str, Any]] = []
     for batch_size in config.benchmark.batch_sizes:
@@ -103,6 +111,11 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     plots.save(plots.speedup_figure(rows), folder / "speedup.png")
     _print_tables(rows, console)
     return rows
+
+
+def _left_out(console: rich.console.Console, error: Exception) -> None:
+    text = f"static network left out: {error}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Bench:
@@ -188,8 +201,9 @@ class _Bench:
         allotted = shares(self._config, links)
         try:
             ratios = allot(model, links, self._images[:1], mac_reduction, allotted)
-        except ValueError as error:  # a residual network keeps what its units hand on
-            self._console.print(f"static network left out: {error}", highlight=False)
+            try_removal(self._config, model, links, ratios, self._images[:1])
+        except (ValueError, UserError) as error:  # a residual network keeps what its units hand on
+            _left_out(self._console, error)
             return None
         return remove_filters(model, links, l1(model, links), ratios)
 

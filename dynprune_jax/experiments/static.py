@@ -7,7 +7,8 @@ those with the lowest leave the network, and with them the next layer's kernel r
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynprune_jax.build import Links, all_links, one_image, training_images
+from dynprune_jax.build import Links, all_links, training_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
@@ -25,9 +26,10 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
 from dynprune_jax.models.links import LINKED
 from dynprune_jax.pruning.calls import intercept
-from dynprune_jax.pruning.layers import all_modules
+from dynprune_jax.pruning.layers import all_modules, replaceable_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.ratios import least_factor, scaled
+from dynprune_jax.pruning.readers import drawn
 from dynprune_jax.report import provenance
 from dynprune_jax.run import Run
 from dynprune_jax.train import run_phase, train_dense
@@ -35,6 +37,7 @@ from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import screen, write_json
 
 _TAYLOR_BATCHES = 8
+_TRIALS = 4  # of which filters leave
 
 Scores = dict[str, Float[np.ndarray, " filters"]]
 
@@ -73,8 +76,8 @@ def taylor(model: Any, links: Links, run: Run) -> Scores:
     @jax.jit
     def scores(values: Values, images: Any, labels: Any, key: Any) -> dict[str, Array]:
         def loss(gates: dict[str, Array]) -> Array:
-            def gated(name: str, _: Any, call: Any, inputs: Array) -> Array:
-                y = call(inputs)
+            def gated(name: str, _: Any, call: Any, *args: Any, **kwargs: Any) -> Array:
+                y = call(*args, **kwargs)
                 return y * gates[name][:, None, None, :] if name in gates else y
 
             bound: Any = intercept(network.bind(values), nnx.BatchNorm, gated)
@@ -120,70 +123,145 @@ def remove_filters(model: Any, links: Links, scores: Scores, ratios: dict[str, f
       scores: by convolution, one for each of its filters.
       ratios: by convolution, the fraction of its filters to remove, in [0, 1).
     """
+    return _narrowed(model, links, _lowest_removed(scores, ratios))
+
+
+def _lowest_removed(scores: Scores, ratios: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The filters that stay, by convolution, in order; of equal scores the first."""
+    return {
+        name: np.sort(np.argsort(-of_it, kind="stable")[: _kept(len(of_it), ratios[name])])
+        for name, of_it in scores.items()
+    }
+
+
+def _narrowed(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
+    """The model with these filters alone."""
     small = nnx.clone(model)
     layers = all_modules(small)
 
-    def keep(owner: Any, name: str, kept: np.ndarray, axis: int) -> None:
+    def keep(owner: Any, name: str, rows: np.ndarray, axis: int) -> None:
         # By NumPy, which compiles nothing: each of the many sizes would be a program of its own.
         variable = getattr(owner, name)
         if variable is not None:
-            value = np.take(np.asarray(variable.get_value()), kept, axis)
-            setattr(owner, name, type(variable)(jnp.asarray(value)))
+            value = np.take(np.asarray(variable.get_value()), rows, axis)
+            setattr(owner, name, variable.replace(jnp.asarray(value)))
 
     for name, (norm_name, reader_name) in links.items():
         conv, norm, reader = layers[name], layers[norm_name], layers[reader_name]
-        n = conv.out_features
-        count = _kept(n, ratios[name])
-        kept = np.sort(np.argsort(-scores[name], kind="stable")[:count])
+        rows = _rows_of(kept[name], conv, reader)
         for part in ("kernel", "bias"):
-            keep(conv, part, kept, -1)
+            keep(conv, part, kept[name], -1)
         for part in ("scale", "bias", "mean", "var"):
-            keep(norm, part, kept, -1)
-        conv.out_features = norm.num_features = count
-        # What is laid out as a vector, or has been before, has its channels last.
-        rows = np.arange(reader.in_features).reshape(-1, n)[:, kept].ravel()
+            keep(norm, part, kept[name], -1)
+        conv.out_features = norm.num_features = len(kept[name])
         keep(reader, "kernel", rows, -2)
         reader.in_features = len(rows)
     return small
 
 
-def removable(config: Config, model: Any, channels: int) -> Links:
-    """The links whose filters can be removed, of our models or of somebody's own.
+def _silenced(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
+    """The model that computes all filters, and whose readers pass over all but these."""
+    silent = nnx.clone(model)
+    layers = all_modules(silent)
+    for name, (_, reader_name) in links.items():
+        reader = layers[reader_name]
+        rows = _rows_of(kept[name], layers[name], reader)
+        read = np.isin(np.arange(reader.in_features), rows)[:, None]
+        reader.kernel[...] = jnp.where(read, reader.kernel[...], 0)
+    return silent
 
-    Those of somebody's own are tried: the model without half of its filters must take an image. A
-    link whose reader has a filter for each of its channels is left out.
+
+def _rows_of(filters: np.ndarray, conv: Any, reader: Any) -> np.ndarray:
+    """Which inputs of a reader come from these filters: what is laid out has its channels last."""
+    return np.arange(reader.in_features).reshape(-1, conv.out_features)[:, filters].ravel()
+
+
+def removable(config: Config, model: Any, links: Links) -> Links:
+    """Those links of a model whose filters can be removed.
+
+    Of somebody's own model that is not where the reader has filters for some of the channels alone,
+    is none that this package counts, or has weights in common with another layer.
 
     Args:
       config: a checked config.
       model: from `build_model`.
-      channels: of the images.
+      links: all that it has, from `all_links`.
 
     Raises:
-      UserError: if there are none, or the model's code does not take fewer filters.
+      UserError: if there are none.
     """
-    links = all_links(config, model, channels)
-    if isinstance(model, LINKED):
+    if type(model) in LINKED:
         return links
-    said = f"config.model is {config.model!r}; "
-    layers = all_modules(model)
-    links = {
-        name: (norm, reader)
-        for name, (norm, reader) in links.items()
-        if getattr(layers[reader], "feature_group_count", 1) == 1
-        and all(getattr(layers[layer], "mask", None) is None for layer in (name, reader))
-    }
-    if not links:
-        raise UserError(f"{said}it has no filters that can leave alone, for static pruning")
-    small = remove_filters(model, links, l1(model, links), dict.fromkeys(links, 0.5))
-    small.eval()
-    try:
-        nnx.eval_shape(lambda small, images: small(images), small, one_image(config, channels))
-    except Exception as error:  # whatever code of somebody else's raises
+    convs, layers = replaceable_layers(model), all_modules(model)
+    owners = Counter(id(part) for layer in layers.values() for part in _variables(layer))
+
+    def plain(name: str) -> bool:
+        layer = layers[name]
+        if any(owners[id(part)] > 1 for part in _variables(layer)):
+            return False
+        return type(layer) in (nnx.Linear, nnx.BatchNorm) or (
+            name in convs and layer.feature_group_count == 1 and layer.mask is None
+        )
+
+    found = {name: link for name, link in links.items() if all(map(plain, (name, *link)))}
+    if not found:
         raise UserError(
-            f"{said}its code counts on the number of its filters, so that static pruning cannot"
-            f" remove any: {str(error).partition(chr(10))[0]}"
-        ) from error
-    return links
+            f"config.model is {config.model!r}; it has no filters that can leave alone, for static"
+            " pruning"
+        )
+    return found
+
+
+def try_removal(
+    config: Config, model: Any, links: Links, ratios: Mapping[str, float], image: Any
+) -> None:
+    """Tries whether somebody's own model takes the removal of filters.
+
+    With weights and an image drawn anew it must answer as one that computes them all and whose
+    readers pass over them; else its code counts its channels, or knows their places.
+
+    Args:
+      config: a checked config.
+      model: from `build_model`.
+      links: from `removable`.
+      ratios: by convolution, as for `remove_filters`.
+      image: a batch of one, or its shape and dtype.
+
+    Raises:
+      UserError: if it does not.
+    """
+    if type(model) in LINKED:
+        return
+    said = (
+        f"config.model is {config.model!r}; static pruning can remove none of its filters, for its"
+        " code counts on all of them"
+    )
+    rng = np.random.default_rng(0)
+    whole = nnx.clone(model)
+    state = nnx.state(whole, nnx.Any(nnx.Param, nnx.BatchStat))
+    nnx.update(whole, jax.tree.map(lambda array: drawn(rng, array, weight=True), state))
+    whole.eval()
+    image = drawn(rng, image, weight=False)
+    layers = all_modules(whole)
+    call = nnx.jit(lambda model, image: model(image))
+    for _ in range(_TRIALS):
+        scores = {name: rng.random(layers[name].out_features) for name in links}
+        kept = _lowest_removed(scores, ratios)
+        small = _narrowed(whole, links, kept)
+        try:
+            found, expected = call(small, image), call(_silenced(whole, links, kept), image)
+            small.train()
+            nnx.eval_shape(lambda small, image: small(image), small, image)
+        except Exception as error:  # whatever code of somebody else's raises
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{said}: {reason}") from error
+        apart = float(jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected)))
+        if not apart < (1e-3 if config.dtype == "float32" else 0.1):
+            raise UserError(f"{said}: without them it answers as another model")
+
+
+def _variables(layer: Any) -> list[Any]:
+    return [part for part in vars(layer).values() if isinstance(part, nnx.Variable)]
 
 
 def allot(
@@ -209,12 +287,15 @@ def allot(
     usage = nnx.eval_shape(lambda model, image: measure(model, image)[1], model, image)
     layers = all_modules(model)
     filters = {name: layers[name].out_features for name in links}
+    whole: Counter[str] = Counter()
+    for layer in usage.layers:  # one that is called again is there again
+        whole[layer.name] += layer.dense_macs
 
     def at(factor: float) -> dict[str, float]:
         return {name: scaled(share, factor) for name, share in shares.items()}
 
     def reaches(factor: float) -> bool:
-        macs, ratios = {layer.name: layer.dense_macs for layer in usage.layers}, at(factor)
+        macs, ratios = dict(whole), at(factor)
         for name, n in filters.items():
             for layer in (name, links[name][1]):  # one makes n maps, the other reads them
                 macs[layer] = macs[layer] * _kept(n, ratios[name]) // n
@@ -255,12 +336,16 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     image = run.one_image
     model: Any = run.dense.bind(run.dense.weights)
     model.eval()
-    links = removable(config, model, run.dataset.channels)
-    reduction = 0.0 if config.static.criterion == "none" else run.mac_reduction()
-    try:  # before anything is trained: no weights matter
-        ratios = allot(model, links, image, reduction, shares(config, links))
-    except ValueError as error:
-        raise UserError(f"config.static.allotment: {error}") from error
+    links, ratios = {}, {}
+    if config.static.criterion != "none":  # before anything is trained: no weights matter
+        found = run.links or all_links(config, model, run.dataset.channels)
+        links = removable(config, model, found)
+        allotted = shares(config, links)
+        try:
+            ratios = allot(model, links, image, run.mac_reduction(), allotted)
+        except ValueError as error:
+            raise UserError(f"config.static.allotment: {error}") from error
+        try_removal(config, model, links, ratios, image)
     dense, timings = train_dense(run)
     assert dense is not None  # checked above
     model = run.dense.bind(dense)
@@ -312,8 +397,8 @@ def shares(config: Config, links: Links) -> dict[str, float]:
     """What each convolution's filters lose, as a config allots it, up to a common factor.
 
     Where that goes by the gates' ratios, of those that skip the filters: predicted ones are where
-    the filters are, others in front of what reads them; what the head reads has those of the last
-    block, and what is in no block loses nothing.
+    the filters are, others in front of what reads them. What is read outside of the blocks has the
+    ratio of its own, and what is in no block loses nothing.
 
     Raises:
       UserError: where it is to go by ratios and there are none.
@@ -349,5 +434,5 @@ def _filters(model: Any, links: Links) -> Iterator[tuple[str, np.ndarray]]:
     """The convolutions whose filters can leave, and each one's filters as rows."""
     layers = all_modules(model)
     for name in links:
-        kernel = np.asarray(layers[name].kernel[...])
+        kernel = np.asarray(layers[name].kernel[...], np.float32)
         yield name, kernel.reshape(-1, kernel.shape[-1]).T

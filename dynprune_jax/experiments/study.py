@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
+from dynprune_jax.build import all_links
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.static import removable, static
+from dynprune_jax.experiments.static import removable, static, try_removal
 from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import least_factor, scaled
@@ -57,6 +58,11 @@ class Method:
     label: str
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     run: Callable[[Config, Any], dict[str, Any]] = train_and_evaluate
+
+    @property
+    def removes(self) -> bool:
+        """Whether it removes filters."""
+        return self.run is static and self.fields.get("static.criterion") != "none"
 
 
 # A study names any of these, or several joined by a plus: "predicted+distillation".
@@ -184,8 +190,10 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     read_rows(folder)
     with tempfile.TemporaryDirectory() as nobodys:
         run = Run.open(config, nobodys)  # a mistake leaves nothing behind
-    if any(find_method(name).run is static for name in (*methods, *ablations)):
-        removable(config, run.model, run.dataset.channels)
+    if any(find_method(name).removes for name in (*methods, *ablations)):
+        found = run.links or all_links(config, run.model, run.dataset.channels)
+        links = removable(config, run.model, found)
+        try_removal(config, run.model, links, dict.fromkeys(links, 0.5), run.one_image)
     make_folder(folder)
     keep_config(config, folder)
     grid = [(name, cut) for name in methods for cut in config.study.cuts]

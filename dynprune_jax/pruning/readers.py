@@ -105,7 +105,7 @@ class _Trial:
         function, arrays = as_function(watched, *inputs)
         rng = np.random.default_rng(0)
         weights = len(jax.tree.leaves(nnx.state(watched)))  # they come first
-        self._arrays = [_drawn(rng, array, i < weights) for i, array in enumerate(arrays)]
+        self._arrays = [drawn(rng, array, i < weights) for i, array in enumerate(arrays)]
         # Of the call under way, for `_call`: what is kept, and what calls answer if held.
         self._kept: Mapping[str, Any] = {}
         self._answers: Mapping[int, Any] = {}
@@ -183,7 +183,7 @@ def _left(old: Any, new: Any, kept: Bool[np.ndarray, " channels"]) -> bool:
     return _same(np.asarray(new).reshape(-1, len(kept)), expected.astype(new.dtype))
 
 
-def _drawn(rng: np.random.Generator, leaf: Any, weight: bool) -> Any:
+def drawn(rng: np.random.Generator, leaf: Any, weight: bool) -> Any:
     """Something like a trained weight, or an image, in place of an array or its shape and dtype."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
