@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
@@ -19,11 +20,9 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.models.links import LINKED, column_blocks
 from dynprune_jax.models.links import links as our_links
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
-from dynprune_jax.pruning.readers import find_links
+from dynprune_jax.pruning.measure import measure
+from dynprune_jax.pruning.readers import Links, find_links
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
-
-# For a convolution the names of the normalization behind it and of the layer that reads the result.
-Links = Mapping[str, tuple[str, str]]
 
 
 def build_dataset(config: Config) -> Dataset:
@@ -114,6 +113,11 @@ def _build_own(config: Config, num_classes: int, options: Mapping[str, Any]) -> 
             f"{said}of images of the shape {images.shape} its model gives {found}, and not logits"
             f" of the shape {(1, num_classes)}"
         )
+    several = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
+    try:
+        nnx.eval_shape(lambda model, images: measure(model, images)[0], model, several)
+    except ValueError as error:
+        raise UserError(f"{said}its work cannot be counted: {error}") from error
     return model
 
 

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from dynprune_jax import config as config_lib
 from dynprune_jax import processes, sharding
 from dynprune_jax.build import (
-    Links,
     build_dataset,
     build_dynamic,
     build_links,
@@ -39,6 +38,7 @@ from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluato
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.layers import by_name
+from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.recalibrate import batch_statistics, mean_of
 from dynprune_jax.pruning.schedules import ascent_steps
 from dynprune_jax.train_step import Network, TrainState, Values

@@ -140,12 +140,12 @@ def test_where_filters_cannot_go_as_far_the_static_network_is_left_out(config, t
 @pytest.mark.usefixtures("plain_plans")
 @pytest.mark.parametrize(("model", "removes"), [("Small", True), ("Halves", False)])
 def test_of_a_network_of_ones_own(config, tmp_path, capsys, model, removes):
-    config.model = f"test_static:{model}"
+    config.model = f"own:{model}"
     config.gate.channel_ratio, config.gate.column_ratio = (0.2,), ()
     config.benchmark.batch_sizes, config.benchmark.ratios = (1,), ()
     (row,) = benchmark(config, tmp_path / "b")
     assert ("static_ms" in row) == removes
-    said = "static network left out: config.model is 'test_static:Halves'; static pruning can"
+    said = "static network left out: config.model is 'own:Halves'; static pruning has"
     assert (said in capsys.readouterr().out) != removes
 
 

@@ -186,6 +186,7 @@ def test_it_is_the_factory_that_draws_the_weights(config):
             "test_build:of_eight",
             r"shape \(1, 8, 8, 1\) its model gives \(1, 8\), and not .*10",
         ),
+        ("own:Quarters", "its work cannot be counted: .* sees maps of the shape"),
         ("test_build:of_a_pair", r"its model gives tuple, and not logits of the shape \(1, 10\)"),
         ("test_build:without_blocks", "has no attribute `blocks` that is an nnx.List: give it"),
         ("test_build:of_a_sequence", "has no attribute `blocks` that is an nnx.List: give it"),

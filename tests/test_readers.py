@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own
 import pytest
 from flax import nnx
 from networks import trained
@@ -140,6 +141,13 @@ def test_of_two_with_one_reader_there_is_one_link():
     found = find_links(Product(), IMAGES)
     assert found == {"conv": ("norm", "reader")}
     predict_channels(Product(), 0.5, found, layers="conv")
+
+
+def test_what_is_a_program_of_its_own_within_a_model_is_seen_through():
+    options = {"in_channels": 3, "image_size": 8, "width": 1.0, "dtype": jnp.float32}
+    jitted = own.Jitted(10, **options, rngs=nnx.Rngs(0))
+    for _ in range(2):
+        assert find_links(jitted, IMAGES) == {"blocks/0": ("norm", "head")}
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

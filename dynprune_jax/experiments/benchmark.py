@@ -18,24 +18,19 @@ from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
-from dynprune_jax.build import Links, all_links, build_dynamic, build_links, build_model
+from dynprune_jax.build import build_dynamic, build_links, build_model
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
-from dynprune_jax.experiments.static import (
-    allot,
-    l1,
-    removable,
-    remove_filters,
-    shares,
-    try_removal,
-)
+from dynprune_jax.experiments.static import check_removal, find_filters, l1, shares
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
+from dynprune_jax.pruning.readers import Links
+from dynprune_jax.pruning.removal import allot, remove_filters
 from dynprune_jax.report import versions
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network
@@ -93,7 +88,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         build_dynamic(each, model, links)
     console = screen()
     try:
-        removed = removable(config, model, links or all_links(config, model, channels))
+        removed = find_filters(config, model, channels, links)
     except UserError as error:  # a network of somebody's own
         _left_out(console, error)
         removed = {}
@@ -201,7 +196,7 @@ class _Bench:
         allotted = shares(self._config, links)
         try:
             ratios = allot(model, links, self._images[:1], mac_reduction, allotted)
-            try_removal(self._config, model, links, ratios, self._images[:1])
+            check_removal(self._config, model, links, ratios, self._images[:1])
         except (ValueError, UserError) as error:  # a residual network keeps what its units hand on
             _left_out(self._console, error)
             return None

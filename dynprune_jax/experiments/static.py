@@ -7,7 +7,6 @@ those with the lowest leave the network, and with them the next layer's kernel r
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from dynprune_jax.build import Links, all_links, training_images
+from dynprune_jax.build import all_links, one_image, training_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
@@ -26,10 +25,10 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
 from dynprune_jax.models.links import LINKED
 from dynprune_jax.pruning.calls import intercept
-from dynprune_jax.pruning.layers import all_modules, replaceable_layers
-from dynprune_jax.pruning.measure import dense_macs, measure
-from dynprune_jax.pruning.ratios import least_factor, scaled
-from dynprune_jax.pruning.readers import drawn
+from dynprune_jax.pruning.layers import all_modules, conv_layers
+from dynprune_jax.pruning.measure import dense_macs
+from dynprune_jax.pruning.readers import Links
+from dynprune_jax.pruning.removal import Scores, allot, removable, remove_filters, try_removal
 from dynprune_jax.report import provenance
 from dynprune_jax.run import Run
 from dynprune_jax.train import run_phase, train_dense
@@ -37,9 +36,6 @@ from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import screen, write_json
 
 _TAYLOR_BATCHES = 8
-_TRIALS = 4  # of which filters leave
-
-Scores = dict[str, Float[np.ndarray, " filters"]]
 
 
 def l1(model: Any, links: Links, run: Run | None = None) -> Scores:
@@ -78,7 +74,7 @@ def taylor(model: Any, links: Links, run: Run) -> Scores:
         def loss(gates: dict[str, Array]) -> Array:
             def gated(name: str, _: Any, call: Any, *args: Any, **kwargs: Any) -> Array:
                 y = call(*args, **kwargs)
-                return y * gates[name][:, None, None, :] if name in gates else y
+                return y * gates[name][:, None, None, :].astype(y.dtype) if name in gates else y
 
             bound: Any = intercept(network.bind(values), nnx.BatchNorm, gated)
             bound.eval()
@@ -114,200 +110,6 @@ CRITERIA: dict[str, Callable[[Any, Links, Run], Scores]] = {
 }
 
 
-def remove_filters(model: Any, links: Links, scores: Scores, ratios: dict[str, float]) -> Any:
-    """Returns a smaller model without the lowest-scored filters; the given one stays as it is.
-
-    Args:
-      model: any, of these links; its arrays are read, so it cannot be traced.
-      links: from `removable`.
-      scores: by convolution, one for each of its filters.
-      ratios: by convolution, the fraction of its filters to remove, in [0, 1).
-    """
-    return _narrowed(model, links, _lowest_removed(scores, ratios))
-
-
-def _lowest_removed(scores: Scores, ratios: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """The filters that stay, by convolution, in order; of equal scores the first."""
-    return {
-        name: np.sort(np.argsort(-of_it, kind="stable")[: _kept(len(of_it), ratios[name])])
-        for name, of_it in scores.items()
-    }
-
-
-def _narrowed(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
-    """The model with these filters alone."""
-    small = nnx.clone(model)
-    layers = all_modules(small)
-
-    def keep(owner: Any, name: str, rows: np.ndarray, axis: int) -> None:
-        # By NumPy, which compiles nothing: each of the many sizes would be a program of its own.
-        variable = getattr(owner, name)
-        if variable is not None:
-            value = np.take(np.asarray(variable.get_value()), rows, axis)
-            setattr(owner, name, variable.replace(jnp.asarray(value)))
-
-    for name, (norm_name, reader_name) in links.items():
-        conv, norm, reader = layers[name], layers[norm_name], layers[reader_name]
-        rows = _rows_of(kept[name], conv, reader)
-        for part in ("kernel", "bias"):
-            keep(conv, part, kept[name], -1)
-        for part in ("scale", "bias", "mean", "var"):
-            keep(norm, part, kept[name], -1)
-        conv.out_features = norm.num_features = len(kept[name])
-        keep(reader, "kernel", rows, -2)
-        reader.in_features = len(rows)
-    return small
-
-
-def _silenced(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
-    """The model that computes all filters, and whose readers pass over all but these."""
-    silent = nnx.clone(model)
-    layers = all_modules(silent)
-    for name, (_, reader_name) in links.items():
-        reader = layers[reader_name]
-        rows = _rows_of(kept[name], layers[name], reader)
-        read = np.isin(np.arange(reader.in_features), rows)[:, None]
-        reader.kernel[...] = jnp.where(read, reader.kernel[...], 0)
-    return silent
-
-
-def _rows_of(filters: np.ndarray, conv: Any, reader: Any) -> np.ndarray:
-    """Which inputs of a reader come from these filters: what is laid out has its channels last."""
-    return np.arange(reader.in_features).reshape(-1, conv.out_features)[:, filters].ravel()
-
-
-def removable(config: Config, model: Any, links: Links) -> Links:
-    """Those links of a model whose filters can be removed.
-
-    Of somebody's own model that is not where the reader has filters for some of the channels alone,
-    is none that this package counts, or has weights in common with another layer.
-
-    Args:
-      config: a checked config.
-      model: from `build_model`.
-      links: all that it has, from `all_links`.
-
-    Raises:
-      UserError: if there are none.
-    """
-    if type(model) in LINKED:
-        return links
-    convs, layers = replaceable_layers(model), all_modules(model)
-    owners = Counter(id(part) for layer in layers.values() for part in _variables(layer))
-
-    def plain(name: str) -> bool:
-        layer = layers[name]
-        if any(owners[id(part)] > 1 for part in _variables(layer)):
-            return False
-        return type(layer) in (nnx.Linear, nnx.BatchNorm) or (
-            name in convs and layer.feature_group_count == 1 and layer.mask is None
-        )
-
-    found = {name: link for name, link in links.items() if all(map(plain, (name, *link)))}
-    if not found:
-        raise UserError(
-            f"config.model is {config.model!r}; it has no filters that can leave alone, for static"
-            " pruning"
-        )
-    return found
-
-
-def try_removal(
-    config: Config, model: Any, links: Links, ratios: Mapping[str, float], image: Any
-) -> None:
-    """Tries whether somebody's own model takes the removal of filters.
-
-    With weights and an image drawn anew it must answer as one that computes them all and whose
-    readers pass over them; else its code counts its channels, or knows their places.
-
-    Args:
-      config: a checked config.
-      model: from `build_model`.
-      links: from `removable`.
-      ratios: by convolution, as for `remove_filters`.
-      image: a batch of one, or its shape and dtype.
-
-    Raises:
-      UserError: if it does not.
-    """
-    if type(model) in LINKED:
-        return
-    said = (
-        f"config.model is {config.model!r}; static pruning can remove none of its filters, for its"
-        " code counts on all of them"
-    )
-    rng = np.random.default_rng(0)
-    whole = nnx.clone(model)
-    state = nnx.state(whole, nnx.Any(nnx.Param, nnx.BatchStat))
-    nnx.update(whole, jax.tree.map(lambda array: drawn(rng, array, weight=True), state))
-    whole.eval()
-    image = drawn(rng, image, weight=False)
-    layers = all_modules(whole)
-    call = nnx.jit(lambda model, image: model(image))
-    for _ in range(_TRIALS):
-        scores = {name: rng.random(layers[name].out_features) for name in links}
-        kept = _lowest_removed(scores, ratios)
-        small = _narrowed(whole, links, kept)
-        try:
-            found, expected = call(small, image), call(_silenced(whole, links, kept), image)
-            small.train()
-            nnx.eval_shape(lambda small, image: small(image), small, image)
-        except Exception as error:  # whatever code of somebody else's raises
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(f"{said}: {reason}") from error
-        apart = float(jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected)))
-        if not apart < (1e-3 if config.dtype == "float32" else 0.1):
-            raise UserError(f"{said}: without them it answers as another model")
-
-
-def _variables(layer: Any) -> list[Any]:
-    return [part for part in vars(layer).values() if isinstance(part, nnx.Variable)]
-
-
-def allot(
-    model: Any, links: Links, image: Any, mac_reduction: float, shares: dict[str, float]
-) -> dict[str, float]:
-    """The ratio of every convolution with which a model loses that fraction of its MACs.
-
-    Args:
-      model: any, of these links.
-      links: from `removable`.
-      image: a batch of one, or its shape and dtype.
-      mac_reduction: of the whole network, conventional.
-      shares: by convolution; its ratio is this times a common factor, at most 0.95.
-
-    Returns:
-      The ratios, with the smallest factor that reaches the reduction.
-
-    Raises:
-      ValueError: if none does.
-    """
-    if not any(shares.values()):
-        raise ValueError("no removal of filters is asked for: all shares are 0")
-    usage = nnx.eval_shape(lambda model, image: measure(model, image)[1], model, image)
-    layers = all_modules(model)
-    filters = {name: layers[name].out_features for name in links}
-    whole: Counter[str] = Counter()
-    for layer in usage.layers:  # one that is called again is there again
-        whole[layer.name] += layer.dense_macs
-
-    def at(factor: float) -> dict[str, float]:
-        return {name: scaled(share, factor) for name, share in shares.items()}
-
-    def reaches(factor: float) -> bool:
-        macs, ratios = dict(whole), at(factor)
-        for name, n in filters.items():
-            for layer in (name, links[name][1]):  # one makes n maps, the other reads them
-                macs[layer] = macs[layer] * _kept(n, ratios[name]) // n
-        left = usage.other_macs + sum(macs.values())
-        return 1.0 - left / usage.dense_macs >= mac_reduction - 1e-9
-
-    factor = least_factor(shares.values(), reaches)
-    if factor is None:
-        raise ValueError(f"no removal of filters takes {mac_reduction:.1%} of the MACs away")
-    return at(factor)
-
-
 def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains the static counterpart of a config's dynamic network, and evaluates it.
 
@@ -338,14 +140,13 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     model.eval()
     links, ratios = {}, {}
     if config.static.criterion != "none":  # before anything is trained: no weights matter
-        found = run.links or all_links(config, model, run.dataset.channels)
-        links = removable(config, model, found)
-        allotted = shares(config, links)
+        links = find_filters(config, model, run.dataset.channels, run.links)
+        allotted, reduction = shares(config, links), run.mac_reduction()
         try:
-            ratios = allot(model, links, image, run.mac_reduction(), allotted)
+            ratios = allot(model, links, image, reduction, allotted)
         except ValueError as error:
             raise UserError(f"config.static.allotment: {error}") from error
-        try_removal(config, model, links, ratios, image)
+        check_removal(config, model, links, ratios, image)
     dense, timings = train_dense(run)
     assert dense is not None  # checked above
     model = run.dense.bind(dense)
@@ -393,6 +194,44 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
+def find_filters(config: Config, model: nnx.Module, channels: int, links: Links) -> Links:
+    """The links of a config's model whose filters can be removed.
+
+    Args:
+      config: a checked config.
+      model: from `build_model`.
+      channels: of the images.
+      links: of its predicted gates, if it has some.
+
+    Raises:
+      UserError: if it has none.
+    """
+    links = links or all_links(config, model, channels)
+    if type(model) in LINKED:
+        return links
+    try:
+        found = removable(model, links, one_image(config, channels))
+    except ValueError as error:
+        raise UserError(
+            f"config.model is {config.model!r}; static pruning has no place in it: {error}"
+        ) from error
+    told = f"filters can leave {len(found)} of {len(conv_layers(model))} convolutions"
+    screen().print(f"{told}: {', '.join(found)}", highlight=False, markup=False, soft_wrap=True)
+    return found
+
+
+def check_removal(
+    config: Config, model: nnx.Module, links: Links, ratios: Mapping[str, float], image: Any
+) -> None:
+    """Raises UserError where somebody's own model does not take the removal of filters."""
+    if type(model) in LINKED:  # ours do, as tests show
+        return
+    try:
+        try_removal(model, links, ratios, image)
+    except ValueError as error:
+        raise UserError(f"config.model is {config.model!r}; {error}") from error
+
+
 def shares(config: Config, links: Links) -> dict[str, float]:
     """What each convolution's filters lose, as a config allots it, up to a common factor.
 
@@ -423,11 +262,6 @@ def block_of(name: str) -> int | None:
     """Which entry of `model.blocks` a layer of that name is in."""
     first, index, *_ = [*name.split("/"), ""]
     return int(index) if first == "blocks" else None
-
-
-def _kept(n: int, ratio: float) -> int:
-    """How many of n filters are left: `kept_count` in Python's numbers, which compile nothing."""
-    return max(n - int(ratio * n + 1e-6), 1)
 
 
 def _filters(model: Any, links: Links) -> Iterator[tuple[str, np.ndarray]]:

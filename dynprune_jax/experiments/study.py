@@ -24,10 +24,9 @@ from matplotlib.figure import Figure
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
-from dynprune_jax.build import all_links
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.static import removable, static, try_removal
+from dynprune_jax.experiments.static import find_filters, static
 from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import least_factor, scaled
@@ -191,9 +190,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as nobodys:
         run = Run.open(config, nobodys)  # a mistake leaves nothing behind
     if any(find_method(name).removes for name in (*methods, *ablations)):
-        found = run.links or all_links(config, run.model, run.dataset.channels)
-        links = removable(config, run.model, found)
-        try_removal(config, run.model, links, dict.fromkeys(links, 0.5), run.one_image)
+        find_filters(config, run.model, run.dataset.channels, run.links)
     make_folder(folder)
     keep_config(config, folder)
     grid = [(name, cut) for name in methods for cut in config.study.cuts]

@@ -83,7 +83,8 @@ def of_kind(sown: Any, kind: type[Sown]) -> list[Sown]:
 
 def cannot_leave(error: Exception) -> bool:
     """Whether an error is that what was sown within a transformation does not leave it."""
-    return "__captures__" in str(error)  # NNX's name for all that is sown
+    # NNX's name for all that is sown; in an nnx.List it cannot be sorted among the numbers.
+    return any(part in str(error) for part in ("__captures__", "sorting pytree dictionary keys"))
 
 
 def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], list[Any]]:

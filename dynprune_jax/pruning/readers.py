@@ -1,9 +1,10 @@
 """Which layer reads what a convolution makes: found by trying, for any model."""
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from dynprune_jax.pruning.calls import (
 )
 from dynprune_jax.pruning.folding import traced_pairs
 from dynprune_jax.pruning.layers import conv_layers
+
+# For a convolution the names of the normalization behind it and of the layer that reads the result.
+Links = Mapping[str, tuple[str, str]]
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +73,10 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
     convs = conv_layers(model)
     pairs, _ = traced_pairs(model, images, *others)
     norms = {n: c for c, n in pairs if convs[c].feature_group_count == 1}  # others cannot choose
+    within = ValueError(
+        f"layers of {type(model).__name__} are called within a transformation (such as"
+        " jax.lax.scan or nnx.cond) that what they see does not leave: give links by hand"
+    )
     trial = _Trial(model, images, *others)
     try:
         trial.begin({norm: convs[conv].out_features for norm, conv in norms.items()})
@@ -76,15 +84,15 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
         leaked = isinstance(error, jax.errors.UnexpectedTracerError)
         if not leaked and not cannot_leave(error):  # the model's own mistake
             raise
-        raise ValueError(
-            f"layers of {type(model).__name__} are called within a transformation (such as"
-            " jax.lax.scan or nnx.cond) that what they see does not leave: give links by hand"
-        ) from error
+        raise within from error
     rng = np.random.default_rng(0)
     found: dict[str, tuple[str, str]] = {}
     for norm, conv in norms.items():
         n = convs[conv].out_features
-        readers = {trial.reader(norm, rng.permutation(n) % 2 == 0) for _ in range(2)}
+        try:
+            readers = {trial.reader(norm, rng.permutation(n) % 2 == 0) for _ in range(2)}
+        except (TypeError, ValueError) as error:  # it is what is held that does not get in there
+            raise within from error
         (reader, *more) = readers
         taken = {reader for _, reader in found.values()}
         if reader and not more and reader not in taken:
@@ -101,10 +109,9 @@ class _Trial:
     """A model as one program, with values drawn anew, in which channels and calls can be held."""
 
     def __init__(self, model: nnx.Module, *inputs: Any):
-        watched = intercept(model, (nnx.BatchNorm, nnx.Conv, nnx.Linear), self._call)
-        function, arrays = as_function(watched, *inputs)
+        self._program = functools.partial(self._watched, model, *inputs)
+        _, arrays, weights = self._program()
         rng = np.random.default_rng(0)
-        weights = len(jax.tree.leaves(nnx.state(watched)))  # they come first
         self._arrays = [drawn(rng, array, i < weights) for i, array in enumerate(arrays)]
         # Of the call under way, for `_call`: what is kept, and what calls answer if held.
         self._kept: Mapping[str, Any] = {}
@@ -112,21 +119,31 @@ class _Trial:
         self._held: Mapping[int, Any] = {}
         self._clock = itertools.count()
 
+    def _watched(self, model: nnx.Module, *inputs: Any) -> tuple[Callable, list[Any], int]:
+        """A program of its own, its arrays, and how many of them are weights, which come first.
+
+        What Flax and JAX remember of functions that the model transforms itself is of the classes
+        of its layers, and these are new: so no program meets values of another.
+        """
+        watched = intercept(model, (nnx.BatchNorm, nnx.Conv, nnx.Linear), self._call)
+        function, arrays = as_function(watched, *inputs)
+
         def run(arrays: list[Any], kept: Any, answers: Any, held: Any) -> tuple[Any, list[_Seen]]:
             self._kept, self._answers, self._held = kept, answers, held
             self._clock = itertools.count()
             (outputs, sown), _ = function(*arrays)
             return outputs, of_kind(sown, _Seen)
 
-        self._run = jax.jit(run)
+        return run, arrays, len(jax.tree.leaves(nnx.state(watched)))
 
     def begin(self, channels: Mapping[str, int]) -> None:
         """Runs it as it is; these normalizations have so many channels."""
         self._whole = {name: np.ones(n, bool) for name, n in channels.items()}
-        _, calls = self._run(self._arrays, self._whole, {}, {})
+        _, calls = jax.jit(self._program()[0])(self._arrays, self._whole, {}, {})
         self._given = {call.order: call.y for call in calls}
         self._free = dict.fromkeys(self._given, np.bool_(False))
         self._times = Counter(call.name for call in calls)
+        self._run = jax.jit(self._program()[0])
 
     def reader(self, norm: str, half: Bool[np.ndarray, " channels"]) -> str:
         """The one layer that finds channels zero which a normalization leaves out, or nothing."""

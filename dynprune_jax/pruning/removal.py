@@ -1,0 +1,219 @@
+"""Filters that leave a model for good, and with them what reads them: any model with links."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from dynprune_jax.pruning.layers import all_modules, replaceable_layers
+from dynprune_jax.pruning.measure import measure
+from dynprune_jax.pruning.ratios import least_factor, scaled
+from dynprune_jax.pruning.readers import Links, drawn
+
+_TRIALS = 4  # of which filters leave
+
+# By convolution, one for each of its filters.
+Scores = Mapping[str, Float[np.ndarray, " filters"]]
+
+
+def remove_filters(model: Any, links: Links, scores: Scores, ratios: Mapping[str, float]) -> Any:
+    """Returns a smaller model without the lowest-scored filters; the given one stays as it is.
+
+    Args:
+      model: any, of these links; its arrays are read, so it cannot be traced.
+      links: from `removable`.
+      scores: by convolution, one for each of its filters.
+      ratios: by convolution, the fraction of its filters to remove, in [0, 1).
+    """
+    return _narrowed(model, links, _lowest_removed(scores, ratios))
+
+
+def _lowest_removed(scores: Scores, ratios: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The filters that stay, by convolution, in order; of equal scores the first."""
+    return {
+        name: np.sort(np.argsort(-of_it, kind="stable")[: _kept(len(of_it), ratios[name])])
+        for name, of_it in scores.items()
+    }
+
+
+def _narrowed(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
+    """The model with these filters alone."""
+    small = nnx.clone(model)
+    layers = all_modules(small)
+
+    def keep(owner: Any, name: str, rows: np.ndarray, axis: int) -> None:
+        # By NumPy, which compiles nothing: each of the many sizes would be a program of its own.
+        variable = getattr(owner, name)
+        if variable is not None:
+            value = np.take(np.asarray(variable.get_value()), rows, axis)
+            setattr(owner, name, variable.replace(jnp.asarray(value)))
+
+    for name, (norm_name, reader_name) in links.items():
+        conv, norm, reader = layers[name], layers[norm_name], layers[reader_name]
+        rows = _rows_of(kept[name], conv, reader)
+        for part in ("kernel", "bias"):
+            keep(conv, part, kept[name], -1)
+        for part in ("scale", "bias", "mean", "var"):
+            keep(norm, part, kept[name], -1)
+        conv.out_features = norm.num_features = len(kept[name])
+        keep(reader, "kernel", rows, -2)
+        reader.in_features = len(rows)
+    return small
+
+
+def _silenced(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
+    """The model that computes all filters, and whose readers pass over all but these."""
+    silent = nnx.clone(model)
+    layers = all_modules(silent)
+    for name, (_, reader_name) in links.items():
+        reader = layers[reader_name]
+        rows = _rows_of(kept[name], layers[name], reader)
+        read = np.isin(np.arange(reader.in_features), rows)[:, None]
+        reader.kernel[...] = jnp.where(read, reader.kernel[...], 0)
+    return silent
+
+
+def _rows_of(filters: np.ndarray, conv: Any, reader: Any) -> np.ndarray:
+    """Which inputs of a reader come from these filters: what is laid out has its channels last."""
+    return np.arange(reader.in_features).reshape(-1, conv.out_features)[:, filters].ravel()
+
+
+def removable(model: nnx.Module, links: Links, image: Any) -> Links:
+    """Those links of a model whose filters can be removed.
+
+    Filters stay where their reader has its own for some of the channels alone or is none that this
+    package counts, where one of the layers has weights in common with another, and where the
+    model's code counts on them: `try_removal` of half of all, or if that fails of each layer's.
+
+    Args:
+      model: any NNX model without gates, called with images alone.
+      links: from `find_links`.
+      image: a batch of one, or its shape and dtype.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    convs, layers = replaceable_layers(model), all_modules(model)
+    owners = Counter(id(part) for layer in layers.values() for part in _variables(layer))
+
+    def plain(name: str) -> bool:
+        layer = layers[name]
+        if any(owners[id(part)] > 1 for part in _variables(layer)):
+            return False
+        return type(layer) in (nnx.Linear, nnx.BatchNorm) or (
+            name in convs and layer.feature_group_count == 1 and layer.mask is None
+        )
+
+    found = {name: link for name, link in links.items() if all(map(plain, (name, *link)))}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no filters that can leave alone")
+    try:
+        try_removal(model, found, dict.fromkeys(found, 0.5), image)
+    except ValueError:
+        together, found = found, {}
+        for name, link in together.items():
+            with contextlib.suppress(ValueError):
+                try_removal(model, {name: link}, {name: 0.5}, image)
+                found[name] = link
+        if not found:
+            raise
+    return found
+
+
+def try_removal(model: nnx.Module, links: Links, ratios: Mapping[str, float], image: Any) -> None:
+    """Tries whether a model takes the removal of filters.
+
+    With weights and an image drawn anew it must answer as one that computes them all and whose
+    readers pass over them; else its code counts its channels, or knows their places.
+
+    Args:
+      model: any NNX model without gates, called with images alone; it is left as it is.
+      links: from `removable`.
+      ratios: by convolution, as for `remove_filters`.
+      image: a batch of one, or its shape and dtype.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    said = f"{type(model).__name__} cannot lose filters, for its code counts on all of them"
+    rng = np.random.default_rng(0)
+    whole = nnx.clone(model)
+    state = nnx.state(whole, nnx.Any(nnx.Param, nnx.BatchStat))
+    nnx.update(whole, jax.tree.map(lambda array: drawn(rng, array, weight=True), state))
+    whole.eval()
+    image = drawn(rng, image, weight=False)
+    layers = all_modules(whole)
+    call = nnx.jit(lambda model, image: model(image))
+    for _ in range(_TRIALS):
+        scores = {name: rng.random(layers[name].out_features) for name in links}
+        kept = _lowest_removed(scores, ratios)
+        small = _narrowed(whole, links, kept)
+        try:
+            found, expected = call(small, image), call(_silenced(whole, links, kept), image)
+            small.train()
+            nnx.eval_shape(lambda small, image: small(image), small, image)
+        except Exception as error:  # whatever code of somebody else's raises
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{said}: {reason}") from error
+        close = (1e-3 if image.dtype == jnp.float32 else 0.1) * np.max(np.abs(expected))
+        if not np.allclose(found, expected, rtol=0, atol=close, equal_nan=True):
+            raise ValueError(f"{said}: without them it answers as another model")
+
+
+def _variables(layer: Any) -> list[Any]:
+    return [part for part in vars(layer).values() if isinstance(part, nnx.Variable)]
+
+
+def allot(
+    model: Any, links: Links, image: Any, mac_reduction: float, shares: Mapping[str, float]
+) -> dict[str, float]:
+    """The ratio of every convolution with which a model loses that fraction of its MACs.
+
+    Args:
+      model: any, of these links.
+      links: from `removable`.
+      image: a batch of one, or its shape and dtype.
+      mac_reduction: of the whole network, conventional.
+      shares: by convolution; its ratio is this times a common factor, at most 0.95.
+
+    Returns:
+      The ratios, with the smallest factor that reaches the reduction.
+
+    Raises:
+      ValueError: if none does.
+    """
+    if not any(shares.values()):
+        raise ValueError("no removal of filters is asked for: all shares are 0")
+    usage = nnx.eval_shape(lambda model, image: measure(model, image)[1], model, image)
+    layers = all_modules(model)
+    filters = {name: layers[name].out_features for name in links}
+    whole: Counter[str] = Counter()
+    for layer in usage.layers:  # one that is called again is there again
+        whole[layer.name] += layer.dense_macs
+
+    def at(factor: float) -> dict[str, float]:
+        return {name: scaled(share, factor) for name, share in shares.items()}
+
+    def reaches(factor: float) -> bool:
+        macs, ratios = dict(whole), at(factor)
+        for name, n in filters.items():
+            for layer in (name, links[name][1]):  # one makes n maps, the other reads them
+                macs[layer] = macs[layer] * _kept(n, ratios[name]) // n
+        left = usage.other_macs + sum(macs.values())
+        return 1.0 - left / usage.dense_macs >= mac_reduction - 1e-9
+
+    factor = least_factor(shares.values(), reaches)
+    if factor is None:
+        raise ValueError(f"no removal of filters takes {mac_reduction:.1%} of the MACs away")
+    return at(factor)
+
+
+def _kept(n: int, ratio: float) -> int:
+    """How many of n filters are left: `kept_count` in Python's numbers, which compile nothing."""
+    return max(n - int(ratio * n + 1e-6), 1)
