@@ -67,7 +67,7 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
 
     Raises:
       UserError: if there is no such model, it cannot take images of this size, or it is one of
-        somebody's own that is not called or does not answer as ours are.
+        somebody's own that is not called or does not answer as ours are, or cannot be counted.
     """
     options = {
         "in_channels": channels,

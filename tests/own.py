@@ -1,5 +1,6 @@
 """Networks of somebody's own, as `own:NAME` in a config: nothing is known of them."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -71,9 +72,10 @@ class Tied(Small):
         super().__init__(num_classes, rngs=rngs, **options)
         self.other = nnx.Conv(16, 16, (3, 3), rngs=rngs)
         self.other.kernel = self.blocks[0].kernel
+        self.second = nnx.Linear(16, num_classes, rngs=rngs)
 
     def __call__(self, x):
-        return super().__call__(x) + self.head(self.other(self.stem(x)).mean((1, 2)))
+        return super().__call__(x) + self.second(self.other(self.stem(x)).mean((1, 2)))
 
 
 class OtherHead(Small):
@@ -103,6 +105,21 @@ class Asserting(Small):
         return x
 
 
+class Eights(Small):
+    """Half of its filters may leave, and not a fifth."""
+
+    def between(self, x):
+        return x.reshape(*x.shape[:3], -1, 8).reshape(x.shape)
+
+
+class Normed(Small):
+    """Its head's weights are divided by the norm of all."""
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        self.head = nnx.WeightNorm(self.head, rngs=rngs)
+
+
 class Again(Small):
     """One layer is called twice."""
 
@@ -129,6 +146,48 @@ class Jitted(Small):
     @nnx.jit
     def first(self, x):
         return nnx.relu(self.norm(self.blocks[0](self.stem(x))))
+
+
+class Unit(nnx.Module):
+    def __init__(self, conv, norm):
+        self.conv, self.norm = conv, norm
+
+    @nnx.remat
+    def __call__(self, x):
+        return nnx.relu(self.norm(self.conv(x)))
+
+
+class Rematerialised(Small):
+    """A part of it is computed again for the gradient."""
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        self.blocks = nnx.List([Unit(self.blocks[0], self.norm)])
+        del self.norm
+
+    def __call__(self, x):
+        return self.head(self.blocks[0](self.stem(x)).mean((1, 2)))
+
+
+class RematerialisedList(Small):
+    @nnx.remat
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class Stacked(Small):
+    """Three convolutions in one, called in a loop."""
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        self.layers = nnx.vmap(lambda key: nnx.Conv(16, 16, (3, 3), rngs=nnx.Rngs(key)))(
+            jax.random.split(jax.random.key(0), 3)
+        )
+
+    def between(self, x):
+        return nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(
+            self.layers, x
+        )
 
 
 class Quarters(Small):

@@ -106,7 +106,7 @@ def test_any_topology_trains_as_one_device_does(config, tmp_path):
                 np.testing.assert_allclose(many[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_anywhere(tmp_path, data_dir):
+def test_a_dead_process_is_told_of_and_its_checkpoint_goes_on_elsewhere(tmp_path, data_dir):
     def flags(workdir):
         return [*SMALL, f"--workdir={tmp_path / workdir}", f"--config.data.data_dir={data_dir}"]
 

@@ -143,11 +143,28 @@ def test_of_two_with_one_reader_there_is_one_link():
     predict_channels(Product(), 0.5, found, layers="conv")
 
 
-def test_what_is_a_program_of_its_own_within_a_model_is_seen_through():
+def of_kind(kind):
     options = {"in_channels": 3, "image_size": 8, "width": 1.0, "dtype": jnp.float32}
-    jitted = own.Jitted(10, **options, rngs=nnx.Rngs(0))
+    return kind(10, **options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "link"),
+    [
+        (own.Jitted, {"blocks/0": ("norm", "head")}),
+        (own.Rematerialised, {"blocks/0/conv": ("blocks/0/norm", "head")}),
+    ],
+)
+def test_what_is_a_program_of_its_own_within_a_model_is_seen_through(kind, link):
+    model = of_kind(kind)
     for _ in range(2):
-        assert find_links(jitted, IMAGES) == {"blocks/0": ("norm", "head")}
+        assert find_links(model, IMAGES) == link
+
+
+@pytest.mark.parametrize("kind", [own.Stacked, own.RematerialisedList])
+def test_what_cannot_be_held_within_a_transformation_is_said(kind):
+    with pytest.raises(ValueError, match=f"layers of {kind.__name__} are called within a transfor"):
+        find_links(of_kind(kind), IMAGES)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -14,13 +14,14 @@ from networks import trained
 
 import dynprune_jax
 from dynprune_jax.config import check, flatten
-from dynprune_jax.experiments.static import allot, block_of, l1, remove_filters
+from dynprune_jax.experiments.static import block_of, l1
 from dynprune_jax.experiments.study import find_method, read_rows, tables, with_fields
 from dynprune_jax.flags import parse
 from dynprune_jax.main import MODES
 from dynprune_jax.models.links import links
 from dynprune_jax.pruning.layers import conv_layers
 from dynprune_jax.pruning.masks import kept_count
+from dynprune_jax.pruning.removal import allot, remove_filters
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -126,13 +127,16 @@ def test_what_is_called_twice_counts_twice(config):
     assert 0.9 >= dense_macs(small, images) / dense_macs(model, images) > 0.85
 
 
-def test_channels_that_change_places_are_no_zeros_that_stay(config):
-    config.model = "own:Halves"
-    model, images = trained_own(config)
-    found = find_links(model, images[:1])
-    with pytest.raises(ValueError, match="without them it answers as another model"):
-        try_removal(model, found, {"blocks/0": 0.5}, images[:1])
-    try_removal(model, found, {"blocks/0": 0.0}, images[:1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_channels_that_change_places_are_no_zeros_that_stay(config, dtype):
+    config.model, config.dtype = "own:Halves", dtype
+    with jax.numpy_dtype_promotion("standard"):  # as Flax's own normalization needs it
+        model, images = trained_own(config)
+        image = images[:1].astype(dtype)
+        found = find_links(model, image)
+        with pytest.raises(ValueError, match="without them it answers as another model"):
+            try_removal(model, found, {"blocks/0": 0.5}, image)
+        try_removal(model, found, {"blocks/0": 0.0}, image)
 
 
 def test_where_the_code_counts_on_some_filters_the_others_leave(config):

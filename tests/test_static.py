@@ -56,7 +56,8 @@ def test_filters_are_allotted_as_the_gates_that_skip_them(config, kind, name):
         ("Asserting", "its code counts on all of them: AssertionError$"),
         ("Depthwise", "static pruning has no place in it: Depthwise has no filters that can"),
         ("OtherHead", "static pruning has no place in it: OtherHead has no filters that can"),
-        ("Tied", "neither predicted gates nor static pruning have a place in it: Tied has no"),
+        ("Tied", "static pruning has no place in it: Tied has no filters that can"),
+        ("Normed", "static pruning has no place in it: Normed has no filters that can"),
         ("NoNorm", "neither predicted gates nor static pruning have a place in it: NoNorm has no"),
     ],
 )
@@ -168,10 +169,20 @@ def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path, monkeypa
 
 
 @pytest.mark.usefixtures("short_reports")
+def test_the_filters_that_leave_are_tried_before_anything_is_trained(config, tmp_path):
+    config.model = "own:Eights"
+    config.gate.channel_ratio, config.gate.column_ratio = (0.2,), ()
+    with pytest.raises(UserError, match=r"'own:Eights'; Eights cannot lose filters, .* reshape"):
+        static(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("short_reports")
 def test_the_control_needs_no_filters_that_can_leave(config, tmp_path):
     config.model, config.static.criterion = "own:NoNorm", "none"
     config.gate.channel_ratio, config.gate.column_ratio = (0.5,), ()
-    assert static(config, tmp_path)["pruned"]["mac_reduction"] == 0
+    report = static(config, tmp_path)
+    assert (report["pruned"]["mac_reduction"], report["filters"]) == (0, {})
 
 
 def test_a_static_run_of_a_network_of_ones_own(config, tmp_path, capsys):

@@ -22,7 +22,7 @@ from dynprune_jax.build import build_dynamic, build_links, build_model
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
-from dynprune_jax.experiments.static import check_removal, find_filters, l1, shares
+from dynprune_jax.experiments.static import check_removal, find_removable, l1, shares
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
@@ -88,17 +88,17 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         build_dynamic(each, model, links)
     console = screen()
     try:
-        removed = find_filters(config, model, channels, links)
+        removable = find_removable(config, model, channels, links)
     except UserError as error:  # a network of somebody's own
         _left_out(console, error)
-        removed = {}
-    if removed:
-        shares(config, removed)
+        removable = {}
+    if removable:
+        shares(config, removable)
     make_folder(folder)
     rows: list[dict[str, Any]] = []
     for batch_size in config.benchmark.batch_sizes:
         shape = (batch_size, config.data.image_size, config.data.image_size, channels)
-        bench = _Bench(config, model, links, removed, shape, folder, console)
+        bench = _Bench(config, model, links, removable, shape, folder, console)
         for ratio in config.benchmark.ratios:
             rows.append(bench.row(_at(config, ratio)))
         rows.append(bench.row(config, controls=True))

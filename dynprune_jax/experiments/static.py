@@ -101,8 +101,8 @@ def random(model: Any, links: Links, run: Run) -> Scores:
 
 def none(model: Any, links: Links, run: Run) -> Scores:
     """Control: nothing is removed, so that a dense network is trained on for as long."""
-    del run
-    return {name: np.zeros(len(rows)) for name, rows in _filters(model, links)}
+    del model, links, run
+    return {}
 
 
 CRITERIA: dict[str, Callable[[Any, Links, Run], Scores]] = {
@@ -140,7 +140,7 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     model.eval()
     links, ratios = {}, {}
     if config.static.criterion != "none":  # before anything is trained: no weights matter
-        links = find_filters(config, model, run.dataset.channels, run.links)
+        links = find_removable(config, model, run.dataset.channels, run.links)
         allotted, reduction = shares(config, links), run.mac_reduction()
         try:
             ratios = allot(model, links, image, reduction, allotted)
@@ -194,7 +194,7 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
-def find_filters(config: Config, model: nnx.Module, channels: int, links: Links) -> Links:
+def find_removable(config: Config, model: nnx.Module, channels: int, links: Links) -> Links:
     """The links of a config's model whose filters can be removed.
 
     Args:

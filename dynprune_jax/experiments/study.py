@@ -26,7 +26,7 @@ from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.static import find_filters, static
+from dynprune_jax.experiments.static import find_removable, static
 from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import least_factor, scaled
@@ -188,9 +188,9 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         raise UserError(f"--workdir={folder} is a run's; give a study a folder of its own")
     read_rows(folder)
     with tempfile.TemporaryDirectory() as nobodys:
-        run = Run.open(config, nobodys)  # a mistake leaves nothing behind
+        opened = Run.open(config, nobodys)  # a mistake leaves nothing behind
     if any(find_method(name).removes for name in (*methods, *ablations)):
-        find_filters(config, run.model, run.dataset.channels, run.links)
+        find_removable(config, opened.model, opened.dataset.channels, opened.links)
     make_folder(folder)
     keep_config(config, folder)
     grid = [(name, cut) for name in methods for cut in config.study.cuts]

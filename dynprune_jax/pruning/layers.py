@@ -63,20 +63,23 @@ def conv_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
 def replaceable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
     """The convolutions that another execution may take the place of, by name, in order.
 
-    Not those that compute with a function of their own, nor those whose kernel a module around
-    them rewrites in every call.
+    Not those that compute with a function of their own, nor those that are `rewritten`.
     """
-    around = [
-        f"{name}/"
-        for name, module in all_modules(model).items()
-        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm)
-    ]
     return {
         name: conv
         for name, conv in conv_layers(model).items()
         if conv.conv_general_dilated in (jax.lax.conv_general_dilated, convolve)
-        and not name.startswith(tuple(around))
+        and not name.startswith(rewritten(model))
     }
+
+
+def rewritten(model: nnx.Module) -> tuple[str, ...]:
+    """How the names of layers begin whose kernel a module around them rewrites in every call."""
+    return tuple(
+        f"{name}/"
+        for name, module in all_modules(model).items()
+        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm)
+    )
 
 
 def dynamic_layers(model: nnx.Module) -> dict[str, DynamicConv]:

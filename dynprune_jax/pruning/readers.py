@@ -1,7 +1,6 @@
 """Which layer reads what a convolution makes: found by trying, for any model."""
 
 import dataclasses
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -71,28 +70,20 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
     model = nnx.clone(model)
     model.eval()
     convs = conv_layers(model)
-    pairs, _ = traced_pairs(model, images, *others)
-    norms = {n: c for c, n in pairs if convs[c].feature_group_count == 1}  # others cannot choose
-    within = ValueError(
-        f"layers of {type(model).__name__} are called within a transformation (such as"
-        " jax.lax.scan or nnx.cond) that what they see does not leave: give links by hand"
-    )
-    trial = _Trial(model, images, *others)
     try:
-        trial.begin({norm: convs[conv].out_features for norm, conv in norms.items()})
-    except (TypeError, ValueError) as error:
-        leaked = isinstance(error, jax.errors.UnexpectedTracerError)
-        if not leaked and not cannot_leave(error):  # the model's own mistake
+        pairs, _ = traced_pairs(model, images, *others)
+    except ValueError as error:
+        if not cannot_leave(error):
             raise
-        raise within from error
+        raise _out_of_reach(model) from error
+    norms = {n: c for c, n in pairs if convs[c].feature_group_count == 1}  # others cannot choose
+    trial = _Trial(model, images, *others)
+    trial.begin({norm: convs[conv].out_features for norm, conv in norms.items()})
     rng = np.random.default_rng(0)
     found: dict[str, tuple[str, str]] = {}
     for norm, conv in norms.items():
         n = convs[conv].out_features
-        try:
-            readers = {trial.reader(norm, rng.permutation(n) % 2 == 0) for _ in range(2)}
-        except (TypeError, ValueError) as error:  # it is what is held that does not get in there
-            raise within from error
+        readers = {trial.reader(norm, rng.permutation(n) % 2 == 0) for _ in range(2)}
         (reader, *more) = readers
         taken = {reader for _, reader in found.values()}
         if reader and not more and reader not in taken:
@@ -109,9 +100,10 @@ class _Trial:
     """A model as one program, with values drawn anew, in which channels and calls can be held."""
 
     def __init__(self, model: nnx.Module, *inputs: Any):
-        self._program = functools.partial(self._watched, model, *inputs)
-        _, arrays, weights = self._program()
+        self._model, self._inputs = model, inputs
+        _, arrays = as_function(model, *inputs)
         rng = np.random.default_rng(0)
+        weights = len(jax.tree.leaves(nnx.state(model)))  # they come first
         self._arrays = [drawn(rng, array, i < weights) for i, array in enumerate(arrays)]
         # Of the call under way, for `_call`: what is kept, and what calls answer if held.
         self._kept: Mapping[str, Any] = {}
@@ -119,14 +111,14 @@ class _Trial:
         self._held: Mapping[int, Any] = {}
         self._clock = itertools.count()
 
-    def _watched(self, model: nnx.Module, *inputs: Any) -> tuple[Callable, list[Any], int]:
-        """A program of its own, its arrays, and how many of them are weights, which come first.
+    def _program(self) -> Callable[..., tuple[Any, list[_Seen]]]:
+        """The model as a program of its own.
 
         What Flax and JAX remember of functions that the model transforms itself is of the classes
         of its layers, and these are new: so no program meets values of another.
         """
-        watched = intercept(model, (nnx.BatchNorm, nnx.Conv, nnx.Linear), self._call)
-        function, arrays = as_function(watched, *inputs)
+        watched = intercept(self._model, (nnx.BatchNorm, nnx.Conv, nnx.Linear), self._call)
+        function, _ = as_function(watched, *self._inputs)
 
         def run(arrays: list[Any], kept: Any, answers: Any, held: Any) -> tuple[Any, list[_Seen]]:
             self._kept, self._answers, self._held = kept, answers, held
@@ -134,16 +126,22 @@ class _Trial:
             (outputs, sown), _ = function(*arrays)
             return outputs, of_kind(sown, _Seen)
 
-        return run, arrays, len(jax.tree.leaves(nnx.state(watched)))
+        return jax.jit(run)
 
     def begin(self, channels: Mapping[str, int]) -> None:
         """Runs it as it is; these normalizations have so many channels."""
         self._whole = {name: np.ones(n, bool) for name, n in channels.items()}
-        _, calls = jax.jit(self._program()[0])(self._arrays, self._whole, {}, {})
+        try:
+            _, calls = self._program()(self._arrays, self._whole, {}, {})
+        except (TypeError, ValueError) as error:
+            leaked = isinstance(error, jax.errors.UnexpectedTracerError)
+            if not leaked and not cannot_leave(error):  # the model's own mistake
+                raise
+            raise _out_of_reach(self._model) from error
         self._given = {call.order: call.y for call in calls}
         self._free = dict.fromkeys(self._given, np.bool_(False))
         self._times = Counter(call.name for call in calls)
-        self._run = jax.jit(self._program()[0])
+        self._run = self._program()
 
     def reader(self, norm: str, half: Bool[np.ndarray, " channels"]) -> str:
         """The one layer that finds channels zero which a normalization leaves out, or nothing."""
@@ -165,7 +163,10 @@ class _Trial:
 
         It is one compiled program always: two may differ in how they round.
         """
-        return self._run(self._arrays, self._whole | kept, self._given, self._free | held)
+        try:
+            return self._run(self._arrays, self._whole | kept, self._given, self._free | held)
+        except (TypeError, ValueError) as error:  # it ran before; what is held does not get in
+            raise _out_of_reach(self._model) from error
 
     def _call(self, name: str, layer: Any, own: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         y = own(x, *args, **kwargs)
@@ -177,6 +178,14 @@ class _Trial:
             y = jnp.where(self._held[order], self._answers[order], y)
         layer.sow(nnx.Intermediate, "seen", _Seen(x, y, name, order))
         return y
+
+
+def _out_of_reach(model: nnx.Module) -> ValueError:
+    return ValueError(
+        f"layers of {type(model).__name__} are called within a transformation (such as"
+        " jax.lax.scan, nnx.cond, or nnx.remat of what holds an nnx.List) that what they see does"
+        " not leave: give links by hand"
+    )
 
 
 def _differ(before: list[_Seen], after: list[_Seen]) -> list[int]:
