@@ -43,8 +43,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def forgotten():
     """What the tests of one file leave is nothing that those of the next have to carry.
 
-    In a process full of traces and programs all takes longer, most of all Python's search for what
-    is unreachable, which looks at every object that it has not been told to pass over.
+    In a process full of traces and programs all takes longer, lowering a new one the most; and
+    Python's search for garbage looks at every object that it has not been told to pass over.
     """
     yield
     jax.clear_caches()
