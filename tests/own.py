@@ -39,7 +39,7 @@ def counting_on_filters(num_classes, **options):
 
 
 class Small(nnx.Module):
-    """What becomes of the first convolution's channels until the head reads them, or another."""
+    """One convolution whose channels the head reads; `between` is what others change."""
 
     def __init__(self, num_classes, *, in_channels, image_size, width, dtype, rngs):
         options = {"dtype": dtype, "rngs": rngs}

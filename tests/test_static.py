@@ -9,20 +9,11 @@ from test_removal import build, filters
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import models
-from dynprune_jax.build import (
-    build_dynamic,
-    build_links,
-    build_model,
-    training_images,
-)
+from dynprune_jax.build import build_dynamic, build_links, build_model, training_images
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import static as static_lib
-from dynprune_jax.experiments.static import (
-    CRITERIA,
-    shares,
-    static,
-)
+from dynprune_jax.experiments.static import CRITERIA, shares, static
 from dynprune_jax.experiments.study import study
 from dynprune_jax.models.links import links
 from dynprune_jax.pruning.layers import all_modules, conv_layers, dynamic_layers

@@ -65,11 +65,12 @@ def replaceable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
 
     Not those that compute with a function of their own, nor those that are `rewritten`.
     """
+    around = rewritten(model)
     return {
         name: conv
         for name, conv in conv_layers(model).items()
         if conv.conv_general_dilated in (jax.lax.conv_general_dilated, convolve)
-        and not name.startswith(rewritten(model))
+        and not name.startswith(around)
     }
 
 

@@ -29,7 +29,8 @@ def remove_filters(model: Any, links: Links, scores: Scores, ratios: Mapping[str
       model: any, of these links; its arrays are read, so it cannot be traced.
       links: from `removable`.
       scores: by convolution, one for each of its filters.
-      ratios: by convolution, the fraction of its filters to remove, in [0, 1).
+      ratios: by convolution, the fraction of its filters to remove, in [0, 1); as many go as
+        `kept_count` says, and one always stays.
     """
     return _narrowed(model, links, _highest_kept(scores, ratios))
 
@@ -96,17 +97,19 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
       links: from `find_links`.
       image: a batch of one, or its shape and dtype.
 
+    Returns:
+      Those links, as they are.
+
     Raises:
       ValueError: if there are none.
     """
-    convs, layers = replaceable_layers(model), all_modules(model)
+    convs, layers, around = replaceable_layers(model), all_modules(model), rewritten(model)
     owners = Counter(id(part) for layer in layers.values() for part in _variables(layer))
 
     def plain(name: str) -> bool:
         layer = layers[name]
-        if any(owners[id(part)] > 1 for part in _variables(layer)):
-            return False
-        if name.startswith(rewritten(model)):
+        shared = any(owners[id(part)] > 1 for part in _variables(layer))
+        if shared or name.startswith(around):
             return False
         return type(layer) in (nnx.Linear, nnx.BatchNorm) or (
             name in convs and layer.feature_group_count == 1 and layer.mask is None
