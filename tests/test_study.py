@@ -65,6 +65,7 @@ def test_a_study_runs_each_point_once(small, tmp_path, monkeypatch):
 def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
     """And of its own folder: what lies in the one that a user happens to be in is no matter."""
     monkeypatch.setattr(study_lib, "_run_once", lambda path, run: None)
+    monkeypatch.setattr(study_lib, "_impossible", lambda *_: ())
     study(small, tmp_path / "study")
     small.study.seeds = (3, 4)  # more of it
     small.data.threads = 1
@@ -91,12 +92,41 @@ def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_study_goes_on_past_a_run_that_fails(small, tmp_path, capfd):
+def test_what_no_training_can_make_is_said_before_it(small, tmp_path, monkeypatch, capfd):
+    said = []
+
+    def train(*_):
+        said.append(capfd.readouterr().out)
+        return row("dense", 0.0, 3, 0.5)
+
+    monkeypatch.setattr(study_lib, "_dense", train)
+    monkeypatch.setattr(study_lib, "_pruned", lambda _, name, cut, *__: row(name, cut, 3, 0.5))
+    # Filters of the first block alone leave; gates skip columns too, in both.
+    small.gate.channel_ratio, small.gate.column_ratio = (0.2, 0.0), (0.5, 0.5)
+    small.study.methods, small.study.ablations = ("attention", "l1+as_gates", "trained_on"), ()
+    small.study.cuts, small.ascent.increment = (0.2, 0.6, 0.99), 0.2
+    with pytest.raises(UserError, match="^not done: attention-99, l1"):
+        study(small, tmp_path)
+    (lines,) = said
+    assert "attention-99: config.study: no factor" in lines
+    assert "l1+as_gates-99: config.study: no factor" in lines
+    assert "l1+as_gates-60: config.static.allotment is 'gate': no removal of filters" in lines
+    points = {(row["method"], row["cut"]) for row in study_lib.read_rows(tmp_path)}
+    assert points == {
+        ("dense", 0.0),
+        ("attention", 0.2),
+        ("attention", 0.6),
+        ("l1+as_gates", 0.2),
+        *(("trained_on", cut) for cut in small.study.cuts),
+    }
+
+
+def test_a_study_goes_on_past_what_fails(small, tmp_path, capfd):
     small.study.methods, small.study.cuts = ("l1",), (0.99, 0.2)
     small.study.ablations = ()
-    with pytest.raises(UserError, match=r"^not done: l1-99-seed3; l1-99-seed3: config"):
+    with pytest.raises(UserError, match=r"^not done: l1-99; l1-99: config"):
         study(small, tmp_path)
-    assert "l1-99-seed3: config.study: no factor" in capfd.readouterr().out
+    assert "l1-99: config.study: no factor" in capfd.readouterr().out
     points = {(row["method"], row["cut"]) for row in study_lib.read_rows(tmp_path)}
     assert points == {("dense", 0.0), ("l1", 0.2)}
     assert "| static, L1 norm |" in (tmp_path / "table.md").read_text("utf-8")

@@ -135,21 +135,10 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
             f" {config.prune.start!r}; --mode=static prunes a dense network: it needs epochs, and"
             " a start from dense or checkpoint"
         )
-    image = run.one_image
-    model: Any = run.dense.bind(run.dense.weights)
-    model.eval()
-    links, ratios = {}, {}
-    if config.static.criterion != "none":  # before anything is trained: no weights matter
-        links = find_removable(config, model, run.dataset.channels, run.links)
-        allotted, reduction = shares(config, links), run.mac_reduction()
-        try:
-            ratios = allot(model, links, image, reduction, allotted)
-        except ValueError as error:
-            raise UserError(f"config.static.allotment: {error}") from error
-        check_removal(config, model, links, ratios, image)
+    links, ratios = removed(run)  # before anything is trained
     dense, timings = train_dense(run)
     assert dense is not None  # checked above
-    model = run.dense.bind(dense)
+    model: Any = run.dense.bind(dense)
     model.eval()
     scores = CRITERIA[config.static.criterion](model, links, run)
     small = remove_filters(model, links, scores, ratios)
@@ -171,7 +160,7 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
             name: {"kept": len(kept), "ratio": ratios[name]}
             for name, kept in _filters(small, links)
         },
-        "dense_macs_per_image": dense_macs(model, image),
+        "dense_macs_per_image": dense_macs(model, run.one_image),
         "parameters_digest": tree_digest(pruned),
         **provenance(run),
         "phases": timings,
@@ -192,6 +181,32 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
         soft_wrap=True,
     )
     return report
+
+
+def removed(run: Run) -> tuple[Links, dict[str, float]]:
+    """What `static` removes from the network of a run, whose weights do not matter.
+
+    Returns:
+      The links whose filters leave, and by convolution the fraction that does.
+
+    Raises:
+      UserError: if the removal of filters cannot take away what the config's gates skip.
+    """
+    config, image = run.config, run.one_image
+    if config.static.criterion == "none":
+        return {}, {}
+    model = run.dense.bind(run.dense.weights)
+    model.eval()
+    links = find_removable(config, model, run.dataset.channels, run.links)
+    allotted, reduction = shares(config, links), run.mac_reduction()
+    try:
+        ratios = allot(model, links, image, reduction, allotted)
+    except ValueError as error:
+        raise UserError(
+            f"config.static.allotment is {config.static.allotment!r}: {error}, as the gates do"
+        ) from error
+    check_removal(config, model, links, ratios, image)
+    return links, ratios
 
 
 def find_removable(config: Config, model: nnx.Module, channels: int, links: Links) -> Links:

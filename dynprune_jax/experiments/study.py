@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.static import find_removable, static
+from dynprune_jax.experiments.static import find_removable, removed, static
 from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import least_factor, scaled
@@ -163,9 +163,9 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
       UserError: for a mistake in the config, the data or the work directory, before anything is
-        trained; at the end, with all else done, for runs that failed, such as one of a cut that
-        the method's gates cannot make, or whose ratios would not be reached by the end of
-        the training, and those of a seed whose dense network failed.
+        trained; at the end, with all else done, for runs that failed, and for cuts that a method
+        cannot make, or whose ratios would not be reached by the end of the training: a line
+        tells of these before it begins.
     """
     config_lib.check(config)
     methods, ablations = config.study.methods, config.study.ablations
@@ -195,18 +195,30 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     keep_config(config, folder)
     grid = [(name, cut) for name in methods for cut in config.study.cuts]
     grid += [(name, config.study.ablation_cut) for name in ablations]
+    grid = [*dict.fromkeys(grid)]
     runs_of = {seed: _runs(config, seed, grid, folder / "runs") for seed in config.study.seeds}
     names = [name for runs in runs_of.values() for name in runs]
-    done = sum((folder / f"{name}.json").exists() for name in names)
-    screen().print(f"{len(names)} runs, of which {done} are done", highlight=False)
-    failed = {}
-    for runs in runs_of.values():
+    missing = {name for name in names if not (folder / f"{name}.json").exists()}
+    told = f"{len(names)} runs, of which {len(names) - len(missing)} are done"
+    screen().print(told, highlight=False)
+    failed: dict[str, UserError] = {}
+
+    def fails(run: str, error: UserError) -> None:  # of one method, cut or seed
+        failed[run] = error
+        screen().print(f"{run}: {error}", highlight=False, markup=False, soft_wrap=True)
+
+    for point, error in _impossible(
+        config, (p for p in grid if any(_run_name(p, seed) in missing for seed in runs_of))
+    ):
+        fails(_run_name(point), error)
+    for seed, runs in runs_of.items():
         for run, call in runs.items():
+            if run.removesuffix(f"-seed{seed}") in failed:
+                continue
             try:
                 _run_once(folder / f"{run}.json", call)
-            except UserError as error:  # of one method, cut or seed: the others can be had
-                failed[run] = error
-                screen().print(f"{run}: {error}", highlight=False, markup=False, soft_wrap=True)
+            except UserError as error:  # the others can be had
+                fails(run, error)
                 if run == next(iter(runs)):  # the dense network that all others start from
                     break
     rows = read_rows(folder)
@@ -440,10 +452,48 @@ def _runs(
     """The runs of one seed by name, the dense network's first."""
     dense = folder / f"dense-seed{seed}"
     runs = {dense.name: functools.partial(_dense, config, seed, dense)}
-    for name, cut in dict.fromkeys(grid):
-        run = f"{name}-{cut * 100:g}-seed{seed}"
+    for name, cut in grid:
+        run = _run_name((name, cut), seed)
         runs[run] = functools.partial(_pruned, config, name, cut, seed, dense, folder / run)
     return runs
+
+
+def _run_name(point: tuple[str, float], seed: int | None = None) -> str:
+    """What the run of a method at a cut is called; without a seed, what those of all are."""
+    name, cut = point
+    return f"{name}-{cut * 100:g}" + ("" if seed is None else f"-seed{seed}")
+
+
+def _impossible(
+    config: Config, points: Iterable[tuple[str, float]]
+) -> Iterator[tuple[tuple[str, float], UserError]]:
+    """Which methods cannot make which cuts, told from weights that are not trained.
+
+    Of each method the highest cuts are looked at, until one can be made: so can the lower ones.
+    """
+    possible = set()
+    for name, cut in sorted(points, key=lambda point: -point[1]):
+        if name in possible:
+            continue
+        try:
+            changed = _at_point(config, name, cut, {"prune.start": "dense"})
+            with tempfile.TemporaryDirectory() as nobodys:
+                run = Run.open(changed, nobodys)
+            if find_method(name).run is static:
+                removed(run)
+            else:
+                run.check_ascent()
+        except UserError as error:
+            yield (name, cut), error
+        else:
+            possible.add(name)
+
+
+def _at_point(config: Config, name: str, cut: float, start: Mapping[str, Any]) -> Config:
+    """The config of a method at a cut; what leaves the network whole makes none."""
+    method = find_method(name)
+    changed = with_fields(config, {**start, **method.fields})
+    return changed if method.run is static and not method.removes else at_cut(changed, cut)
 
 
 def _run_once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
@@ -462,9 +512,7 @@ def _pruned(
 ) -> dict[str, Any]:
     method = find_method(name)
     start = {"seed": seed, "prune.start": "checkpoint", "prune.checkpoint": str(dense)}
-    changed = with_fields(config, {**start, **method.fields})
-    if changed.static.criterion != "none" or method.run is not static:
-        changed = at_cut(changed, cut)
+    changed = _at_point(config, name, cut, start)
     report = method.run(changed, workdir)
     kind = "training" if method.run is static else "targeted_dropout"
     untrained = report[f"pruned_without_{kind}"]
