@@ -105,7 +105,7 @@ def test_what_no_training_can_make_is_said_before_it(small, tmp_path, monkeypatc
     small.gate.channel_ratio, small.gate.column_ratio = (0.2, 0.0), (0.5, 0.5)
     small.study.methods, small.study.ablations = ("attention", "l1+as_gates", "trained_on"), ()
     small.study.cuts, small.ascent.increment = (0.2, 0.6, 0.99), 0.2
-    with pytest.raises(UserError, match="^not done: attention-99, l1"):
+    with pytest.raises(UserError, match=r"^not done: attention-99, l1"):
         study(small, tmp_path)
     (lines,) = said
     assert "attention-99: config.study: no factor" in lines
