@@ -17,8 +17,7 @@ from dynprune_jax.data import augment
 from dynprune_jax.data.batches import check_batch_size
 from dynprune_jax.data.sources import Dataset, load_dataset
 from dynprune_jax.errors import UserError
-from dynprune_jax.models.links import LINKED, column_blocks
-from dynprune_jax.models.links import links as our_links
+from dynprune_jax.models import links as known_links
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.readers import Links, find_links
@@ -166,8 +165,8 @@ def all_links(config: Config, model: nnx.Module, channels: int) -> Links:
       UserError: if there are none.
     """
     try:
-        if type(model) in LINKED:
-            return our_links(model)
+        if known_links.has_links(model):
+            return known_links.links(model)
         return find_links(model, one_image(config, channels))
     except ValueError as error:
         raise UserError(
@@ -223,7 +222,7 @@ def build_dynamic(
             model,
             **ratios,
             layers=config.gate.layers,
-            column_blocks=column_blocks(model) if config.gate.block_columns else (),
+            column_blocks=known_links.column_blocks(model) if config.gate.block_columns else (),
             channel_group=config.gate.channel_group,
             column_patch=config.gate.column_patch,
             statistic=STATISTICS[config.gate.statistic],

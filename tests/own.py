@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynprune_jax.models.vgg import VGG, global_mean
+
 
 class Own(nnx.Module):
     """A network that nobody knows, whose readers get their maps laid out in three ways."""
@@ -188,6 +190,15 @@ class Stacked(Small):
         return nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(
             self.layers, x
         )
+
+
+def headed(num_classes, *, in_channels, image_size, width, dtype, rngs):
+    """An architecture of the package with a head that it does not know."""
+    del image_size
+    n = round(32 * width)
+    plan = ((1, n), (1, n))
+    head = nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(n, num_classes, rngs=rngs))
+    return VGG(plan, global_mean, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
 
 
 class Quarters(Small):

@@ -13,7 +13,7 @@ from dynprune_jax.build import build_dynamic, build_links, build_model, training
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import static as static_lib
-from dynprune_jax.experiments.static import CRITERIA, shares, static
+from dynprune_jax.experiments.static import CRITERIA, find_removable, shares, static
 from dynprune_jax.experiments.study import study
 from dynprune_jax.models.links import links
 from dynprune_jax.pruning.layers import all_modules, conv_layers, dynamic_layers
@@ -61,6 +61,18 @@ def test_of_a_network_of_ones_own_what_cannot_leave_is_said(config, tmp_path, mo
         with pytest.raises(UserError, match=message):
             mode(config, tmp_path / folder)
         assert not (tmp_path / folder).exists()
+
+
+def test_a_known_architecture_with_another_head_is_tried_as_any_other(config):
+    config.model = "own:headed"
+    model = build_model(config, 10, 1)
+    model.eval()
+    found = find_removable(config, model, 1, {})
+    first, last = (f"blocks/{i}/layers/0" for i in range(2))
+    assert found == {
+        f"{first}/conv": (f"{first}/norm", f"{last}/conv"),
+        f"{last}/conv": (f"{last}/norm", "head/layers/1"),
+    }
 
 
 def conv_with(rows):

@@ -23,7 +23,7 @@ from dynprune_jax.config import Config
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
-from dynprune_jax.models.links import LINKED
+from dynprune_jax.models.links import has_links
 from dynprune_jax.pruning.calls import intercept
 from dynprune_jax.pruning.layers import all_modules, conv_layers
 from dynprune_jax.pruning.measure import dense_macs
@@ -222,7 +222,7 @@ def find_removable(config: Config, model: nnx.Module, channels: int, links: Link
       UserError: if it has none.
     """
     links = links or all_links(config, model, channels)
-    if type(model) in LINKED:
+    if has_links(model):
         return links
     try:
         found = removable(model, links, one_image(config, channels))
@@ -239,7 +239,7 @@ def check_removal(
     config: Config, model: nnx.Module, links: Links, ratios: Mapping[str, float], image: Any
 ) -> None:
     """Raises UserError where somebody's own model does not take the removal of filters."""
-    if type(model) in LINKED:  # ours do, as tests show
+    if has_links(model):  # ours do, as tests show
         return
     try:
         try_removal(model, links, ratios, image)

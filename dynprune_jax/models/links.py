@@ -9,12 +9,18 @@ from dynprune_jax.models.resnet import ResNet
 from dynprune_jax.models.resnet_cifar import CifarResNet
 from dynprune_jax.models.vgg import VGG, VGGUnit
 
-# The models of which it is known here; of any other `find_links` finds the links by trial.
-LINKED = (VGG, ResNet, CifarResNet)
+_TYPES = (VGG, ResNet, CifarResNet)
+
+
+def has_links(model: Any) -> bool:
+    """Whether it is a model as this package builds it: of any other `find_links` finds them."""
+    if type(model) is VGG:  # which takes any head
+        return isinstance(_first_of_head(model), nnx.Linear)
+    return type(model) in _TYPES
 
 
 def links(model: Any) -> dict[str, tuple[str, str]]:
-    """What `find_links` finds, of one of this package's models, without a trial.
+    """What `find_links` finds, of a model that `has_links`, without a trial.
 
     Of a VGG every convolution has a link; of a residual network those inside a unit, because what
     leaves a unit is added to what entered it.
@@ -24,14 +30,10 @@ def links(model: Any) -> dict[str, tuple[str, str]]:
       that reads the result, in order.
 
     Raises:
-      ValueError: for any other model, or one without links.
+      ValueError: for any other model.
     """
-    _check(model)
-    names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
-    found = {names[id(c)]: (names[id(norm)], names[id(r)]) for c, norm, r in _links(model)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no filters that can leave alone")
-    return found
+    names = _names(model, known=has_links(model))
+    return {names[id(c)]: (names[id(norm)], names[id(r)]) for c, norm, r in _links(model)}
 
 
 def column_blocks(model: Any) -> list[list[tuple[str, str]]]:
@@ -46,9 +48,8 @@ def column_blocks(model: Any) -> list[list[tuple[str, str]]]:
     Raises:
       ValueError: for any other model.
     """
-    _check(model)
-    names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
-    found = []
+    # A subclass may compute something else.
+    names, found = _names(model, known=type(model) in _TYPES), []
     for block in model.blocks:
         units: list[Any] = [unit for unit in block.layers if isinstance(unit, nnx.Module)]
         groups = (
@@ -58,12 +59,19 @@ def column_blocks(model: Any) -> list[list[tuple[str, str]]]:
     return found
 
 
-def _check(model: Any) -> None:
-    if type(model) not in LINKED:  # a subclass may compute something else
+def _names(model: Any, known: bool) -> dict[int, str]:
+    """The names of a known model's modules, by their identity."""
+    if not known:
         raise ValueError(
             f"{type(model).__name__} is no architecture of dynprune_jax.models, of which alone it"
             " is known which layers read which, and which convolutions can share columns"
         )
+    return {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
+
+
+def _first_of_head(model: VGG) -> Any:
+    head = model.head
+    return head.layers[0] if isinstance(head, nnx.Sequential) else head
 
 
 def _unit(unit: Any) -> list[tuple[nnx.Conv, nnx.BatchNorm]]:
@@ -78,9 +86,8 @@ def _links(model: Any) -> Iterator[tuple[nnx.Conv, nnx.BatchNorm, nnx.Module]]:
     layers = [layer for block in model.blocks for layer in block.layers]
     if isinstance(model, VGG):
         units = [unit for unit in layers if isinstance(unit, VGGUnit)]
-        head: Any = model.head
-        first = head if isinstance(head, nnx.Linear) else head.layers[0]
-        for unit, reader in zip(units, [*(unit.conv for unit in units[1:]), first], strict=True):
+        readers = [*(unit.conv for unit in units[1:]), _first_of_head(model)]
+        for unit, reader in zip(units, readers, strict=True):
             yield unit.conv, unit.norm, reader
     else:
         for unit in layers:

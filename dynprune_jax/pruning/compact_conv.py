@@ -14,6 +14,7 @@ from dynprune_jax.pruning import native
 from dynprune_jax.pruning.attention import attention
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, execute, layout, possible
+from dynprune_jax.pruning.handover import take_over
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.native import kernel_panels
 
@@ -36,24 +37,16 @@ class CompactConv(DynamicConv):
     """
 
     def __init__(self, conv: nnx.Conv, form: Form):
-        gates: dict[str, Any] = {}
+        super().__init__(conv, rngs=nnx.Rngs(0))
         if isinstance(conv, DynamicConv):
-            names = ("channel_group", "column_patch", "statistic", "criterion")
-            names += ("follows_features", "follows_columns", "wants_columns", "salience_scales")
-            gates = {name: getattr(conv, name) for name in names}
-        super().__init__(conv, **gates, rngs=nnx.Rngs(0))
-        # Attention draws nothing, and a key is one more operand of every call.
-        self.rngs: Any = nnx.static(None)
-        if isinstance(conv, DynamicConv):
-            if conv.criterion is not attention:
-                self.rngs = nnx.data(conv.rngs)
-            if conv.chooses_outputs:
-                self.handover = conv.handover
-            self.channel_ratio = nnx.static(_number(conv.channel_ratio))
-            self.column_ratio = nnx.static(_number(conv.column_ratio))
+            take_over(self, conv)
+            self.channel_ratio = nnx.static(plain_ratio(conv.channel_ratio))
+            self.column_ratio = nnx.static(plain_ratio(conv.column_ratio))
             self.feature_ratio = nnx.static(
                 None if conv.feature_ratio is None else float(conv.feature_ratio[...])
             )
+        if self.criterion is attention:  # it draws nothing: a key is one more operand of a call
+            self.rngs: Any = nnx.static(None)
         forms = possible(
             self,
             channels=self.channel_ratio is not None,
@@ -95,8 +88,7 @@ class CompactConv(DynamicConv):
 
     def kept_count(self, ratio: float | None, n: int) -> int:
         """How many of `n` are kept; all of them without a gate."""
-        with jax.ensure_compile_time_eval():
-            return n if ratio is None else int(masks_lib.kept_count(ratio, n))
+        return n if ratio is None else masks_lib.kept_number(ratio, n)
 
     def choose(
         self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None
@@ -173,6 +165,6 @@ def is_compact(model: nnx.Module) -> bool:
     return any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model))
 
 
-def _number(ratio: Any) -> float | None:
+def plain_ratio(ratio: Any) -> float | None:
     """A ratio as a plain number; None for a gate that keeps everything."""
     return None if ratio is None else float(ratio[...]) or None

@@ -1,14 +1,11 @@
 """From a convolution that leaves outputs out to the normalization that reads them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.masks import Masks
-
-if TYPE_CHECKING:
-    from dynprune_jax.pruning.dynamic_conv import DynamicConv
 
 
 def take_over(new: nnx.Module, old: nnx.Module) -> None:
@@ -82,14 +79,19 @@ class GatedNorm(nnx.BatchNorm):
 
     Args:
       norm: the normalization to take over, with its parameters.
-      conv: the convolution in front of it, which chooses its outputs.
+      handover: of the convolution in front of it, which chooses its outputs.
+      start: what its saliences start with, if the outputs are multiplied by them.
     """
 
-    def __init__(self, norm: nnx.BatchNorm, conv: "DynamicConv"):
+    def __init__(
+        self,
+        norm: nnx.BatchNorm,
+        handover: Handover,
+        start: Float[Array, " features"] | None = None,
+    ):
         take_over(self, norm)
-        self.handover = conv.handover
-        if conv.feature_ratio is not None and conv.salience_scales:
-            start = conv.salience_bias[...]
+        self.handover = nnx.static(handover)
+        if start is not None:
             scale = 1.0 if self.scale is None else self.scale[...]
             self.scale = nnx.data(nnx.Param(scale / start))
             if self.bias is not None:

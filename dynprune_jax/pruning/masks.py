@@ -87,6 +87,12 @@ def kept_count(ratio: float | Float[ArrayLike, ""], n: int) -> Int[Array, ""]:
     return jnp.maximum(n - jnp.floor(scaled).astype(jnp.int32), 1)
 
 
+def kept_number(ratio: float, n: int) -> int:
+    """`kept_count` of a plain number: the same float32 product, and nothing is compiled."""
+    scaled = np.float32(ratio) * np.float32(n * (1.0 + _ROUNDING))
+    return max(n - int(np.floor(scaled)), 1)
+
+
 @functools.partial(jax.jit, inline=True)  # one program where it is called alone, and not dozens
 def keep_highest(
     scores: Float[Array, "*batch n"], count: int | Int[Array, ""]

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.calls import Images, as_function, batch_of, intercept
-from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.compact_conv import CompactConv, plain_ratio
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates
 from dynprune_jax.pruning.layers import dynamic_layers, replaceable_layers
@@ -87,12 +87,11 @@ class Plan:
             plan = cls({}, {}, dict(stored.get("measured_on", {})))
             for name, layer in stored["layers"].items():
                 plan.forms[name] = Form(**layer["form"])
-                taken = [dict(entry) for entry in layer.get("milliseconds", ())]
-                plan.milliseconds[name] = {
-                    Form(**entry): float(milliseconds)
-                    for entry in taken
-                    for milliseconds in [entry.pop("milliseconds")]
-                }
+                times = plan.milliseconds[name] = {}
+                for entry in layer.get("milliseconds", ()):
+                    form = dict(entry)
+                    taken = float(form.pop("milliseconds"))
+                    times[Form(**form)] = taken
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a plan: {error}") from error
         return plan
@@ -220,9 +219,9 @@ def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
     """All that the time of a layer depends on, so that equal layers are measured once."""
     gates = ()
     if isinstance(conv, DynamicConv):
-        compact = CompactConv(conv, Form())
-        gates = (compact.channel_ratio, compact.column_ratio, compact.feature_ratio)
-        gates += (compact.channel_group, compact.column_patch, compact.wants_columns)
+        wanted = None if conv.feature_ratio is None else float(conv.feature_ratio[...])
+        gates = (plain_ratio(conv.channel_ratio), plain_ratio(conv.column_ratio), wanted)
+        gates += (conv.channel_group, conv.column_patch, conv.wants_columns)
     return (
         (shape.shape, str(shape.dtype), str(conv.dtype), conv.kernel[...].shape),
         (str(conv.strides), str(conv.padding), str(conv.kernel_dilation)),

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from dynprune_jax.pruning.layers import all_modules, replaceable_layers, rewritten
+from dynprune_jax.pruning.masks import kept_number
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.ratios import least_factor, scaled
 from dynprune_jax.pruning.readers import Links, drawn
@@ -38,7 +39,7 @@ def remove_filters(model: Any, links: Links, scores: Scores, ratios: Mapping[str
 def _highest_kept(scores: Scores, ratios: Mapping[str, float]) -> dict[str, np.ndarray]:
     """The filters that stay, by convolution, in order; of equal scores the first."""
     return {
-        name: np.sort(np.argsort(-of_it, kind="stable")[: _kept(len(of_it), ratios[name])])
+        name: np.sort(np.argsort(-of_it, kind="stable")[: kept_number(ratios[name], len(of_it))])
         for name, of_it in scores.items()
     }
 
@@ -216,7 +217,7 @@ def allot(
         macs, ratios = dict(whole), at(factor)
         for name, n in filters.items():
             for layer in (name, links[name][1]):  # one makes n maps, the other reads them
-                macs[layer] = macs[layer] * _kept(n, ratios[name]) // n
+                macs[layer] = macs[layer] * kept_number(ratios[name], n) // n
         left = usage.other_macs + sum(macs.values())
         return 1.0 - left / usage.dense_macs >= mac_reduction - 1e-9
 
@@ -224,8 +225,3 @@ def allot(
     if factor is None:
         raise ValueError(f"no removal of filters takes {mac_reduction:.1%} of the MACs away")
     return at(factor)
-
-
-def _kept(n: int, ratio: float) -> int:
-    """How many of n filters are left: `kept_count` in Python's numbers, which compile nothing."""
-    return max(n - int(ratio * n + 1e-6), 1)

@@ -230,13 +230,14 @@ def _with_gates(
         for name, norm in block:
             _check_kind("column_blocks", convs, name, nnx.Conv)
             _check_kind("column_blocks", modules, norm, nnx.BatchNorm)
-        gated = [column.get(name) is not None for name, _ in block]
-        members = list(itertools.compress(block, gated))
-        if True in gated and False in gated[gated.index(True) :][: len(members)]:
-            raise ValueError(
-                f"{block[gated.index(False, gated.index(True))][0]} has no gate on columns, but"
-                " stands between convolutions that share a choice of them"
-            )
+        places = [i for i, (name, _) in enumerate(block) if column.get(name) is not None]
+        members = [block[i] for i in places]
+        for before, place in itertools.pairwise(places):
+            if place > before + 1:
+                raise ValueError(
+                    f"{block[before + 1][0]} has no gate on columns, but stands between"
+                    " convolutions that share a choice of them"
+                )
         if any(column[name] != column[members[0][0]] for name, _ in members):
             raise ValueError(
                 f"column_ratio differs between {', '.join(name for name, _ in members)}, which"
@@ -276,7 +277,10 @@ def _with_gates(
     for name, norm in norms.items():
         if norm in new:
             raise ValueError(f"{norm} is named as the normalization of several convolutions")
-        new[norm] = GatedNorm(modules[norm], new[name])
+        conv = new[name]
+        scales = conv.feature_ratio is not None and conv.salience_scales
+        start = conv.salience_bias[...] if scales else None
+        new[norm] = GatedNorm(modules[norm], conv.handover, start)
     return replaced(model, new)
 
 
