@@ -25,7 +25,7 @@ from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 
 
 def build_dataset(config: Config) -> Dataset:
-    """Opens the data set; nothing is read yet.
+    """Opens the data set, and prepares it if need be; no image is read yet.
 
     Raises:
       UserError: if it cannot be had, or the batch, the mean or the deviation does not fit it.

@@ -66,6 +66,15 @@ class _DamageError(Exception):
     """A step that cannot be read, or is not what was saved; the message says why."""
 
 
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _pass_on(error)
+        raise _DamageError(_reason(error)) from error
+
+
 class Checkpoints:
     """The checkpoints of one phase of one run: a folder with one folder per step.
 
@@ -75,7 +84,7 @@ class Checkpoints:
     Args:
       folder: made on the first save.
       of: what tells this run from others, as JSON; saved with every step, and a step is refused
-        if any of this is different there. None reads the steps of any run.
+        if any of this is different there.
       assumed: what such a step is taken to have told where it is older than an entry of `of`.
       mend: for the process that trains here, and only for that: it deletes what a killed save
         left unfinished, and renames damaged steps.
@@ -85,7 +94,7 @@ class Checkpoints:
         self,
         folder: Path,
         *,
-        of: Mapping[str, Any] | None = None,
+        of: Mapping[str, Any],
         assumed: Mapping[str, Any] = MappingProxyType({}),
         mend: bool = False,
     ):
@@ -102,11 +111,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with self._saving():
             self._manager.close()  # waits
-        except Exception as error:
-            _pass_on(error)
-            raise self._not_saved(error) from error
 
     def steps(self) -> list[int]:
         """The steps that have a folder here, whole or not, the newest first."""
@@ -137,11 +143,8 @@ class Checkpoints:
             "state": ocp.args.StandardSave(state),
             "extra": ocp.args.JsonSave({"content": content, "digest": _json_digest(content)}),
         }
-        try:
+        with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            _pass_on(error)
-            raise self._not_saved(error) from error
 
     def wait(self) -> None:
         """Returns when what is being saved is on the disk.
@@ -149,17 +152,19 @@ class Checkpoints:
         Raises:
           UserError: if it could not be saved.
         """
-        try:
+        with self._saving():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # Orbax, tensorstore and the file system have their own types
             _pass_on(error)
-            raise self._not_saved(error) from error
-
-    def _not_saved(self, error: Exception) -> UserError:
-        return UserError(
-            f"a checkpoint cannot be saved in {self.folder} ({_reason(error)}); the ones before it"
-            " stay: mend that, and the same command goes on from the newest"
-        )
+            raise UserError(
+                f"a checkpoint cannot be saved in {self.folder} ({_reason(error)}); the ones"
+                " before it stay: mend that, and the same command goes on from the newest"
+            ) from error
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Reads the newest step.
@@ -231,24 +236,18 @@ class Checkpoints:
         )
 
     def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        try:
+        with _reading():
             record = self._restore(step, extra=ocp.args.JsonRestore())
             content = record["content"]
             sound = record["digest"] == _json_digest(content) and content["step"] == step
-        except Exception as error:
-            _pass_on(error)
-            raise _DamageError(_reason(error)) from error
         if not sound:
             raise _DamageError("its record is not what was saved")
         digests = content["digests"]
         self._check_fit(f"checkpoint {self.folder / str(step)}", like, content["of"], digests)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
+        with _reading():
             state = self._restore(step, state=ocp.args.StandardRestore(abstract))
             found = leaf_digests(state)
-        except Exception as error:
-            _pass_on(error)
-            raise _DamageError(_reason(error)) from error
         for path, digest in found.items():
             if digest != digests[path]:
                 raise _DamageError(f"{path} is not what was saved")

@@ -28,7 +28,6 @@ class Feed:
       run: the run.
       name: of the phase.
       network: what is trained.
-      mesh: the devices.
       teacher: parameters and batch statistics of the dense network to learn from, or None.
     """
 
@@ -37,12 +36,10 @@ class Feed:
         run: Run,
         name: str,
         network: Network,
-        mesh: Any,
         teacher: Values | None = None,
     ):
+        mesh = run.mesh
         self._run = run
-        self._mesh = mesh
-        self._compiled: set[int] = set()
         phase_key = jax.random.fold_in(jax.random.key(run.config.seed), name == "prune")
         order_key, augment_key = jax.random.split(phase_key)
         # Given to the step and not built into it, so that runs of other seeds and ratios have the
@@ -133,7 +130,7 @@ class Feed:
 
     def place(self, state: TrainState) -> TrainState:
         """Copies a state to where the compiled step expects it; the step then eats the copy."""
-        return sharding.replicate(jax.tree.map(jnp.copy, state), self._mesh)
+        return sharding.replicate(jax.tree.map(jnp.copy, state), self._run.mesh)
 
     def position(self) -> dict[str, Any] | None:
         """Where the stream stands; None for data in memory, which the step alone determines."""
@@ -144,12 +141,6 @@ class Feed:
         if self._stream is not None and position is not None:
             self._stream.set_state(position)
 
-    def compiled(self, count: int) -> bool:
-        """Whether a call of so many steps was made before; from now on it was."""
-        known = count in self._compiled
-        self._compiled.add(count)
-        return known
-
     def next_batch(self) -> Any:
         """What the next call of `advance` needs from the host: a batch of the stream, or None."""
         if self._stream is None:
@@ -158,7 +149,7 @@ class Feed:
             batch = next(self._stream)
         except UserError as error:  # grain adds lines of its own to the message
             raise UserError(str(error).splitlines()[0]) from error
-        return sharding.place_batch(batch, self._run.config.batch_size, self._mesh)
+        return sharding.place_batch(batch, self._run.config.batch_size, self._run.mesh)
 
     def advance(
         self, state: TrainState, count: int, batch: Any

@@ -121,6 +121,19 @@ class Run:
                 " config.ascent"
             )
 
+    def gates(self, without: str) -> Network:
+        """The dynamic network.
+
+        Args:
+          without: what it means that there is none, for the message.
+
+        Raises:
+          UserError: if nothing is pruned.
+        """
+        if self.dynamic is None:
+            raise UserError(f"config.prune.epochs is {self.config.prune.epochs}: {without}")
+        return self.dynamic
+
     @property
     def ascent(self) -> dict[str, Any]:
         """The arguments of `ratio_ascent`."""
@@ -132,22 +145,13 @@ class Run:
             "increment": ascent.increment,
         }
 
-    def make_workdir(self) -> None:
-        """Makes the work directory.
-
-        Raises:
-          UserError: if it cannot be written.
-        """
-        if processes.leads():
-            make_folder(self.workdir)
-
     def claim(self) -> None:
         """Makes the work directory this run's own: writes config.json if it is not there.
 
         Raises:
           UserError: if it cannot be written, or if it is not the same for all processes.
         """
-        self.make_workdir()
+        make_folder(self.workdir)
         keep_config(self.config, self.workdir)
         processes.wait_for_all("config.json")
         if not (self.workdir / "config.json").exists():
@@ -161,14 +165,21 @@ class Run:
         """Training steps in one pass over the training split; its remainder is left out."""
         return len(self.dataset.train) // self.config.batch_size
 
-    def identity(self, phase: str, filters_removed_by: str | None = None) -> dict[str, Any]:
-        """What tells the checkpoints of a phase of this run from those of any other, as JSON.
+    def checkpoints(self, phase: str, filters_removed_by: str | None = None) -> Checkpoints:
+        """The checkpoints of a phase, for the process that trains.
 
         Args:
           phase: `dense` or `prune`.
           filters_removed_by: the criterion of a static network, whose shapes alone may not tell
             it from a dynamic one.
         """
+        of = self._identity(phase, filters_removed_by)
+        # Older ones do not tell how they were pruned: there the shapes must do.
+        assumed = self._assumed() | {"filters removed by": filters_removed_by}
+        return Checkpoints(_folder(self.workdir, phase), of=of, assumed=assumed, mend=True)
+
+    def _identity(self, phase: str, filters_removed_by: str | None = None) -> dict[str, Any]:
+        """What tells the checkpoints of a phase of this run from those of any other, as JSON."""
         fields = config_lib.flatten(ConfigDict(as_json(self.config)))
         told = {
             f"config.{name}": value
@@ -186,8 +197,8 @@ class Run:
         return {"phase": phase, **told}
 
     @staticmethod
-    def assumed() -> dict[str, Any]:
-        """What `identity` had told of a run that is older than a field."""
+    def _assumed() -> dict[str, Any]:
+        """What `_identity` had told of a run that is older than a field."""
         return {f"config.{name}": default for name, default in defaults().items()}
 
     def phase_steps(self, phase: str) -> int:
@@ -397,24 +408,25 @@ class Run:
           UserError: if there are none, they are not final, of another model or of other classes,
             or were trained on what `config.data.held_out` holds out.
         """
-        folder = self.workdir / "checkpoints" / "dense"
+        folder = _folder(self.workdir, "dense")
         own = any(path.name.isdecimal() for path in folder.glob("*"))  # not one half saved
         source = self.workdir if own else Path(self.config.prune.checkpoint).expanduser()
         return self._read(source, "dense")
 
     def _read(self, workdir: Path, phase: str) -> TrainState:
-        folder = workdir / "checkpoints" / phase
+        folder = _folder(workdir, phase)
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no trained network: there is no {folder}")
-        of = self.identity(phase)
+        of = self._identity(phase)
         if workdir != self.workdir:  # another run's: its classes must be this run's
             told = ["classes of the data"]
             if self.config.data.held_out:  # and it must not have been trained on what is held out
                 fields = ("name", "train_split", "train_examples", "held_out")
                 told += ["number of training images", *(f"config.data.{field}" for field in fields)]
             of = {name: of[name] for name in told}
-        with Checkpoints(folder, of=of, assumed=self.assumed()) as checkpoints:
-            network = self.dynamic if phase == "prune" and self.dynamic else self.dense
+        with Checkpoints(folder, of=of, assumed=self._assumed()) as checkpoints:
+            network = self.dynamic if phase == "prune" else self.dense
+            assert network is not None  # `trained_values` has asked
             state = TrainState.create(network.weights, network, self.optimizer(phase))
             state, extra = checkpoints.restore(state)
             if int(state.step) != extra["total"]:
@@ -441,6 +453,10 @@ class Run:
         return learning_rate(
             section.learning_rate, warmup_steps=min(warmup, total - 1), total_steps=total
         )
+
+
+def _folder(workdir: Path, phase: str) -> Path:
+    return workdir / "checkpoints" / phase
 
 
 def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:

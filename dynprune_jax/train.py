@@ -10,7 +10,6 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,8 +72,7 @@ def train_dense(run: Run) -> tuple[Values | None, dict[str, dict[str, float]]]:
         source = run.start_state()
         run.claim()
         step = int(source.step)
-        folder, of = run.workdir / "checkpoints" / "dense", run.identity("dense")
-        with Checkpoints(folder, of=of, assumed=run.assumed(), mend=True) as checkpoints:
+        with run.checkpoints("dense") as checkpoints:
             # What the source becomes later is its own.
             checkpoints.save(step, source, {"total": step})
         return source.values, {}
@@ -148,12 +146,9 @@ def run_phase(
       UserError: if the loss is no longer finite, or every checkpoint is damaged.
       Stopped: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
-    folder, of = run.workdir / "checkpoints" / name, run.identity(name, filters_removed_by)
-    # Older ones do not tell how they were pruned: there the shapes must do.
-    assumed = run.assumed() | {"filters removed by": filters_removed_by}
     with (
-        Checkpoints(folder, of=of, assumed=assumed, mend=True) as checkpoints,
-        Feed(run, name, network, run.mesh, teacher) as feed,
+        run.checkpoints(name, filters_removed_by) as checkpoints,
+        Feed(run, name, network, teacher) as feed,
     ):
         phase = _Phase(run, name, network, start, feed, checkpoints)
         if not phase.done:
@@ -207,6 +202,7 @@ class _Phase:
         self.state = feed.place(TrainState.create(start, network, run.optimizer(name)))
         self.timing = Timing()
         self._recent: list[dict[str, float]] = []  # metrics since the last row
+        self._dispatched: set[int] = set()  # how many steps: of each number a program is compiled
         if checkpoints.steps():
             self.state, extra = checkpoints.restore(self.state)
             self.timing = Timing(**extra["timing"])
@@ -238,11 +234,11 @@ class _Phase:
         self._clock = time.perf_counter()
         while self.step < self.total and not stopped_by:
             count, metrics = self._advance()
-            _stop_if_not_finite(self._run, self._name, self.step, metrics)
+            if not np.isfinite(metrics["loss"]):
+                raise self._diverged(f"the loss is {metrics['loss']}")
             screen.advance(count, self._run.config.batch_size, metrics)
             if self._due("log"):
-                row = _row(self._run, self._name, self._recent, self._schedule, self.step)
-                writers.write(self.row, row)
+                writers.write(self.row, self._averages())
                 self._recent = []
             if self._due("evaluate"):
                 self._lap("outside_step")
@@ -266,11 +262,12 @@ class _Phase:
         self.state, metrics = self._feed.advance(self.state, count, batch)
         metrics = jax.device_get(metrics)
         self.step += count
-        if self._feed.compiled(count):
+        if count in self._dispatched:
             self._lap("outside_step", called)
             self._lap("in_step")
             self.timing.images += count * self._run.config.batch_size
         else:
+            self._dispatched.add(count)
             self._lap("compilation")
         means = {key: float(value) for key, value in metrics.items()}
         self._recent.append({**means, "steps": count})
@@ -292,9 +289,34 @@ class _Phase:
         writers.write(self.row, row)
         screen.say(self.step, self._run.steps_per_epoch, accuracy, _mean(ratios))
 
+    def _averages(self) -> dict[str, Any]:
+        """A row of metrics: what was learnt since the last, and how."""
+        steps = [metrics["steps"] for metrics in self._recent]
+        loss, accuracy = (
+            float(np.average([metrics[key] for metrics in self._recent], weights=steps))
+            for key in ("loss", "accuracy")
+        )
+        rate = self._run.learning_rate(self._name)(self.step - 1)
+        return {
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "learning_rate": float(np.asarray(rate)),
+            **_mean(self._schedule(jnp.asarray(self.step - 1))),
+        }
+
+    def _diverged(self, what: str) -> UserError:
+        name = self._name
+        return UserError(
+            f"{what} at step {self.step} of the {name} phase, so the run stops (checkpoints of"
+            " earlier steps stay); start again in a new workdir, for instance with"
+            f" config.{name}.learning_rate below {self._run.config[name].learning_rate:g}"
+        )
+
     def _save(self) -> None:
         saved = jax.device_get(self.state)
-        _stop_if_weights_are_not_finite(self._run, self._name, self.step, saved)
+        for path, value in saved.values.items():
+            if not np.isfinite(value).all():
+                raise self._diverged(f"{path} is not finite")
         extra = {
             "timing": dataclasses.asdict(self.timing),
             "position": self._feed.position(),
@@ -323,38 +345,3 @@ def _mean(ratios: Values) -> dict[str, float | None]:
         "channel_ratio": read if predicted is None else predicted,
         "column_ratio": mean("column_ratio"),
     }
-
-
-def _row(
-    run: Run, name: str, recent: Sequence[Mapping[str, Any]], schedule: Any, step: int
-) -> dict[str, Any]:
-    steps = [metrics["steps"] for metrics in recent]
-    loss, accuracy = (
-        float(np.average([metrics[key] for metrics in recent], weights=steps))
-        for key in ("loss", "accuracy")
-    )
-    return {
-        "train_loss": loss,
-        "train_accuracy": accuracy,
-        "learning_rate": float(np.asarray(run.learning_rate(name)(step - 1))),
-        **_mean(schedule(jnp.asarray(step - 1))),
-    }
-
-
-def _stop_if_not_finite(run: Run, name: str, step: int, metrics: Mapping[str, Any]) -> None:
-    if not np.isfinite(metrics["loss"]):
-        raise _diverged(run, name, f"the loss is {metrics['loss']}", step)
-
-
-def _stop_if_weights_are_not_finite(run: Run, name: str, step: int, state: TrainState) -> None:
-    for path, value in state.values.items():
-        if not np.isfinite(value).all():
-            raise _diverged(run, name, f"{path} is not finite", step)
-
-
-def _diverged(run: Run, name: str, what: str, step: int) -> UserError:
-    return UserError(
-        f"{what} at step {step} of the {name} phase, so the run stops (checkpoints of earlier steps"
-        f" stay); start again in a new workdir, for instance with config.{name}.learning_rate below"
-        f" {run.config[name].learning_rate:g}"
-    )

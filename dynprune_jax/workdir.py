@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
+from dynprune_jax import processes
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.writers import write_json
@@ -23,17 +24,11 @@ FREE_FIELDS = (
     "checkpoint_every_epochs",
     "log_every_steps",
     "prune.recalibration_images",
-    "study.seeds",
-    "study.cuts",
-    "study.methods",
-    "study.ablations",
-    "study.ablation_cut",
-    "cascade.shares",
-    "sweep.fractions",
-    "sensitivity.ratios",
-    "benchmark.repeats",
-    "benchmark.batch_sizes",
-    "benchmark.ratios",
+    *(
+        field
+        for field in config_lib.flatten(config_lib.base_config())
+        if field.startswith(("study.", "cascade.", "sweep.", "sensitivity.", "benchmark."))
+    ),
 )
 # Files may be moved: a run whose config.json is changed to say so is still the same.
 PLACES = ("data.path", "prune.checkpoint")
@@ -58,11 +53,13 @@ def refuse_study(workdir: Path) -> None:
 
 
 def make_folder(workdir: Path) -> None:
-    """Makes a work directory.
+    """Makes a work directory; of many processes one does.
 
     Raises:
       UserError: if it cannot be written.
     """
+    if not processes.leads():
+        return
     try:
         if workdir.is_file():
             raise UserError(f"--workdir={workdir} is a file; give a folder")

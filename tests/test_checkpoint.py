@@ -20,12 +20,12 @@ def state(value=1.0):
 
 
 def test_what_is_saved_comes_back(tmp_path):
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(tmp_path / "c", of=RUN) as checkpoints:
         assert checkpoints.steps() == []
         checkpoints.save(1, state(1.0), {"note": 1})
         checkpoints.save(2, state(2.0), {"note": 2})
         checkpoints.save(2, state(9.0), {"note": 9})  # a saved step is left as it is
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(tmp_path / "c", of=RUN) as checkpoints:
         assert checkpoints.steps() == [2, 1]
         restored, extra = checkpoints.restore(state(0.0))
     assert extra == {"note": 2}
@@ -191,13 +191,13 @@ def test_a_byte_flipped_anywhere_is_found_or_harmless(sound, tmp_path):
 
 def test_of_many_leaves_that_cannot_be_read_one_line_is_said(tmp_path, monkeypatch, caplog, capfd):
     many = {f"leaf{i}": jnp.linspace(0.0, i + 1.0, 3000) for i in range(40)}
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, of=RUN) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, many, {})
     DAMAGES["a byte of the directory of numbers"][0](tmp_path / "2")
     complaints = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
-    with Checkpoints(tmp_path, mend=True) as checkpoints:
+    with Checkpoints(tmp_path, of=RUN, mend=True) as checkpoints:
         checkpoints.restore(many)
     gc.collect()
     assert not complaints
@@ -221,7 +221,7 @@ def test_who_only_reads_renames_nothing(copy):
     flip(copy / "2" / RECORD)
     before = content(copy)
     with (
-        Checkpoints(copy) as checkpoints,
+        Checkpoints(copy, of=RUN) as checkpoints,
         pytest.raises(UserError, match=r"damaged \(.*--mode=train"),
     ):
         checkpoints.restore(state())
@@ -331,25 +331,25 @@ def test_a_clock_that_was_set_back_changes_nothing(copy):
 
 def test_a_save_sees_nothing_of_what_comes_after(tmp_path):
     array = np.zeros(1_000_000, np.float32)
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(tmp_path / "c", of=RUN) as checkpoints:
         checkpoints.save(1, {"a": array}, {})
         array += 1
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(tmp_path / "c", of=RUN) as checkpoints:
         assert not checkpoints.restore({"a": array})[0]["a"].any()
 
 
 def test_mistakes_get_a_line(tmp_path):
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(tmp_path / "c", of=RUN) as checkpoints:
         with pytest.raises(UserError, match="there is no checkpoint in"):
             checkpoints.restore(state())
         checkpoints.save(1, state(), {})
     with (
-        Checkpoints(tmp_path / "c") as checkpoints,
+        Checkpoints(tmp_path / "c", of=RUN) as checkpoints,
         pytest.raises(UserError, match="of another model: b is in only one"),
     ):
         checkpoints.restore({"b": jnp.zeros(2), **state()})
     with (
-        Checkpoints(tmp_path / "c") as checkpoints,
+        Checkpoints(tmp_path / "c", of=RUN) as checkpoints,
         pytest.raises(
             UserError,
             match=r"another model: a/kernel is float32\[300\] there and float32\[7\] here",

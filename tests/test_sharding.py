@@ -44,7 +44,7 @@ def test_a_step_sends_gradients_statistics_and_metrics_and_nothing_else(config, 
         config.data.resized_crop = True
         config.gate.criterion = "random"
     run = Run.open(config, tmp_path)
-    with Feed(run, "prune", run.dynamic, run.mesh) as feed:
+    with Feed(run, "prune", run.dynamic) as feed:
         state = TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
         state = feed.place(state)
         if way == "memory":

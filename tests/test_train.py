@@ -272,8 +272,8 @@ def test_pruning_can_start_from_a_checkpoint_or_from_scratch(
 
 
 def advanced(run, devices, counts):
-    mesh = Mesh(np.asarray(devices), ("data",))
-    with Feed(run, "prune", run.dynamic, mesh) as feed:
+    run = dataclasses.replace(run, mesh=Mesh(np.asarray(devices), ("data",)))
+    with Feed(run, "prune", run.dynamic) as feed:
         state = feed.place(
             TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
         )
@@ -287,7 +287,7 @@ def test_runs_of_other_seeds_and_ratios_have_the_same_program(config, tmp_path):
     def program(seed, ratios):
         config.seed, config.gate.channel_ratio = seed, ratios
         run = Run.open(config, tmp_path)
-        with Feed(run, "prune", run.dynamic, run.mesh) as feed:
+        with Feed(run, "prune", run.dynamic) as feed:
             state = TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
             given = feed.place(state), feed._data, feed._given
             return feed._step.lower(*given, count=1).as_text()
@@ -570,7 +570,7 @@ def test_the_steps_of_an_elastic_run_draw_a_fraction_of_their_ratios(config, tmp
     highest = ratio_schedule(run, run.dynamic.values(PruneRatio))
     state = TrainState.create(run.dynamic.weights, run.dynamic, run.optimizer("prune"))
     fractions = []
-    with Feed(run, "prune", run.dynamic, run.mesh) as feed:
+    with Feed(run, "prune", run.dynamic) as feed:
         state = feed.place(state)
         for step in range(8):
             state, drawn = feed.advance(state, 1, None)

@@ -25,7 +25,7 @@ def results(config, workdir):
     """Parameters and batch statistics after a few steps; what the fresh network did on the test."""
     run = Run.open(config, workdir)
     network = run.dynamic
-    with Feed(run, "prune", network, run.mesh) as feed:
+    with Feed(run, "prune", network) as feed:
         state = TrainState.create(run.dense.weights, network, run.optimizer("prune"))
         state = feed.place(state)
         for _ in range(STEPS):

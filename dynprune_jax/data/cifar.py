@@ -65,7 +65,7 @@ class _Cifar(RecordBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         if self._archive:
             archive = Path(self._archive)
-            _check_digest(archive, self._sha256)
+            _check_digest(archive, self._sha256, self._archive)
         else:
             archive = self._downloaded()
         files = _read_members(
@@ -112,7 +112,7 @@ class _Cifar(RecordBuilder, skip_registration=True):
             ):
                 while block := response.read(1 << 20):
                     file.write(block)
-            _check_digest(part, self._sha256)
+            _check_digest(part, self._sha256, self._url)
             part.replace(target)
         except OSError as error:  # URLError, time-outs and broken connections among them
             raise UserError(
@@ -157,14 +157,12 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_digest(file: Path, sha256: str) -> None:
-    """Raises UserError unless the file exists and has this digest."""
-    if not file.is_file():
-        raise UserError(f"config.data.archive={file}: there is no such file")
+def _check_digest(file: Path, sha256: str, source: str) -> None:
+    """Raises UserError unless the file has this digest; `source` is what the user knows it by."""
     found = _digest(file)
     if found != sha256:
         raise UserError(
-            f"{file} is not the official binary archive: its sha256 is {found}, not {sha256}; "
+            f"{source} is not the official binary archive: its sha256 is {found}, not {sha256}; "
             "download it again"
         )
 

@@ -157,7 +157,7 @@ class ClassFolders(RecordBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, path: str, **kwargs: Any):
+    def __init__(self, *, path: str = "", **kwargs: Any):
         self._listing = list_class_folders(path)
         base = os.path.basename(os.path.abspath(self._listing.root))
         name = f"{re.sub('[^A-Za-z0-9_]', '_', base)}-{self._listing.digest[:16]}"

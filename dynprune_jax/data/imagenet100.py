@@ -3,6 +3,7 @@
 The list is that of Tian, Krishnan and Isola, Contrastive Multiview Coding (arXiv 1906.05849).
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from urllib.parse import quote
 import numpy as np
 from jaxtyping import Int
 
-from dynprune_jax.data.records import chunks
+from dynprune_jax.data.records import chunks, fetch
 from dynprune_jax.errors import UserError
 
 
@@ -51,9 +52,12 @@ def scan_labels(records: Any, folder: Path, split: str) -> Int[np.ndarray, " exa
         records: a TFDS data source whose images are not decoded.
         folder: of the prepared data set; if it cannot be written, nothing is kept.
         split: as given to TFDS; names the file.
+
+    Raises:
+        UserError: the prepared data are damaged.
     """
     cache = folder / f"labels-{quote(split, safe='')}.npy"
-    if cache.is_file():
+    with contextlib.suppress(OSError, EOFError, ValueError):  # it is not there, or damaged
         labels = np.load(cache, allow_pickle=False)
         if labels.shape == (len(records),) and labels.dtype.kind == "i":
             return labels
@@ -62,7 +66,7 @@ def scan_labels(records: Any, folder: Path, split: str) -> Int[np.ndarray, " exa
         [
             int(record["label"])
             for chunk in chunks(len(records), 512)
-            for record in records.__getitems__(list(chunk))
+            for record in fetch(records, chunk, split)
         ],
         np.int32,
     )

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,22 @@ def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
     # TFDS's decorators hide the signature of this method from type checkers.
     open_source: Any = builder.as_data_source
     return open_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def fetch(records: Any, keys: Sequence[int], split: str) -> Sequence[Mapping[str, Any]]:
+    """Reads records of a TFDS data source.
+
+    Raises:
+        UserError: the prepared data are damaged; the message names the split.
+    """
+    try:
+        return records.__getitems__(list(keys))
+    except Exception as error:  # array_record and protobuf have their own types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"split {split!r}: the prepared data cannot be read ({reason}); delete "
+            "their folder and prepare them again"
+        ) from error
 
 
 def chunks(count: int, size: int) -> Iterator[range]:

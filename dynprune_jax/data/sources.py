@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,14 @@ from dynprune_jax.data.class_folders import ClassFolders
 from dynprune_jax.data.digits import Digits
 from dynprune_jax.data.imagenet100 import class_wnids, new_labels, scan_labels
 from dynprune_jax.data.images import UndecodableImageError, decode_square
-from dynprune_jax.data.records import chunks, data_root, encoded_records, prepare
+from dynprune_jax.data.records import (
+    RecordBuilder,
+    chunks,
+    data_root,
+    encoded_records,
+    fetch,
+    prepare,
+)
 from dynprune_jax.errors import UserError
 
 READ_THREADS = 4
@@ -60,9 +66,6 @@ class Split:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __repr__(self) -> str:
-        return f"Split({self.name!r}, {len(self)} images of {self.side}x{self.side})"
-
     def read(
         self, indices: Sequence[int] | Int[np.ndarray, " batch"]
     ) -> tuple[UInt8[np.ndarray, "batch side side channels"], Int32[np.ndarray, " batch"]]:
@@ -76,7 +79,7 @@ class Split:
         keys = self._indices[np.asarray(indices, np.int64)].tolist()
         images = np.empty((len(keys), self.side, self.side, self.channels), np.uint8)
         labels = np.empty(len(keys), np.int32)
-        for row, record in enumerate(self._fetch(keys)):
+        for row, record in enumerate(fetch(self._records, keys, self.name)):
             try:
                 images[row] = decode_square(record["image"], self.side, self.channels)
             except UndecodableImageError as error:
@@ -124,16 +127,6 @@ class Split:
                     progress(done, len(self))
         return images, labels
 
-    def _fetch(self, keys: list[int]) -> Sequence[Mapping[str, Any]]:
-        try:
-            return self._records.__getitems__(keys)
-        except Exception as error:  # array_record and protobuf have their own types
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"split {self.name!r}: the prepared data cannot be read ({reason}); delete "
-                "their folder and prepare them again"
-            ) from error
-
     def _place(self, index: int, record: Mapping[str, Any]) -> str:
         name = record.get("file_name", record.get("id", b""))
         shown = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
@@ -144,7 +137,6 @@ class Split:
 class Dataset:
     """A data set: `class_names[label]` is the name of a label."""
 
-    name: str
     class_names: tuple[str, ...]
     channels: int
     train: Split
@@ -156,14 +148,13 @@ class Dataset:
         return len(self.class_names)
 
 
-@dataclass(frozen=True)
-class _Request:
-    """Where a data set comes from: the fields of `config.data` of the same names."""
-
-    name: str
-    path: str
-    archive: str
-    root: str
+# What prepares itself on first use.
+_OWN: Mapping[str, Callable[..., RecordBuilder]] = {
+    "digits": Digits,
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
+    "class_folders": ClassFolders,
+}
 
 
 def load_dataset(
@@ -200,7 +191,7 @@ def load_dataset(
             training examples takes its place, and the others are trained on.
 
     Returns:
-        The data set, with both splits open and nothing read yet.
+        The data set, with both splits open and no image read yet.
 
     Raises:
         UserError: the data cannot be had or a setting does not fit; the message says what to do.
@@ -215,8 +206,15 @@ def load_dataset(
             f"config.data.archive={archive} is only for config.data.name=cifar10 or cifar100, "
             f"not {name}"
         )
-    open_builder = _OPENERS.get(name, _open_prepared)
-    builder = open_builder(_Request(name, path, archive, data_root(data_dir)))
+    if archive and not os.path.isfile(os.path.expanduser(archive)):
+        # Also when the data are prepared already and the archive would not be read.
+        raise UserError(f"config.data.archive={archive}: there is no such file")
+    root = data_root(data_dir)
+    if name in _OWN:
+        source = {key: given for key, given in (("path", path), ("archive", archive)) if given}
+        builder = prepare(lambda: _OWN[name](data_dir=root, **source))
+    else:
+        builder = _open_prepared(name, "imagenet2012" if name == "imagenet100" else name, root)
     channels, class_names = _check_features(name, builder)
     relabel = None
     if name == "imagenet100":
@@ -251,7 +249,7 @@ def load_dataset(
                 f"config.data.test_split={test_split}: {shared} of its examples are in"
                 f" config.data.train_split={train_split}; what is trained on is no test"
             )
-    return Dataset(name, class_names, channels, train, test)
+    return Dataset(class_names, channels, train, test)
 
 
 def _shared_examples(splits: Mapping[str, Any], first: str, second: str) -> int:
@@ -301,70 +299,30 @@ def _subset(
     return indices[order[:examples]]
 
 
-def _open_digits(request: _Request) -> tfds.core.DatasetBuilder:
-    return prepare(lambda: Digits(data_dir=request.root))
-
-
-def _open_cifar10(request: _Request) -> tfds.core.DatasetBuilder:
-    _check_archive(request.archive)
-    return prepare(lambda: Cifar10(data_dir=request.root, archive=request.archive))
-
-
-def _open_cifar100(request: _Request) -> tfds.core.DatasetBuilder:
-    _check_archive(request.archive)
-    return prepare(lambda: Cifar100(data_dir=request.root, archive=request.archive))
-
-
-def _check_archive(archive: str) -> None:
-    # Also when the data are prepared already and the archive would not be read.
-    if archive and not os.path.isfile(os.path.expanduser(archive)):
-        raise UserError(f"config.data.archive={archive}: there is no such file")
-
-
-def _open_class_folders(request: _Request) -> tfds.core.DatasetBuilder:
-    return prepare(lambda: ClassFolders(data_dir=request.root, path=request.path))
-
-
-def _open_imagenet100(request: _Request) -> tfds.core.DatasetBuilder:
-    return _open_prepared(request, "imagenet2012")
-
-
-def _open_prepared(request: _Request, stored_name: str = "") -> tfds.core.DatasetBuilder:
+def _open_prepared(name: str, stored_name: str, root: str) -> tfds.core.DatasetBuilder:
     """Opens a data set that TFDS has prepared; never downloads.
 
     Args:
-        request: what the user asked for.
-        stored_name: the data set's name on disk, if it is not the name asked for.
+        name: what the user asked for.
+        stored_name: its name on disk.
+        root: the folder of prepared data.
 
     Raises:
         UserError: it is not there.
     """
-    stored_name = stored_name or request.name
     builder = None
     with contextlib.suppress(Exception):  # TFDS raises many types, with misleading messages
         # From the files and not from TFDS's own code of that name: the features and class names
         # are those that the data were prepared with.
-        builder = builder_from_files(stored_name, data_dir=request.root)
+        builder = builder_from_files(stored_name, data_dir=root)
     if builder is None:
-        own = ", ".join(own_name for own_name in _OPENERS if own_name != "imagenet100")
         raise UserError(
-            f"config.data.name={request.name}: no data set {stored_name} is prepared in "
-            f"{request.root}; set config.data.data_dir or TFDS_DATA_DIR to the folder that holds "
+            f"config.data.name={name}: no data set {stored_name} is prepared in "
+            f"{root}; set config.data.data_dir or TFDS_DATA_DIR to the folder that holds "
             f"it, prepare it there (tfds build {stored_name} --file_format=array_record, which "
-            f"needs TensorFlow), or choose one that prepares itself: {own}"
+            f"needs TensorFlow), or choose one that prepares itself: {', '.join(_OWN)}"
         )
     return builder
-
-
-_OPENERS: Mapping[str, Callable[[_Request], tfds.core.DatasetBuilder]] = MappingProxyType(
-    {
-        "digits": _open_digits,
-        "cifar10": _open_cifar10,
-        "cifar100": _open_cifar100,
-        "class_folders": _open_class_folders,
-        "imagenet100": _open_imagenet100,
-    }
-)
 
 
 def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, tuple[str, ...]]:

@@ -58,18 +58,17 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """
     run = Run.open(config, workdir)
     processes.check_alone("cascade")
-    if run.dynamic is None:
-        raise UserError("config.prune.epochs is 0: this run has no pruned network")
+    dynamic = run.gates("this run has no pruned network")
     of_dense, of_pruned = run.trained_values()
     if of_dense is None or of_pruned is None:
         raise UserError(
             f"config.prune.start is {config.prune.start!r}: this run has no dense network to see"
             " images again"
         )
-    first, second = run.evaluate(run.dynamic, of_pruned), run.evaluate(run.dense, of_dense)
+    first, second = run.evaluate(dynamic, of_pruned), run.evaluate(run.dense, of_dense)
     shares = (0.0, *config.cascade.shares)
     together = [cascaded(first, second, share) for share in shares]
-    pruned = run.dynamic.bind(run.recalibrated(run.dynamic, of_pruned))
+    pruned = dynamic.bind(run.recalibrated(dynamic, of_pruned))
     dense = run.dense.bind(of_dense)
     pruned.eval()
     dense.eval()

@@ -7,7 +7,6 @@ import rich.table
 
 from dynprune_jax import plots
 from dynprune_jax.config import Config
-from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import set_ratios
@@ -38,8 +37,7 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
       UserError: for a mistake in the config, or if the run is not finished or prunes nothing.
     """
     run = Run.open(config, workdir)
-    if run.dynamic is None:
-        raise UserError("config.prune.epochs is 0: this run has no ratios to change")
+    dynamic = run.gates("this run has no ratios to change")
     trained = run.finished_weights()
     # A block without a gate on an axis has no ratio there: None.
     targets = {
@@ -66,10 +64,10 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
             ratios[axis][block] = ratio
             point = (weights, *map(tuple, ratios.values()))
             if point not in known:
-                model = run.dynamic.bind()
+                model = dynamic.bind()
                 set_ratios(model, **ratios)
                 given = Network(model).values(PruneRatio)
-                known[point] = run.evaluate(run.dynamic, trained[weights], given)
+                known[point] = run.evaluate(dynamic, trained[weights], given)
             result = known[point]
             rows.append(
                 {

@@ -1,5 +1,6 @@
 """What targeted dropout costs in training: a dynamic step against a dense one."""
 
+import contextlib
 import os
 import statistics
 from typing import Any
@@ -10,12 +11,12 @@ import rich.table
 
 from dynprune_jax import sharding
 from dynprune_jax.config import Config
-from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import setting
 from dynprune_jax.feed import Feed
 from dynprune_jax.pruning.plan import interleaved
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import TrainState
+from dynprune_jax.workdir import make_folder
 from dynprune_jax.writers import screen, write_json
 
 
@@ -33,16 +34,16 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
       UserError: for a mistake in the config.
     """
     run = Run.open(config, workdir)
-    if run.dynamic is None:
-        raise UserError("config.prune.epochs is 0: there is no dynamic step to time")
+    dynamic = run.gates("there is no dynamic step to time")
     sharding.check_batch(config.batch_size, run.mesh)
-    run.make_workdir()
+    make_folder(run.workdir)
     steps = {}
-    for name, phase, network in (("dense", "dense", run.dense), ("dynamic", "prune", run.dynamic)):
-        feed = Feed(run, phase, network, run.mesh)
-        state = TrainState.create(network.weights, network, run.optimizer(phase))
-        steps[name] = _Stepper(feed, feed.place(state))
-    seconds = interleaved(steps, config.benchmark.repeats)
+    with contextlib.ExitStack() as feeds:
+        for name, phase, network in (("dense", "dense", run.dense), ("dynamic", "prune", dynamic)):
+            feed = feeds.enter_context(Feed(run, phase, network))
+            state = TrainState.create(network.weights, network, run.optimizer(phase))
+            steps[name] = _Stepper(feed, feed.place(state))
+        seconds = interleaved(steps, config.benchmark.repeats)
     rows = []
     for name, times in seconds.items():
         quartiles = statistics.quantiles(times, n=4)

@@ -8,7 +8,6 @@ import rich.table
 
 from dynprune_jax import plots
 from dynprune_jax.config import Config
-from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.run import Run
@@ -32,10 +31,9 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
       UserError: for a mistake in the config, or if the run is not finished or prunes nothing.
     """
     run = Run.open(config, workdir)
-    if run.dynamic is None:
-        raise UserError("config.prune.epochs is 0: this run has no ratios to sweep")
+    dynamic = run.gates("this run has no ratios to sweep")
     trained = run.finished_weights()
-    targets = run.dynamic.values(PruneRatio)
+    targets = dynamic.values(PruneRatio)
     networks = {criterion: run.network_with(criterion) for criterion in CRITERIA}
     points = list(itertools.product(networks, trained, config.sweep.fractions))
     rows = []
