@@ -175,9 +175,7 @@ def all_links(config: Config, model: nnx.Module, channels: int) -> Links:
         ) from error
 
 
-def build_dynamic(
-    config: Config, model: nnx.Module, links: Links, criterion: str = ""
-) -> nnx.Module:
+def build_dynamic(config: Config, model: nnx.Module, links: Links) -> nnx.Module:
     """The model with gates at the config's target ratios; it shares the model's parameters.
 
     With every ratio 0 that is the model itself.
@@ -186,7 +184,6 @@ def build_dynamic(
       config: a checked config.
       model: from `build_model`.
       links: of the model, from `build_links`.
-      criterion: in place of the config's.
 
     Raises:
       UserError: if ratios or layer patterns do not fit the model.
@@ -226,7 +223,7 @@ def build_dynamic(
             channel_group=config.gate.channel_group,
             column_patch=config.gate.column_patch,
             statistic=STATISTICS[config.gate.statistic],
-            criterion=CRITERIA[criterion or config.gate.criterion],
+            criterion=CRITERIA[config.gate.criterion],
             drop_probability=config.gate.drop_probability,
             rngs=nnx.Rngs(config.seed),
         )

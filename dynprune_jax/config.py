@@ -1,8 +1,9 @@
 """Every field of a config with its default, and the one place where configs are checked."""
 
+import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -16,11 +17,7 @@ if TYPE_CHECKING:
 else:
     Config = ConfigDict
 
-DTYPES = ("float32", "bfloat16")
-KINDS = ("attention", "predicted")
-ALLOTMENTS = ("uniform", "gate")
 FILTER_CRITERIA = ("l1", "geometric_median", "taylor", "random", "none")
-STARTS = ("dense", "checkpoint", "scratch")
 
 
 def base_config() -> Config:
@@ -37,7 +34,8 @@ def base_config() -> Config:
             "batch_size": 128,
             "eval_batch_size": 250,
             # Training steps run by one call of the compiled step; 0: 1 on CPU, where a
-            # convolution inside a loop is slow, and `log_every_steps` elsewhere.
+            # convolution inside a loop is slow, and `log_every_steps` elsewhere, which is also the
+            # most, as an epoch is.
             "steps_per_dispatch": 0,
             "log_every_steps": 50,
             "evaluate_every_epochs": 1,
@@ -225,12 +223,8 @@ def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: low <= value < math.inf, f"it must be a finite number, at least {low}"
 
 
-def _above(low: float, most: float = math.inf) -> tuple[Callable[[Any], bool], str]:
-    text = "a finite number greater than {}" if most == math.inf else "in ({}, {}]"
-    return (
-        lambda value: low < value <= most and value < math.inf,
-        f"it must be {text.format(low, most)}",
-    )
+def _above(low: float, most: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low < value <= most, f"it must be in ({low}, {most}]"
 
 
 def _in(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
@@ -259,10 +253,14 @@ def is_own(model: str) -> bool:
     return all(part.isidentifier() for part in (*module.split("."), name))
 
 
+_SEED = (lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)")
+_FRACTION = (lambda value: 0 <= value <= 1, "it must be in [0, 1]")
+_PART = (lambda value: 0 < value < 1, "it must be in (0, 1)")
+_METHOD = (bool, "it must be a name of experiments/study.py")
 _PATH = (lambda value: not os.path.expanduser(value).startswith("~"), "there is no such user")
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"),
-    "dtype": _one_of(*DTYPES),
+    "seed": _SEED,
+    "dtype": _one_of("float32", "bfloat16"),
     "batch_size": _at_least(1),
     "eval_batch_size": _at_least(1),
     "steps_per_dispatch": _at_least(0),
@@ -293,39 +291,39 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate.channel_ratio": _each(_in(0.0, 1.0)),
     "gate.column_ratio": _each(_in(0.0, 1.0)),
     "gate.layers": _each((bool, "it must be a pattern of layer names"), str),
-    "gate.kind": _one_of(*KINDS),
+    "gate.kind": _one_of("attention", "predicted"),
     "gate.statistic": _one_of(*STATISTICS),
     "gate.criterion": _one_of(*CRITERIA),
-    "gate.salience_rate": _above(0.0),
-    "gate.drop_probability": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
+    "gate.salience_rate": _above(0.0, 1000.0),
+    "gate.drop_probability": _FRACTION,
     "ascent.warmup": _in(0.0, 1.0),
     "ascent.increment": _at_least(1e-6),
     "ascent.interval_epochs": _above(0.0, 100_000.0),
-    "ascent.lowest_fraction": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
+    "ascent.lowest_fraction": _FRACTION,
     "dense.epochs": _in(0, 100_000),
     "dense.learning_rate": _above(0.0, 1000.0),
     "dense.warmup_epochs": _at_least(0.0),
     "prune.epochs": _in(0, 100_000),
     "prune.learning_rate": _above(0.0, 1000.0),
     "prune.warmup_epochs": _at_least(0.0),
-    "prune.start": _one_of(*STARTS),
+    "prune.start": _one_of("dense", "checkpoint", "scratch"),
     "prune.checkpoint": _PATH,
-    "prune.distillation": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
+    "prune.distillation": _FRACTION,
     "prune.temperature": _above(0.0, 1000.0),
     "prune.recalibration_images": _at_least(0),
     "optim.momentum": _in(0.0, 1.0),
     "optim.weight_decay": _at_least(0.0),
     "optim.label_smoothing": _in(0.0, 1.0),
-    "cascade.shares": _each((lambda value: 0 < value < 1, "it must be in (0, 1)")),
-    "sweep.fractions": _each((lambda value: 0 <= value <= 1, "it must be in [0, 1]")),
+    "cascade.shares": _each(_PART),
+    "sweep.fractions": _each(_FRACTION),
     "sensitivity.ratios": _each(_in(0.0, 1.0)),
-    "study.seeds": _each((lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)"), int),
-    "study.cuts": _each((lambda value: 0 < value < 1, "it must be in (0, 1)")),
-    "study.methods": _each((bool, "it must be a name of experiments/study.py"), str),
-    "study.ablations": _each((bool, "it must be a name of experiments/study.py"), str),
-    "study.ablation_cut": (lambda value: 0 < value < 1, "it must be in (0, 1)"),
+    "study.seeds": _each(_SEED, int),
+    "study.cuts": _each(_PART),
+    "study.methods": _each(_METHOD, str),
+    "study.ablations": _each(_METHOD, str),
+    "study.ablation_cut": _PART,
     "static.criterion": _one_of(*FILTER_CRITERIA),
-    "static.allotment": _one_of(*ALLOTMENTS),
+    "static.allotment": _one_of("uniform", "gate"),
     "gate.channel_group": _at_least(1),
     "gate.column_patch": _at_least(1),
     "benchmark.repeats": _at_least(3),
@@ -343,6 +341,18 @@ def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
+    """A copy of a config with some fields changed; one number for ratios goes to each block."""
+    changed = copy.deepcopy(config)
+    blocks = max(len(config.gate.channel_ratio), len(config.gate.column_ratio))
+    for name, value in fields.items():
+        if name.endswith("_ratio") and isinstance(value, float):
+            value = (value,) * blocks
+        section, _, field = name.rpartition(".")
+        (changed[section] if section else changed)[field] = value
+    return changed
 
 
 def check(config: Config) -> None:
@@ -432,14 +442,25 @@ def _check_combinations(config: Config) -> None:
             " config.prune.recalibration_images is 0; the batch statistics of many ratios together"
             " fit none of them: give some hundred images"
         )
+    if 0 < config.data.stored_size < side:
+        raise UserError(
+            f"config.data.stored_size is {config.data.stored_size}; it must be 0 or at least"
+            f" config.data.image_size, {side}"
+        )
+    for field, owners in (("path", ("class_folders",)), ("archive", ("cifar10", "cifar100"))):
+        if config.data[field] and config.data.name not in owners:
+            raise UserError(
+                f"config.data.{field} is {config.data[field]!r} and config.data.name is"
+                f" {config.data.name!r}; it is for {' and '.join(owners)} alone"
+            )
     if config.data.held_out and config.data.test_examples:
         raise UserError(
             f"config.data.held_out is {config.data.held_out} and config.data.test_examples is"
             f" {config.data.test_examples}; of a test split that is left alone, choose none"
         )
     for field in ("crop_padding", "cutout"):
-        if config.data[field] > config.data.image_size:
+        if config.data[field] > side:
             raise UserError(
                 f"config.data.{field} is {config.data[field]}; it must be at most"
-                f" config.data.image_size, {config.data.image_size}"
+                f" config.data.image_size, {side}"
             )

@@ -360,14 +360,13 @@ class Run:
 
     def gated(self, dense: Values) -> Values:
         """What the dynamic network starts with: the values of a dense one, and of its new gates."""
-        return self._dynamic(self.dense.bind(dense)).weights
+        model = self.dense.bind(dense)
+        return Network(build_dynamic(self.config, model, self.links)).weights
 
     def network_with(self, criterion: str) -> Network:
         """The dynamic network with another criterion in its gates."""
-        return self._dynamic(self.model, criterion)
-
-    def _dynamic(self, model: nnx.Module, criterion: str = "") -> Network:
-        return Network(build_dynamic(self.config, model, self.links, criterion))
+        config = config_lib.with_fields(self.config, {"gate.criterion": criterion})
+        return Network(build_dynamic(config, self.model, self.links))
 
     def trained_values(self) -> tuple[Values | None, Values | None]:
         """Reads the weights of a finished run: dense, and after targeted dropout.

@@ -1,3 +1,4 @@
+import functools
 import json
 import time
 
@@ -5,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.benchmark import _trained_or_fresh, benchmark, summary, timed
+from dynprune_jax.experiments.benchmark import _trained_or_fresh, benchmark
+from dynprune_jax.experiments.timing import summary, timed
 from dynprune_jax.pruning.layers import conv_layers
 from dynprune_jax.pruning.plan import Plan, interleaved
 
@@ -81,13 +83,11 @@ def test_a_slowed_dense_way_is_not_the_baseline():
         time.sleep(seconds)
         return jnp.zeros(())
 
-    ways = {
-        "dense: slowed": lambda: work(0.02),
-        "dense: quick": lambda: work(0.0),
-        "compact": lambda: work(0.0),
-        "other: elsewhere": lambda: work(0.0),
-    }
-    row = summary(interleaved(ways, repeats=5), mac_reduction=0.5)
+    quick = functools.partial(work, 0.0)
+    ways = {"slowed": lambda: work(0.02), "quick": quick, "compact": quick, "elsewhere": quick}
+    seconds = {name: {name: taken} for name, taken in interleaved(ways, repeats=5).items()}
+    dense = seconds["slowed"] | seconds["quick"]
+    row = summary(dense, seconds["compact"], mac_reduction=0.5, others=seconds["elsewhere"])
     assert row["fastest_dense"] == "quick"
     assert set(row["dense_ms"]) == {"slowed", "quick"}
     assert set(row["other_runtimes_ms"]) == {"elsewhere"}
@@ -100,16 +100,20 @@ def test_the_fastest_dense_way_is_timed_as_often_as_compact_however_fast_that_is
         return jnp.zeros(())
 
     ways = {
-        "dense: slow": lambda: work(0.2),
-        "dense: fast": lambda: work(0.02),
+        "slow": lambda: work(0.2),
+        "fast": lambda: work(0.02),
         "compact": lambda: work(0.001),
     }
-    taken = {name: len(times) for name, times in timed(ways, 5).items()}
-    assert taken == {"dense: slow": 3, "dense: fast": 5, "compact": 5}
+    found = timed(ways, 5, beside=("slow", "fast"))
+    assert {name: len(times) for name, times in found.items()} == {
+        "slow": 3,
+        "fast": 5,
+        "compact": 5,
+    }
 
 
 def test_summary_by_hand():
-    row = summary({"dense: a": [0.3, 0.1, 0.2], "compact": [0.1] * 3, "masked": [0.4] * 3}, 0.6)
+    row = summary({"a": [0.3, 0.1, 0.2]}, {"compact": [0.1] * 3, "masked": [0.4] * 3}, 0.6)
     assert row["fastest_dense_ms"] == 200.0
     assert row["compact_ms"] == 100.0
     assert row["masked_ms"] == 400.0

@@ -163,9 +163,6 @@ def test_data_dir_defaults_to_the_environment(digits_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        ({"image_size": 0}, "config.data.image_size=0: it must be at least 1"),
-        ({"stored_size": 4}, "config.data.stored_size=4"),
-        ({"stored_size": -1}, "config.data.stored_size=-1"),
         ({"train_examples": 1348}, "config.data.train_examples=1348: the split holds 1347"),
         ({"test_examples": -1}, "config.data.test_examples=-1"),
         ({"held_out": 1347}, "config.data.held_out=1347: the training split holds 1347 examples"),
@@ -176,8 +173,6 @@ def test_data_dir_defaults_to_the_environment(digits_dir, monkeypatch):
             "config.data.test_split=train[800:900]+train[1000:]+test: 8 of its examples are in"
             " config.data.train_split=train[:60%]",
         ),
-        ({"path": "/some"}, "config.data.path=/some is only for config.data.name=class_folders"),
-        ({"archive": "a.tar.gz"}, "config.data.archive=a.tar.gz is only for"),
     ],
 )
 def test_mistakes_in_the_settings(digits_dir, options, phrase):

@@ -254,6 +254,18 @@ MISTAKES = {
         ["--config.data.image_size=4"],
         "image_size 4 pools to nothing",
     ),
+    "stored smaller than seen": (
+        ["--config.data.stored_size=4"],
+        "stored_size is 4; it must be 0 or at least config.data.image_size, ",
+    ),
+    "folder of a set that has none": (
+        ["--config.data.path=/some"],
+        "path is '/some' and config.data.name is 'digits'; it is for class_folders alone",
+    ),
+    "archive of a set that has none": (
+        ["--config.data.archive=a.tar.gz"],
+        r"archive is 'a.tar.gz' and .* is 'digits'; it is for cifar10 and cifar100 alone",
+    ),
     "cascades too alike": (
         ["--config.cascade.shares=(.1,.101)"],
         r"config.cascade.shares is \(0.1, 0.101\); give shares a hundredth apart",

@@ -196,16 +196,6 @@ def load_dataset(
     Raises:
         UserError: the data cannot be had or a setting does not fit; the message says what to do.
     """
-    _check_sizes(image_size, stored_size)
-    if path and name != "class_folders":
-        raise UserError(
-            f"config.data.path={path} is only for config.data.name=class_folders, not {name}"
-        )
-    if archive and name not in ("cifar10", "cifar100"):
-        raise UserError(
-            f"config.data.archive={archive} is only for config.data.name=cifar10 or cifar100, "
-            f"not {name}"
-        )
     if archive and not os.path.isfile(os.path.expanduser(archive)):
         # Also when the data are prepared already and the archive would not be read.
         raise UserError(f"config.data.archive={archive}: there is no such file")
@@ -272,16 +262,6 @@ def _hold_out(split: Split, examples: int) -> tuple[Split, Split]:
     order = np.random.default_rng(HELD_OUT_SEED).permutation(len(split))
     held, rest = np.sort(order[:examples]), np.sort(order[examples:])
     return split.reordered(rest), split.reordered(held)
-
-
-def _check_sizes(image_size: int, stored_size: int) -> None:
-    if image_size < 1:
-        raise UserError(f"config.data.image_size={image_size}: it must be at least 1")
-    if stored_size != 0 and stored_size < image_size:
-        raise UserError(
-            f"config.data.stored_size={stored_size}: it must be 0 or at least "
-            f"config.data.image_size={image_size}"
-        )
 
 
 def _subset(

@@ -1,8 +1,6 @@
 """Skipped work as time: a compact network against the fastest dense one, in one process."""
 
 import os
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,33 @@ import rich.box
 import rich.console
 import rich.table
 from flax import nnx
-from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
 from dynprune_jax.build import build_dynamic, build_links, build_model
-from dynprune_jax.config import Config
+from dynprune_jax.config import Config, with_fields
 from dynprune_jax.errors import UserError
-from dynprune_jax.experiments.other_runtimes import available_cores, other_runtimes
+from dynprune_jax.experiments.other_runtimes import other_runtimes
 from dynprune_jax.experiments.static import check_removal, find_removable, l1, shares
+from dynprune_jax.experiments.timing import (
+    Compiled,
+    dense_ways,
+    planned,
+    setting,
+    summary,
+    timed,
+)
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
-from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
+from dynprune_jax.pruning.plan import Plan
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.removal import allot, remove_filters
-from dynprune_jax.report import versions
 from dynprune_jax.run import Run
-from dynprune_jax.train_step import Network
 from dynprune_jax.workdir import folder_of, make_folder, refuse_study
-from dynprune_jax.writers import progress_bar, screen, write_json
+from dynprune_jax.writers import screen, write_json
 
 # Of fresh weights, for data sets that need not be at hand: (classes, channels).
 _SETS = {
@@ -44,8 +47,6 @@ _SETS = {
     "imagenet100": (100, 3),
     "imagenet2012": (1000, 3),
 }
-_TURN = 0.03  # seconds that a way is called again and again before the next has its turn
-_HOPELESS = 2.0  # times the fastest dense way: what is slower is timed three times only
 
 
 def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -84,13 +85,13 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     model.eval()
     # A mistake shows before the first minute.
     links = build_links(config, model, channels)
-    for each in (config, *(_at(config, ratio) for ratio in config.benchmark.ratios)):
+    at_ratios = [_at(config, ratio) for ratio in config.benchmark.ratios]
+    for each in (config, *at_ratios):
         build_dynamic(each, model, links)
-    console = screen()
     try:
         removable = find_removable(config, model, channels, links)
     except UserError as error:  # a network of somebody's own
-        _left_out(console, error)
+        _left_out(error)
         removable = {}
     if removable:
         shares(config, removable)
@@ -98,19 +99,24 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     for batch_size in config.benchmark.batch_sizes:
         shape = (batch_size, config.data.image_size, config.data.image_size, channels)
-        bench = _Bench(config, model, links, removable, shape, folder, console)
-        for ratio in config.benchmark.ratios:
-            rows.append(bench.row(_at(config, ratio)))
+        bench = _Bench(config, model, links, removable, shape, folder)
+        rows += [bench.row(each) for each in at_ratios]
         rows.append(bench.row(config, controls=True))
         write_json(folder / "benchmark.json", rows)
     plots.save(plots.speedup_figure(rows), folder / "speedup.png")
-    _print_tables(rows, console)
+    _print_tables(rows)
     return rows
 
 
-def _left_out(console: rich.console.Console, error: Exception) -> None:
+def _left_out(error: Exception) -> None:
     text = f"static network left out: {error}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    screen().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _at(config: Config, ratio: float) -> Config:
+    """The config with one ratio for every block, on the axes that it gates."""
+    axes = [axis for axis in ("channel_ratio", "column_ratio") if any(config.gate[axis])]
+    return with_fields(config, {f"gate.{axis}": float(ratio) for axis in axes})
 
 
 class _Bench:
@@ -124,9 +130,8 @@ class _Bench:
         removable: Links,
         shape: tuple[int, int, int, int],
         folder: Path,
-        console: rich.console.Console,
     ):
-        self._config, self._model, self._folder, self._console = config, model, folder, console
+        self._config, self._model, self._folder = config, model, folder
         self._links, self._removable = links, removable
         self._known: dict[Any, dict[Form, float]] = {}
         self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
@@ -141,12 +146,13 @@ class _Bench:
         usage = _usage(dynamic, self._images[:1])
         name = f"{usage.mac_reduction:.3f}"
         plan = self._plan(name, dynamic)
-        ways = {f"dense: {name}": run for name, run in self._dense.items()}
-        ways["masked"] = self._compile(fold_batch_norms(dynamic, self._images))
-        ways["compact"] = self._compile(compact(dynamic, self._images, plan=plan))
+        ways = {
+            "masked": self._compile(fold_batch_norms(dynamic, self._images)),
+            "compact": self._compile(compact(dynamic, self._images, plan=plan)),
+        }
         extra: dict[str, Any] = {}
         if controls:
-            random = self._dynamic(config, "random")
+            random = self._dynamic(with_fields(config, {"gate.criterion": "random"}))
             ways["random masks"] = self._compile(compact(random, self._images, plan=plan))
             static = self._static(usage.mac_reduction)
             if static is not None:
@@ -158,13 +164,17 @@ class _Bench:
                 plots.layer_times_figure(self._dense_plan.fastest, plan.fastest),
                 self._folder / f"layer_times_batch_{len(self._images)}.png",
             )
-        seconds = timed(ways, self._config.benchmark.repeats)
+        repeats = self._config.benchmark.repeats
+        seconds = timed(self._dense | ways, repeats, beside=self._dense)
         apart = jnp.max(jnp.abs(ways["compact"]() - ways["masked"]()))
-        if controls:  # in turns of their own: their threads spin after their work
-            others = {f"other: {name}": run for name, run in self._others().items()}
-            seconds |= timed(others, self._config.benchmark.repeats)
-        row = summary(seconds, usage.mac_reduction)
-        memory = {name: getattr(run, "memory_mb", None) for name, run in ways.items()}
+        others = self._others() if controls else {}
+        row = summary(
+            {name: seconds[name] for name in self._dense},
+            {name: seconds[name] for name in ways},
+            usage.mac_reduction,
+            # In turns of their own: their threads spin after their work.
+            timed(others, repeats, beside=others),
+        )
         return {
             **setting(config, len(self._images)),
             "channel_ratio": list(config.gate.channel_ratio),
@@ -175,17 +185,17 @@ class _Bench:
             "images_per_second": 1e3 * len(self._images) / row["compact_ms"],
             "largest_difference_of_logits": float(apart),
             **extra,
-            "dense_memory_mb": memory[f"dense: {row['fastest_dense']}"],
-            "compact_memory_mb": memory["compact"],
+            "dense_memory_mb": self._dense[row["fastest_dense"]].memory_mb,
+            "compact_memory_mb": ways["compact"].memory_mb,
         }
 
-    def _dynamic(self, config: Config, criterion: str = "") -> nnx.Module:
-        return _choosing(build_dynamic(config, self._model, self._links, criterion))
+    def _dynamic(self, config: Config) -> nnx.Module:
+        return _choosing(build_dynamic(config, self._model, self._links))
 
     def _plan(self, name: str, model: nnx.Module) -> Plan:
         return planned(name, model, self._images, self._config, self._folder, self._known)
 
-    def _compile(self, model: nnx.Module) -> "Compiled":
+    def _compile(self, model: nnx.Module) -> Compiled:
         return Compiled(model, self._images)
 
     def _static(self, mac_reduction: float) -> nnx.Module | None:
@@ -198,190 +208,18 @@ class _Bench:
             ratios = allot(model, links, self._images[:1], mac_reduction, allotted)
             check_removal(self._config, model, links, ratios, self._images[:1])
         except (ValueError, UserError) as error:  # a residual network keeps what its units hand on
-            _left_out(self._console, error)
+            _left_out(error)
             return None
         return remove_filters(model, links, l1(model, links), ratios)
 
     def _others(self) -> Mapping[str, Callable[[], Any]]:
         if self._config.dtype != "float32":
-            self._console.print("other runtimes left out: they are timed in float32 only")
+            screen().print("other runtimes left out: they are timed in float32 only")
             return {}
         functions, notes = other_runtimes(self._model, np.asarray(self._images))
         for note in notes:
-            self._console.print(note)
+            screen().print(note)
         return functions
-
-
-def planned(
-    name: str,
-    model: nnx.Module,
-    images: jax.Array,
-    config: Config,
-    folder: Path,
-    known: dict[Any, dict[Form, float]],
-) -> Plan:
-    """Measures the forms of a network's layers, and keeps them beside the results.
-
-    Args:
-      name: of the network, in the plan's file.
-      model: in evaluation mode.
-      images: a batch.
-      config: for how often each form is timed.
-      folder: of the results.
-      known: measurements on this device, to use and to add to.
-    """
-    batch = len(images)
-    began = time.perf_counter()
-    with progress_bar(f"batch {batch}, {name}: measuring the forms of each layer") as progress:
-        plan = measure_plan(
-            fold_batch_norms(model, images),
-            images,
-            repeats=config.benchmark.repeats,
-            known=known,
-            progress=progress,
-        )
-    plan.save(folder / f"plan_batch_{batch}_{name}.json")
-    screen().print(
-        f"batch {batch}, {name}: planned {len(plan.forms)} layers in"
-        f" {time.perf_counter() - began:.0f} s"
-    )
-    return plan
-
-
-def setting(config: Config, batch_size: int) -> dict[str, Any]:
-    """What a row of times says of the network, the batch and the machine."""
-    return {
-        "network": config.model,
-        "width": config.width,
-        "image_size": config.data.image_size,
-        "dtype": config.dtype,
-        "device": f"{_device()}, {available_cores()} cores",
-        "versions": versions(),
-        "batch_size": batch_size,
-    }
-
-
-def dense_ways(model: nnx.Module, images: jax.Array, plan: Plan) -> dict[str, nnx.Module]:
-    """The ways to execute a dense model in JAX, of which the fastest is what others must beat.
-
-    Args:
-      model: dense, in evaluation mode.
-      images: an example batch.
-      plan: of the model, for that batch.
-    """
-    products = {
-        name: Form("patches") if Form("patches") in taken else Form()
-        for name, taken in plan.milliseconds.items()
-    }
-    return {
-        "lax.conv": fold_batch_norms(model, images),
-        "lax.conv, norms apart": model,
-        "matrix products": compact(model, images, plan=Plan(products)),
-        "best form of each layer": compact(model, images, plan=plan),
-    }
-
-
-class Compiled:
-    """A network compiled for a batch of images; a call runs it on them, or on others like them."""
-
-    def __init__(self, model: nnx.Module, images: jax.Array):
-        graph, state = nnx.split(model)
-        # A flat list: to walk through the state in every call takes longer than a small layer.
-        self._leaves, tree = jax.tree.flatten(state)
-
-        def run(leaves: list[jax.Array], images: jax.Array) -> Any:
-            return nnx.merge(graph, jax.tree.unflatten(tree, leaves))(images)
-
-        self._images = images
-        self._run = jax.jit(run).lower(self._leaves, images).compile()
-        memory = self._run.memory_analysis()
-        self.memory_mb = memory and 1e-6 * (
-            memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-        )
-
-    def __call__(self, images: jax.Array | None = None) -> Any:
-        """Runs it; what is returned may not be computed yet."""
-        return self._run(self._leaves, self._images if images is None else images)
-
-
-def summary(seconds: Mapping[str, list[float]], mac_reduction: float) -> dict[str, Any]:
-    """Turns times into a row's figures.
-
-    Args:
-      seconds: of each call, by way; a dense one in JAX is named `dense: WAY`, one in another
-        runtime `other: NAME`.
-      mac_reduction: the share of the MACs removed.
-    """
-    milliseconds = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
-
-    def kind(prefix: str) -> dict[str, float]:
-        return {
-            name.removeprefix(prefix): taken
-            for name, taken in milliseconds.items()
-            if name.startswith(prefix)
-        }
-
-    dense = kind("dense: ")
-    fastest = min(dense, key=dense.__getitem__)
-    speedup = dense[fastest] / milliseconds["compact"]
-    ideal = 1.0 / (1.0 - mac_reduction)
-    return {
-        "mac_reduction": mac_reduction,
-        "fastest_dense": fastest,
-        "fastest_dense_ms": dense[fastest],
-        "fastest_dense_quartiles_ms": _quartiles(seconds[f"dense: {fastest}"]),
-        **{
-            f"{name.replace(' ', '_')}_ms": taken
-            for name, taken in milliseconds.items()
-            if ":" not in name
-        },
-        "compact_quartiles_ms": _quartiles(seconds["compact"]),
-        "speedup": speedup,
-        "ideal_speedup": ideal,
-        "realised": speedup / ideal,
-        "dense_ms": dense,
-        "other_runtimes_ms": kind("other: "),
-    }
-
-
-def _quartiles(seconds: list[float]) -> list[float]:
-    low, _, high = statistics.quantiles(seconds, n=4)
-    return [1e3 * low, 1e3 * high]
-
-
-def timed(
-    ways: Mapping[str, Callable[[], Any]], repeats: int, least: float | None = _TURN
-) -> dict[str, list[float]]:
-    """Times all ways in turns; what is hopeless beside the fastest dense one only three times.
-
-    Args:
-      ways: by name; dense ones have a colon in it.
-      repeats: how many turns of each are timed.
-      least: how long a turn is, see `interleaved`.
-    """
-    first = interleaved(ways, 3, warmup=1, least=least)
-    fastest = min((min(taken) for name, taken in first.items() if ": " in name), default=0.0)
-    again = {name: run for name, run in ways.items() if min(first[name]) <= _HOPELESS * fastest}
-    return first | interleaved(again, repeats, warmup=1, least=least)
-
-
-def _at(config: Config, ratio: float) -> Config:
-    """The config with one ratio for every block, on the axes that it gates."""
-    changed: Any = ConfigDict(config.to_dict())  # a copy of the sections too
-    for field in ("channel_ratio", "column_ratio"):
-        changed.gate[field] = tuple(
-            ratio if any(config.gate[field]) else 0.0 for _ in config.gate[field]
-        )
-    return changed
-
-
-def _device() -> str:
-    """The name of the device; of a CPU its maker's, where the system tells it."""
-    kind = jax.devices()[0].device_kind
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text("utf-8").splitlines() if kind == "cpu" and told.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, kind)
 
 
 def _trained_or_fresh(config: Config, folder: Path) -> tuple[nnx.Module, int]:
@@ -389,10 +227,9 @@ def _trained_or_fresh(config: Config, folder: Path) -> tuple[nnx.Module, int]:
     if (folder / "checkpoints").is_dir():
         run = Run.open(config, folder)
         dense, pruned = run.trained_values()
-        network = Network(run.model)
         values = pruned or dense or {}  # without the parameters of predicted gates
-        known = {k: v for k, v in values.items() if k in network.weights}
-        return network.bind(known), run.dataset.channels
+        known = {k: v for k, v in values.items() if k in run.dense.weights}
+        return run.dense.bind(known), run.dataset.channels
     classes, channels = _SETS.get(config.data.name, (10, 3))
     return build_model(config, classes, channels), channels
 
@@ -411,8 +248,8 @@ def _usage(model: nnx.Module, images: jax.Array) -> Any:
     return jax.jit(lambda state, x: measure(nnx.merge(graph, state), x)[1])(state, images)
 
 
-def _print_tables(rows: list[dict[str, Any]], console: rich.console.Console) -> None:
-    first = rows[0]
+def _print_tables(rows: list[dict[str, Any]]) -> None:
+    first, console = rows[0], screen()
     table = rich.table.Table(
         title=f"{first['network']}, {first['image_size']}² images, {first['dtype']},"
         f" jax {first['versions']['jax']}\n{first['device']};"

@@ -18,7 +18,7 @@ from dynprune_jax.config import Config
 from dynprune_jax.data.augment import center_crop
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, cascaded, threshold_of
-from dynprune_jax.experiments.benchmark import (
+from dynprune_jax.experiments.timing import (
     Compiled,
     dense_ways,
     planned,
@@ -49,7 +49,7 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     Returns:
       A row for each batch size and share, 0 for the pruned network alone: the fields of
       `evaluate.cascaded`, `dense_accuracy`, `timed_images`, `timed_share` (the fraction of them
-      that the dense network saw), and those of `benchmark.setting` and `benchmark.summary`, of
+      that the dense network saw), and those of `timing.setting` and `timing.summary`, of
       which `compact_ms` is the cascade's milliseconds a batch.
 
     Raises:
@@ -75,12 +75,12 @@ def cascade(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     rows = []
     known: dict[Any, dict[Form, float]] = {}
     for size in config.benchmark.batch_sizes:
-        timed_rows = _time(run, pruned, dense, size, shares, known)
+        dense_seconds, timed_rows = _time(run, pruned, dense, size, shares, known)
         for found, (told, seconds) in zip(together, timed_rows, strict=True):
             rows.append(
                 {
                     **setting(config, size),
-                    **summary(seconds, found["mac_reduction"]),
+                    **summary(dense_seconds, {"compact": seconds}, found["mac_reduction"]),
                     **told,
                     **found,
                     "dense_accuracy": second.accuracy,
@@ -100,12 +100,12 @@ def _time(
     size: int,
     shares: Sequence[float],
     known: dict[Any, dict[Form, float]],
-) -> list[tuple[dict[str, Any], dict[str, list[float]]]]:
+) -> tuple[dict[str, list[float]], list[tuple[dict[str, Any], list[float]]]]:
     """Times the cascades of one batch size; `known` are measurements of layers, see `planned`.
 
     Returns:
-      For each share what was timed, and the seconds a batch of the dense ways and, as `compact`,
-      of the cascade.
+      The seconds a batch of the dense ways, and for each share what was timed and those of the
+      cascade.
     """
     test, config = run.dataset.test, run.config
     batches = max(1, min(_TIMED, len(test)) // size)
@@ -115,8 +115,7 @@ def _time(
     images = [prepare(test.read(rows)[0]) for rows in chosen.reshape(batches, size)]
     plan = functools.partial(planned, config=config, folder=run.workdir, known=known)
     whole_plan = plan("dense", dense, images[0])
-    dense_found = dense_ways(dense, images[0], whole_plan)
-    ways = {f"dense: {name}": way for name, way in dense_found.items()}
+    ways = dense_ways(dense, images[0], whole_plan)
     cheap = compact(pruned, images[0], plan=plan("pruned", pruned, images[0]))
     # An eighth of a batch at a time: where a tenth is unsure, that is often enough.
     few = images[0][: math.ceil(size / 8)]
@@ -139,13 +138,12 @@ def _time(
         return call
 
     calls = {name: over_all(way) for name, way in compiled.items()}
-    seconds = timed(calls, config.benchmark.repeats, least=None)
+    seconds = timed(calls, config.benchmark.repeats, beside=ways, least=None)
     seconds = {name: [taken / batches for taken in times] for name, times in seconds.items()}
-    of_dense = {name: seconds[name] for name in ways}
-    return [
+    return {name: seconds[name] for name in ways}, [
         (
             {"timed_images": len(sure), "timed_share": float(np.mean(sure < threshold))},
-            {**of_dense, "compact": seconds[name]},
+            seconds[name],
         )
         for name, threshold in zip(names, thresholds, strict=True)
     ]

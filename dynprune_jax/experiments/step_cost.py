@@ -11,7 +11,7 @@ import rich.table
 
 from dynprune_jax import sharding
 from dynprune_jax.config import Config
-from dynprune_jax.experiments.benchmark import setting
+from dynprune_jax.experiments.timing import quartiles_ms, setting
 from dynprune_jax.feed import Feed
 from dynprune_jax.pruning.plan import interleaved
 from dynprune_jax.run import Run
@@ -26,7 +26,7 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     Writes `step_cost.json`.
 
     Returns:
-      A row for each kind of step: `step`, the fields of `benchmark.setting`, `devices`, median and
+      A row for each kind of step: `step`, the fields of `timing.setting`, `devices`, median and
       quartiles in milliseconds, `images_per_second`, and `cost`, the
       median over turns of its time by the dense one's of the same turn.
 
@@ -46,7 +46,6 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         seconds = interleaved(steps, config.benchmark.repeats)
     rows = []
     for name, times in seconds.items():
-        quartiles = statistics.quantiles(times, n=4)
         ratios = [mine / dense for mine, dense in zip(times, seconds["dense"], strict=True)]
         rows.append(
             {
@@ -55,7 +54,7 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
                 "devices": jax.device_count(),
                 "repeats": len(times),
                 "median_ms": 1e3 * statistics.median(times),
-                "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]],
+                "quartiles_ms": quartiles_ms(times),
                 "images_per_second": config.batch_size / statistics.median(times),
                 "cost": float(np.median(ratios)),
             }

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
-from dynprune_jax.config import Config
+from dynprune_jax.config import Config, with_fields
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.static import find_removable, removed, static
 from dynprune_jax.flags import spelled_out
@@ -571,15 +571,3 @@ def command(name: str, cut: float, config: Config) -> str | None:
         f' "--config.study.seeds=({config.seed},)" "--config.study.methods={methods}"'
         f' "--config.study.cuts={cuts}" "--config.study.ablations=()"'
     )
-
-
-def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
-    """A copy of a config with some fields changed; one number for ratios goes to each block."""
-    changed = copy.deepcopy(config)
-    blocks = max(len(config.gate.channel_ratio), len(config.gate.column_ratio))
-    for name, value in fields.items():
-        if name.endswith("_ratio") and isinstance(value, float):
-            value = (value,) * blocks
-        section, _, field = name.rpartition(".")
-        (changed[section] if section else changed)[field] = value
-    return changed
