@@ -80,7 +80,7 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
     try:
         return getattr(models, config.model)(num_classes, **options)
     except ValueError as error:
-        raise UserError(f"config.data.image_size: {error}") from error
+        raise UserError(f"config.model is {config.model!r}: {error}") from error
 
 
 def _build_own(config: Config, num_classes: int, options: Mapping[str, Any]) -> nnx.Module:

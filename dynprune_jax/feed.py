@@ -13,7 +13,7 @@ from dynprune_jax.convolution import training_options
 from dynprune_jax.data.batches import device_batch, stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
-from dynprune_jax.pruning.schedules import elastic, ratio_ascent
+from dynprune_jax.pruning.schedules import elastic
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network, TrainState, Values, train_step
 
@@ -165,7 +165,7 @@ def ratio_schedule(run: Run, targets: Values, key: Any = None) -> Callable[[Any]
 
     With a key they are what a step trains with, without one the highest that it may draw.
     """
-    schedules = {name: ratio_ascent(target, **run.ascent) for name, target in targets.items()}
+    schedules = {name: run.ascent(target) for name, target in targets.items()}
     lowest = run.config.ascent.lowest_fraction
     if key is not None and lowest < 1.0:
         schedules = {name: elastic(s, key, lowest=lowest) for name, s in schedules.items()}

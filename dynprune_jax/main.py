@@ -60,9 +60,10 @@ MODES: dict[str, Callable[..., Any]] = {
 }
 
 # What is wrong with the disk, or with what lies there, and not with this program.
-_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-_MACHINE_ERRORS += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
-_MACHINE_ERRORS += (errno.EFBIG, errno.ESTALE)
+_MACHINE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ESTALE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
 _NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
 
 

@@ -26,6 +26,7 @@ _VERMILION = "#D55E00"
 _GREY = "#BBBBBB"
 _SKIPPED_RGB = np.array([30, 70, 150])
 _SKIPPED_OF_A_PHOTOGRAPH = np.array([150, 0, 110], np.uint8)  # hardly one has this colour
+_STYLES = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"))  # of lines
 _MAX_LAYERS_SHOWN = 6
 
 _ACCURACIES = (
@@ -294,12 +295,11 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     criteria = list(dict.fromkeys(row["criterion"] for row in rows))
     figure = Figure(figsize=(4.5 * len(weights), 4), layout="constrained")
     panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
-    styles = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"))
     for axes, name in zip(panels, weights, strict=True):
         for i, criterion in enumerate(criteria):
             points = [r for r in rows if (r["weights"], r["criterion"]) == (name, criterion)]
             points.sort(key=lambda row: row["mac_reduction"])
-            colour, marker = styles[i % len(styles)]
+            colour, marker = _STYLES[i % len(_STYLES)]
             axes.plot(
                 [row["mac_reduction"] for row in points],
                 [row["accuracy"] for row in points],
@@ -467,7 +467,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
     dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
     if dense:
         axes.axhline(statistics.mean(dense), color="0.4", linestyle="--", label="dense")
-    styles = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"), ("0.5", "x"))
+    styles = (*_STYLES, ("0.5", "x"))
     for i, name in enumerate(shown):
         cuts, (colour, marker) = curves[name], styles[i % len(styles)]
         points = [
@@ -564,12 +564,11 @@ def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     axes.plot(cuts, 1 / (1 - cuts), color="0.4", linestyle="--", label="ideal, 1 / (1 − cut)")
     axes.axhline(1.0, color="0.6", linewidth=1)
     axes.annotate("as fast as dense", (highest, 1.0), ha="right", va="top", color="0.4", fontsize=9)
-    styles = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"))
     for i, batch in enumerate(dict.fromkeys(row["batch_size"] for row in rows)):
         points = sorted(
             (row["mac_reduction"], row["speedup"]) for row in rows if row["batch_size"] == batch
         )
-        colour, marker = styles[i % len(styles)]
+        colour, marker = _STYLES[i % len(_STYLES)]
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=f"batch {batch}")
     first = rows[0]
     axes.set_title(f"{first['network']}, {first['image_size']}², {first['dtype']}")

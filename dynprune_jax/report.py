@@ -56,31 +56,29 @@ def write_report(
     """
     final = pruned if pruned is not None else dense
     assert final is not None  # config.check has seen to it
-    results: dict[str, Evaluation | None] = dict.fromkeys(
-        ("dense", "pruned", "pruned_without_targeted_dropout")
-    )
+    whole = cheap = untrained = None
     controls: dict[str, Evaluation] = {}
     # In an order that all processes have, which a set of strings has not.
     others = [name for name in CRITERIA if name != run.config.gate.criterion]
     with progress_bar("evaluating") as progress:
         if dense is not None:
-            results["dense"] = run.evaluate(run.dense, dense)
+            whole = run.evaluate(run.dense, dense)
         if run.dynamic is not None and pruned is not None:
-            total = len(results) + len(others)
+            total = 3 + len(others)
             progress(1, total)
-            results["pruned"] = run.evaluate(run.dynamic, pruned)
+            cheap = run.evaluate(run.dynamic, pruned)
             progress(2, total)
             if dense is not None:
                 untrained = run.evaluate(run.dynamic, run.gated(dense))
-                results["pruned_without_targeted_dropout"] = untrained
-            for done, criterion in enumerate(others, len(results)):
+            for done, criterion in enumerate(others, 3):
                 progress(done, total)
                 controls[criterion] = run.evaluate(run.network_with(criterion), pruned)
-    shown = results["pruned"] or results["dense"]
+    shown = cheap or whole
     assert shown is not None
-    cheap, whole = results["pruned"], results["dense"]
     report = {
-        **{name: result and result.summary() for name, result in results.items()},
+        "dense": whole and whole.summary(),
+        "pruned": cheap and cheap.summary(),
+        "pruned_without_targeted_dropout": untrained and untrained.summary(),
         "cascade": [
             cascaded(cheap, whole, share) for share in run.config.cascade.shares if cheap and whole
         ],
@@ -92,10 +90,11 @@ def write_report(
         **provenance(run),
         "phases": timings or {},
     }
+    pictured = final
     if run.dynamic is not None:  # by all processes: it is computed on the devices of all
-        final = run.recalibrated(run.dynamic, final)
+        pictured = run.recalibrated(run.dynamic, final)
     if processes.leads():
-        _draw(run, report, shown, final)
+        _draw(run, report, shown, pictured)
     report["seconds"] = None if started is None else time.perf_counter() - started
     if timings is None:
         report |= _told_of_training(run)
@@ -202,7 +201,7 @@ def _layers(result: Evaluation, network: Network | None) -> list[dict[str, Any]]
     return rows
 
 
-def _draw(run: Run, report: dict[str, Any], shown: Evaluation, final: Values) -> None:
+def _draw(run: Run, report: dict[str, Any], shown: Evaluation, values: Values) -> None:
     folder = run.workdir
     usage = shown.usage
     plots.save(plots.training_figure(read_metrics(folder)), folder / "training.png")
@@ -215,12 +214,12 @@ def _draw(run: Run, report: dict[str, Any], shown: Evaluation, final: Values) ->
         last = len(run.dataset.test) - 1  # evenly spread: a set may be in the order of classes
         pictured = np.unique(np.linspace(0, last, _PICTURED_IMAGES).round().astype(int))
         images, _ = run.dataset.test.read(pictured)
-        masks = kept_columns(run, run.dynamic, final, images)
+        masks = _kept_columns(run, run.dynamic, values, images)
         seen = center_crop(jnp.asarray(images), run.config.data.image_size)
         plots.save(plots.kept_columns_figure(np.asarray(seen), masks), folder / "kept_columns.png")
 
 
-def kept_columns(
+def _kept_columns(
     run: Run,
     network: Network,
     values: Values,

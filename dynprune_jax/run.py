@@ -1,5 +1,6 @@
 """A run: a checked config with its data set and its networks, in its work directory."""
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
@@ -40,7 +41,7 @@ from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.layers import by_name
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.recalibrate import batch_statistics, mean_of
-from dynprune_jax.pruning.schedules import ascent_steps
+from dynprune_jax.pruning.schedules import RatioSchedule, ratio_ascent
 from dynprune_jax.train_step import Network, TrainState, Values
 from dynprune_jax.workdir import (
     FREE_FIELDS,
@@ -100,7 +101,7 @@ class Run:
         if config_lib.is_own(config.model):
             own_factory(config.model)
         else:
-            nnx.eval_shape(lambda: _build_both(config, num_classes=10, channels=3)[:2])
+            _build_both(config, num_classes=10, channels=3, lift=nnx.eval_shape)
         dataset = build_dataset(config)
         model, dynamic_model, links = _build_both(config, dataset.num_classes, dataset.channels)
         dynamic = Network(dynamic_model) if dynamic_model is not None else None
@@ -113,8 +114,14 @@ class Run:
             return
         targets = self.dynamic.values(PruneRatio).values()
         highest = round(max(float(target) for target in targets), 6)
-        arrival, total = ascent_steps(highest, **self.ascent), self.phase_steps("prune")
-        if arrival >= total:
+        schedule, total = self.ascent(highest), self.phase_steps("prune")
+
+        def arrived(step: int) -> bool:
+            return float(schedule(step)) >= highest - 1e-6
+
+        if not arrived(total - 1):
+            last = range(total, 2**31 - 1)  # steps are int32
+            arrival = bisect.bisect_left(last, True, key=arrived) + total
             raise UserError(
                 f"config.prune.epochs is {self.config.prune.epochs}, that is {total} steps; the"
                 f" ratio {highest:g} is only reached at step {arrival}: train longer, or change"
@@ -134,16 +141,13 @@ class Run:
             raise UserError(f"config.prune.epochs is {self.config.prune.epochs}: {without}")
         return self.dynamic
 
-    @property
-    def ascent(self) -> dict[str, Any]:
-        """The arguments of `ratio_ascent`."""
+    def ascent(self, target: float | Float[ArrayLike, ""]) -> RatioSchedule:
+        """How a ratio rises to its target, as `config.ascent` says: by the phase's own step."""
         ascent = self.config.ascent
         interval = max(1, math.floor(ascent.interval_epochs * self.steps_per_epoch))
-        return {
-            "interval_steps": interval,
-            "warmup": ascent.warmup,
-            "increment": ascent.increment,
-        }
+        return ratio_ascent(
+            target, interval_steps=interval, warmup=ascent.warmup, increment=ascent.increment
+        )
 
     def claim(self) -> None:
         """Makes the work directory this run's own: writes config.json if it is not there.
@@ -463,14 +467,20 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build_both(
-    config: Config, num_classes: int, channels: int
+    config: Config,
+    num_classes: int,
+    channels: int,
+    lift: Callable[..., Any] = lambda make, *args: make(*args),
 ) -> tuple[nnx.Module, nnx.Module | None, Links]:
-    """The dense model in training mode; if anything is pruned, the dynamic one, and the links."""
-    model = build_model(config, num_classes, channels)
+    """The dense model in training mode; if anything is pruned, the dynamic one, and the links.
+
+    With `nnx.eval_shape` as `lift` no weights are drawn.
+    """
+    model = lift(lambda: build_model(config, num_classes, channels))
     model.train()
     if not config.prune.epochs:
         return model, None, {}
     links = build_links(config, model, channels)
-    dynamic = build_dynamic(config, model, links)
+    dynamic = lift(lambda model: build_dynamic(config, model, links), model)
     dynamic.train()
     return model, dynamic, links

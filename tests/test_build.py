@@ -203,5 +203,5 @@ def test_what_is_wrong_with_it_is_said(config, tmp_path, monkeypatch, model, mes
 
 def test_what_is_known_of_our_models_alone_is_not_guessed(config, tmp_path):
     config.gate.column_ratio, config.gate.block_columns = (0.5, 0.5), True
-    with pytest.raises(UserError, match="Own is no architecture of dynprune_jax"):
+    with pytest.raises(UserError, match="Own is none of VGG, ResNet, CifarResNet, of"):
         Run.open(config, tmp_path)

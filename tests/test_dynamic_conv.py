@@ -84,6 +84,17 @@ def test_groups_of_channels_and_patches_of_columns_are_kept_whole():
     np.testing.assert_array_equal(kept, strength >= np.sort(strength)[:, [3]])
 
 
+def test_a_criterion_sees_columns_row_by_row():
+    def first(scores, rngs):
+        del rngs
+        return jnp.broadcast_to(-jnp.arange(scores.shape[-1], dtype=jnp.float32), scores.shape)
+
+    gate = dynamic(conv(), column_ratio=0.5, criterion=first)
+    columns = gate.masks(jnp.ones((2, 3, 4, 8))).columns
+    row_by_row = [[True] * 4, [True] * 2 + [False] * 2, [False] * 4]
+    np.testing.assert_array_equal(columns, [row_by_row] * 2)
+
+
 def test_sizes_of_groups_and_patches_below_one_are_refused():
     for field in ("channel_group", "column_patch"):
         with pytest.raises(ValueError, match=f"{field} is 0; it must be at least 1"):

@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.macs import conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
 
@@ -168,13 +169,15 @@ def test_linear_layers_count_and_positions_multiply():
 
 
 def test_the_cost_of_a_gate_by_hand():
-    conv = nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+    rngs = nnx.Rngs(0)
+    gate = DynamicConv(nnx.Conv(4, 8, (3, 3), rngs=rngs), channel_ratio=0.5, rngs=rngs)
     channels = jnp.asarray([[True, True, False, False], [True] * 4])
-    usage = conv_usage(conv, (2, 3, 3, 4), Masks(channels), **PLACE)
+    usage = conv_usage(gate, (2, 3, 3, 4), Masks(channels), **PLACE)
     assert usage.gate_operations == 36 + 8  # additions for the means, 4 * log2(4) comparisons
-    grouped = nnx.Conv(4, 8, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
+    grouped = nnx.Conv(4, 8, (3, 3), feature_group_count=2, rngs=rngs)
+    gate = DynamicConv(grouped, channel_ratio=0.5, column_ratio=0.5, rngs=rngs)
     both = Masks(channels, jnp.ones((2, 3, 3), bool))
-    usage = conv_usage(grouped, (2, 3, 3, 4), both, **PLACE)
+    usage = conv_usage(gate, (2, 3, 3, 4), both, **PLACE)
     assert usage.gate_operations == 36 + 2 * 1 + 36 + 9 * 4  # 2 groups, 9 columns
 
 

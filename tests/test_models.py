@@ -207,7 +207,7 @@ def small_vgg(dtype, rngs):
 
 
 def small_resnet(dtype, rngs):
-    return CifarResNet(1, 10, in_channels=3, dtype=dtype, rngs=rngs)
+    return CifarResNet(1, 10, in_channels=3, width=1.0, dtype=dtype, rngs=rngs)
 
 
 @functools.cache

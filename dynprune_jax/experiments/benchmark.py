@@ -59,11 +59,12 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     size, `layer_times_batch_N.png`.
 
     Returns:
-      Rows with the setting (`network`, `image_size`, `dtype`, `device`, `batch_size`,
-      `channel_ratio`, `column_ratio`, `mac_reduction`), medians in milliseconds a batch
-      (`fastest_dense_ms`, `masked_ms`, `compact_ms`, of the config's own ratios also
-      `random_masks_ms` and, where filters can go as far, `static_ms`: of filters removed by L1
-      norms as `config.static.allotment` says), every dense way's (`dense_ms`), quartiles,
+      Rows with `timing.setting`, the gates' ratios, groups and patches and their `mac_reduction`,
+      medians in milliseconds a batch (`fastest_dense_ms`, `masked_ms`, `compact_ms`, of the
+      config's own ratios also `random_masks_ms` and, where filters can go as far, `static_ms`: of
+      filters removed by L1 norms as `config.static.allotment` says, with the
+      `static_mac_reduction` that came of it), every dense way's (`dense_ms`) and other runtime's
+      (`other_runtimes_ms`), quartiles,
       `images_per_second`, `speedup` over the fastest dense way in JAX, `ideal_speedup`,
       `realised` (the share of the ideal), the largest difference between the logits of compact
       and masked execution, and the memory that XLA plans for, in MB (what the kernels take

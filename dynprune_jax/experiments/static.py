@@ -135,13 +135,12 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
             f" {config.prune.start!r}; --mode=static prunes a dense network: it needs epochs, and"
             " a start from dense or checkpoint"
         )
-    links, ratios = removed(run)  # before anything is trained
+    score, (links, ratios) = CRITERIA[config.static.criterion], removed(run)
     dense, timings = train_dense(run)
     assert dense is not None  # checked above
     model: Any = run.dense.bind(dense)
     model.eval()
-    scores = CRITERIA[config.static.criterion](model, links, run)
-    small = remove_filters(model, links, scores, ratios)
+    small = remove_filters(model, links, score(model, links, run), ratios)
     small.train()
     network = Network(small)
     teacher = dense if config.prune.distillation else None
@@ -169,8 +168,8 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     for name in ("pruned", "pruned_without_training"):  # counted against the dense network
         for part in ("", "executed_"):
             left = report[name][f"{part}macs_per_image"]["mean"]
-            whole = report["dense"][f"{part}macs_per_image"]["mean"]
-            report[name][f"{part}mac_reduction"] = 1.0 - left / whole
+            all_of_it = report["dense"][f"{part}macs_per_image"]["mean"]
+            report[name][f"{part}mac_reduction"] = 1.0 - left / all_of_it
     write_json(run.workdir / "report.json", report)
     screen().print(
         f"{config.model} on {config.data.name}, filters by {config.static.criterion}: accuracy"
@@ -195,7 +194,7 @@ def removed(run: Run) -> tuple[Links, dict[str, float]]:
     config, image = run.config, run.one_image
     if config.static.criterion == "none":
         return {}, {}
-    model = run.dense.bind(run.dense.weights)
+    model = run.dense.bind()
     model.eval()
     links = find_removable(config, model, run.dataset.channels, run.links)
     allotted, reduction = shares(config, links), run.mac_reduction()

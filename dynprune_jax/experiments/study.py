@@ -111,6 +111,7 @@ METHODS = {
 }
 _NEEDED = {"method", "cut", "seed", "accuracy", "mac_reduction"}  # of a result
 _NOT_MEASURED = "not measured"
+_EXECUTED = "executed_mac_reduction"
 # Of gates, what tells how many filters of each block they would leave.
 _ALLOTTING = tuple(
     f"gate.{field}"
@@ -331,65 +332,75 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     column less, or a filter, is the least that a network can lose. A row may
     lack all but its accuracy and MAC reduction, as of a run that was cut off before its report.
     """
-    names = labels(rows)
-    dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
-    cuts = sorted({row["cut"] for row in rows if row["method"] != "dense"})
-    curves, one = _arranged(rows)
-    found = []
-    if curves:
-        lines = [
-            "| method | dense | " + " | ".join(f"{cut:.0%} cut" for cut in cuts) + " |",
-            "|---|---|" + "---|" * len(cuts),
-        ]
-        for name in curves:
-            cells = [
-                _cell(_accuracies(rows, name, cut)) + _reached(rows, name, cut) for cut in cuts
-            ]
-            lines.append(f"| {names[name]} | {_cell(dense)} | " + " | ".join(cells) + " |")
-        found.append("\n".join(lines))
-    if one is not None:
-        cut = one
-        shown = [name for name in curves if _accuracies(rows, name, cut)]
-        shown += [name for name in names if name not in (*curves, "dense")]
-        if not curves:
-            shown.insert(0, "dense")
-        lines = [
-            f"| at a cut of {cut:.0%} | accuracy | without training for it | executed cut |",
-            "|---|---|---|---|",
-        ]
-        for name in shown:
-            at = 0.0 if name == "dense" else cut
-            chosen = [row for row in rows if _is(row, name, at)]
-            executed = [
-                r["executed_mac_reduction"] for r in chosen if "executed_mac_reduction" in r
-            ]
-            share = f"{statistics.mean(executed):.1%}" if executed else _NOT_MEASURED
-            untrained = [r["accuracy_untrained"] for r in chosen if "accuracy_untrained" in r]
-            before = "" if name == "dense" else _cell(untrained)
-            lines.append(
-                f"| {names[name]} | {_cell(_accuracies(rows, name, at))}{_reached(rows, name, at)}"
-                f" | {before} | {share} |"
-            )
-        found.append("\n".join(lines))
-    lines = [
-        "| weights trained for | cut | its own choice | one for a batch | random | inverse |",
-        "|---|---|---|---|---|---|",
+    names, (curves, one) = labels(rows), _arranged(rows)
+    own = curves or [*names]
+    return [
+        *_over_cuts(rows, {name: names[name] for name in curves}),
+        *(() if one is None else _at_one_cut(rows, names, curves, one)),
+        *_controls(rows, {name: names[name] for name in own}),
+        *_cascades(rows, {name: names[name] for name in own}),
     ]
-    for name in curves or names:
+
+
+def _over_cuts(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    """A table of accuracy by method and cut."""
+    cuts = sorted({row["cut"] for row in rows if row["method"] != "dense"})
+    dense = _cell(_accuracies(rows, "dense", 0.0))
+    lines = []
+    for name, label in names.items():
+        cells = [_cell(_accuracies(rows, name, cut)) + _reached(rows, name, cut) for cut in cuts]
+        lines.append([label, dense, *cells])
+    return _markdown(["method", "dense", *(f"{cut:.0%} cut" for cut in cuts)], lines)
+
+
+def _at_one_cut(
+    rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], curves: Sequence[str], cut: float
+) -> list[str]:
+    """A table of all methods at one cut, those with curves first, else the dense network."""
+    shown = [name for name in curves if _accuracies(rows, name, cut)] if curves else ["dense"]
+    shown += [name for name in names if name not in (*curves, "dense")]
+    lines = []
+    for name in shown:
+        at = 0.0 if name == "dense" else cut
+        chosen = [row for row in rows if _is(row, name, at)]
+        executed = [row[_EXECUTED] for row in chosen if _EXECUTED in row]
+        untrained = [row["accuracy_untrained"] for row in chosen if "accuracy_untrained" in row]
+        lines.append(
+            [
+                names[name],
+                _cell(_accuracies(rows, name, at)) + _reached(rows, name, at),
+                "" if name == "dense" else _cell(untrained),
+                f"{statistics.mean(executed):.1%}" if executed else _NOT_MEASURED,
+            ]
+        )
+    header = [f"at a cut of {cut:.0%}", "accuracy", "without training for it", "executed cut"]
+    return _markdown(header, lines)
+
+
+def _controls(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    """A table of what the same weights do with other choices than their gates'."""
+    lines = []
+    for name, label in names.items():
         if {"dense", "distillation"} & {*name.split("+")} or find_method(name).run is static:
             continue
         for cut in sorted({row["cut"] for row in rows if row["method"] == name}):
-            cells = [_cell(_accuracies(rows, name, cut))]
             others = [
                 row.get("accuracy_by_other_criteria", {}) for row in rows if _is(row, name, cut)
             ]
-            for control in ("shared", "random", "inverse"):
-                cells.append(_cell([other[control] for other in others if control in other]))
-            lines.append(f"| {names[name]} | {cut:.0%} | " + " | ".join(cells) + " |")
-    if len(lines) > 2:
-        found.append("\n".join(lines))
-    found += _cascades(rows, {name: names[name] for name in curves or names})
-    return found
+            cells = [
+                _cell([other[control] for other in others if control in other])
+                for control in ("shared", "random", "inverse")
+            ]
+            lines.append([label, f"{cut:.0%}", _cell(_accuracies(rows, name, cut)), *cells])
+    header = [
+        "weights trained for",
+        "cut",
+        "its own choice",
+        "one for a batch",
+        "random",
+        "inverse",
+    ]
+    return _markdown(header, lines)
 
 
 def _cascades(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
@@ -397,14 +408,7 @@ def _cascades(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> li
     having = [(row, row.get("cascade", ())) for row in rows if row["method"] in names]
     # Two digits: what came out is the share that was asked for but for a part of an image.
     shares = sorted({round(found["share"], 2) for _, cascade in having for found in cascade})
-    if not shares:
-        return []
-    lines = [
-        "| the dense network sees again | cut | none | "
-        + " | ".join(f"the least sure {share:.0%}" for share in shares)
-        + " |",
-        "|---|---|---|" + "---|" * len(shares),
-    ]
+    lines = []
     for name, label in names.items():
         cuts = {row["cut"] for row, cascade in having if cascade and row["method"] == name}
         for cut in sorted(cuts):
@@ -420,8 +424,17 @@ def _cascades(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> li
                 reached = [found["mac_reduction"] for found in chosen]
                 told = f" ({statistics.mean(reached):.1%})" if chosen else ""
                 cells.append(_cell([found["accuracy"] for found in chosen]) + told)
-            lines.append(f"| {label} | {cut:.0%} | " + " | ".join(cells) + " |")
-    return ["\n".join(lines)]
+            lines.append([label, f"{cut:.0%}", *cells])
+    told = [f"the least sure {share:.0%}" for share in shares]
+    return _markdown(["the dense network sees again", "cut", "none", *told], lines)
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table; none where it would have no line."""
+    if not lines:
+        return []
+    rows = [f"| {' | '.join(cells)} |" for cells in (header, *lines)]
+    return ["\n".join([rows[0], "|" + "---|" * len(header), *rows[1:]])]
 
 
 def _is(row: Mapping[str, Any], name: str, cut: float) -> bool:
@@ -532,7 +545,8 @@ def _row(
     result: Mapping[str, Any],
     untrained: Mapping[str, Any],
 ) -> dict[str, Any]:
-    kept = ("accuracy", "mac_reduction", "executed_mac_reduction", "macs_per_image")
+    kept = ("accuracy", "mac_reduction", _EXECUTED, "macs_per_image")
+    kept += ("gate_operations_per_image", "executed_macs_per_image")
     told = ("dense_macs_per_image", "device", "versions", "data", "seconds")
     fields = config_lib.flatten(config)
     for path in _PATHS:
@@ -542,8 +556,6 @@ def _row(
         "cut": cut,
         "seed": config.seed,
         **{key: result[key] for key in kept},
-        "gate_operations_per_image": result["gate_operations_per_image"],
-        "executed_macs_per_image": result["executed_macs_per_image"],
         "accuracy_untrained": untrained["accuracy"],
         **{key: report[key] for key in told},
         "command": command(name, cut, config),

@@ -63,8 +63,8 @@ def _names(model: Any, known: bool) -> dict[int, str]:
     """The names of a known model's modules, by their identity."""
     if not known:
         raise ValueError(
-            f"{type(model).__name__} is no architecture of dynprune_jax.models, of which alone it"
-            " is known which layers read which, and which convolutions can share columns"
+            f"{type(model).__name__} is none of {', '.join(t.__name__ for t in _TYPES)}, of which"
+            " alone it is known which layers read which, and which convolutions can share columns"
         )
     return {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
 

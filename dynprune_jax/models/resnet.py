@@ -109,7 +109,7 @@ class ResNet(nnx.Module):
         num_classes: int,
         *,
         in_channels: int,
-        width: float = 1.0,
+        width: float,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):

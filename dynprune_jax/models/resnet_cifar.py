@@ -83,7 +83,7 @@ class CifarResNet(nnx.Module):
         num_classes: int,
         *,
         in_channels: int,
-        width: float = 1.0,
+        width: float,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):

@@ -86,8 +86,10 @@ class DynamicConv(nnx.Conv):
       rngs: draws for the criterion `random` and for a `drop_probability` below 1.
 
     Raises:
-      ValueError: for a ratio or a probability out of its range, or another kind of layer; when
-        it is called with `wants_columns`, for an output of another size than the input.
+      ValueError: for a ratio, a probability, a group or a patch out of its range, a statistic or
+        criterion that is no function, or another kind of layer; for a `feature_ratio` of a grouped
+        convolution; when it is called with `wants_columns`, for an output of another size than the
+        input.
     """
 
     def __init__(
@@ -220,17 +222,15 @@ class DynamicConv(nnx.Conv):
             channels = jnp.repeat(channels, self.group_size(shape[-1]), axis=-1)
         if column_scores is not None:
             side = self.patch_side(*shape[-3:-1])
-            rows, patches = column_scores.shape[-2:]
-            flat = column_scores.reshape(*column_scores.shape[:-2], rows * patches)
-            columns = self._keep(flat, self.column_ratio, self.follows_columns)
-            columns = columns.reshape(column_scores.shape)
+            columns = self._keep(column_scores, self.column_ratio, self.follows_columns)
+            columns = columns.reshape(*columns.shape[:-1], *(n // side for n in shape[-3:-1]))
             columns = jnp.repeat(jnp.repeat(columns, side, axis=-2), side, axis=-1)
         return Masks(channels, columns)
 
     def scores(
         self, x: Float[Array, "*batch height width channels"]
-    ) -> tuple[Float[Array, "*batch groups"] | None, Float[Array, "*batch rows patches"] | None]:
-        """What the gate ranks, of channels and of columns: the highest are kept."""
+    ) -> tuple[Float[Array, "*batch groups"] | None, Float[Array, "*batch patches"] | None]:
+        """What the gate ranks, of channels and of columns, row by row: the highest are kept."""
         *batch, height, width, channels = x.shape
         of_channels = of_columns = None
         if self.channel_ratio is not None:
@@ -246,9 +246,20 @@ class DynamicConv(nnx.Conv):
             if side > 1:
                 patches = of_columns.reshape(*batch, height // side, side, width // side, side)
                 of_columns = jnp.mean(patches, axis=(-3, -1))
+            of_columns = of_columns.reshape(*batch, height * width // side**2)
             if not self.follows_columns:
                 of_columns = self.criterion(of_columns, self.rngs)
         return of_channels, of_columns
+
+    def ranked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many scores of each map of a shape it ranks: of channels, columns and outputs."""
+        height, width, channels = shape[-3:]
+        counts = (
+            (self.channel_ratio, channels // self.group_size(channels)),
+            (self.column_ratio, height * width // self.patch_side(height, width) ** 2),
+            (self.feature_ratio, self.out_features // self.feature_group),
+        )
+        return tuple(count for ratio, count in counts if ratio is not None)
 
     def group_size(self, channels: int) -> int:
         """How many neighbouring channels are kept or skipped together."""

@@ -319,7 +319,8 @@ class _Product:
       image: by XLA, a single image: `(geometry, weights, dot, x, ...)`, with indices of what is
         gathered and masks of the rest. The last axis of the weights is `(..., features)`.
       batch: by code of our own, all images: `(geometry, weights, x, masks, ...)`, with masks of
-        what is not to be read.
+        what is not to be read. It is not told a precision: `possible` leaves it out where one
+        matters.
     """
 
     layout: Callable[[Array], Array]
@@ -427,7 +428,7 @@ def possible(
     columns = columns and not repeats(conv)
     forms = [Form(), *map(Form, products)]
     # Kept channels are each image's own: of small maps that keep most, all at once is faster.
-    forms += {Form("native"): None, Form("native", channels=channels, columns=columns): None}
+    forms += dict.fromkeys((Form("native"), Form("native", channels=channels, columns=columns)))
     if channels:
         forms += [Form(product, channels=True) for product in ("conv", *products)]
         plain = pair(conv.strides) == pair(conv.kernel_dilation) == (1, 1)

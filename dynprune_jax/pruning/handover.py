@@ -1,4 +1,7 @@
-"""From a convolution that leaves outputs out to the normalization that reads them."""
+"""From a convolution that leaves outputs out to the normalization that reads them.
+
+And what every module here that stands in for another needs: to take over all that it holds.
+"""
 
 from typing import Any
 

@@ -181,16 +181,6 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
 
     all_taps, dense_taps = _taps_of(conv, height, width)
     fan_out = conv.out_features // conv.feature_group_count
-    dynamic = isinstance(conv, DynamicConv)
-    ranked = []
-    if masks.channels is not None:
-        groups = conv.feature_group_count  # of a grouped convolution it ranks these
-        size = channels // groups if groups > 1 else 1
-        ranked.append(channels // (conv.group_size(channels) if dynamic else size))
-    if masks.columns is not None:
-        ranked.append(height * width // (conv.patch_side(height, width) ** 2 if dynamic else 1))
-    if masks.features is not None:
-        ranked.append(conv.out_features // (conv.feature_group if dynamic else 1))
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
         kept_features=_kept(masks.features, batch, conv.out_features, axes=(-1,)),
@@ -206,7 +196,7 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         columns=height * width,
         features=conv.out_features,
         both_columns=masks.out_columns is not None,
-        ranked=tuple(ranked),
+        ranked=conv.ranked(shape) if isinstance(conv, DynamicConv) else (),
         salience_macs=0 if masks.features is None else channels * conv.out_features,
         **place,
     )

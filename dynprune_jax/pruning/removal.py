@@ -107,18 +107,30 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
     convs, layers, around = replaceable_layers(model), all_modules(model), rewritten(model)
     owners = Counter(id(part) for layer in layers.values() for part in _variables(layer))
 
-    def plain(name: str) -> bool:
+    def holds(name: str) -> str:
+        """What of a layer keeps filters from leaving; nothing if they can."""
         layer = layers[name]
-        shared = any(owners[id(part)] > 1 for part in _variables(layer))
-        if shared or name.startswith(around):
-            return False
-        return type(layer) in (nnx.Linear, nnx.BatchNorm) or (
-            name in convs and layer.feature_group_count == 1 and layer.mask is None
-        )
+        if any(owners[id(part)] > 1 for part in _variables(layer)):
+            return "shares its weights"
+        if name.startswith(around):
+            return "has weights that a module around it computes"
+        if type(layer) in (nnx.Linear, nnx.BatchNorm):
+            return ""
+        if name not in convs:
+            return f"is {type(layer).__name__}, which is not known"
+        if layer.feature_group_count > 1:
+            return "is grouped"
+        return "" if layer.mask is None else "has a mask"
 
-    found = {name: link for name, link in links.items() if all(map(plain, (name, *link)))}
+    found, why = {}, ""
+    for name, link in links.items():
+        held = [f"{layer} {what}" for layer in (name, *link) if (what := holds(layer))]
+        if held:
+            why = why or f": for instance those of {name} are read where {held[0]}"
+        else:
+            found[name] = link
     if not found:
-        raise ValueError(f"{type(model).__name__} has no filters that can leave alone")
+        raise ValueError(f"{type(model).__name__} has no filters that can leave alone{why}")
     try:
         try_removal(model, found, dict.fromkeys(found, 0.5), image)
     except ValueError:

@@ -1,6 +1,5 @@
 """Schedules of the prune ratios: functions of the step, as Optax's are."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -98,10 +97,3 @@ def elastic(
         return fraction * schedule(step)
 
     return drawn
-
-
-def ascent_steps(
-    target: float, *, interval_steps: int, warmup: float = 0.1, increment: float = 0.05
-) -> int:
-    """The first step at which `ratio_ascent` with these arguments has reached its target."""
-    return max(0, math.ceil((target - 1e-6 - warmup) / increment)) * interval_steps
