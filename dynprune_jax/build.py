@@ -98,6 +98,9 @@ def _build_own(config: Config, num_classes: int, options: Mapping[str, Any]) -> 
         model = factory(num_classes, **options)
     except ValueError as error:  # Flax's own go on for many lines
         raise UserError(said + str(error).partition("\n")[0]) from error
+    except Exception as error:  # of code that is not ours its traceback says more than a line
+        error.add_note(f"{said}it raised this when it made the model")
+        raise
     if not isinstance(model, nnx.Module) or not callable(model):
         raise UserError(f"{said}it returned {type(model).__name__}: no nnx.Module with a __call__")
     images = one_image(config, options["in_channels"])
@@ -105,7 +108,14 @@ def _build_own(config: Config, num_classes: int, options: Mapping[str, Any]) -> 
         inspect.signature(model.__call__).bind(images)
     except TypeError as error:
         raise UserError(f"{said}its model is called with images alone: {error}") from error
-    logits = nnx.eval_shape(lambda model, images: model(images), model, images)
+    try:
+        logits = nnx.eval_shape(lambda model, images: model(images), model, images)
+    except Exception as error:
+        shape = "x".join(map(str, images.shape))
+        error.add_note(
+            f"{said}its model raised this when it was called with {shape} {images.dtype}"
+        )
+        raise
     if getattr(logits, "shape", None) != (1, num_classes):
         found = getattr(logits, "shape", type(logits).__name__)
         raise UserError(

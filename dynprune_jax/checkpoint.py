@@ -260,14 +260,13 @@ class Checkpoints:
     def _check_fit(
         self, where: str, like: PyTree, of: Mapping[str, Any] | None, digests: dict[str, str]
     ) -> None:
-        if self._of is not None:
-            here, there = self._of, {**self._assumed, **(of or {})}
-            for name in sorted(here):
-                if here[name] != there.get(name):
-                    raise UserError(
-                        f"{where} is of another run: {name} is {there.get(name)!r} there and"
-                        f" {here[name]!r} here"
-                    )
+        here, there = self._of, {**self._assumed, **(of or {})}
+        for name in sorted(here):
+            if here[name] != there.get(name):
+                raise UserError(
+                    f"{where} is of another run: {name}: {there.get(name)!r} there,"
+                    f" {here[name]!r} here"
+                )
         wanted = _leaves(like)
         odd = sorted(wanted.keys() ^ digests.keys())
         if odd:

@@ -22,11 +22,12 @@ Ctrl-C, when the step is ended and saved: the same command goes on from there.
 """
 
 import errno
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
@@ -98,8 +99,8 @@ def main(argv: Sequence[str]) -> int:
             raise
         said = f" ({str(error).splitlines()[0]:.200})" if str(error) else ""
         return _say(
-            f"out of memory{said}; lower config.batch_size,"
-            " config.eval_batch_size, config.data.memory_limit_mb, config.data.image_size or"
+            f"out of memory{said}; lower config.eval_batch_size, or in a new workdir"
+            " config.batch_size, config.data.memory_limit_mb, config.data.image_size or"
             " config.width",
             2,
         )
@@ -112,6 +113,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def end(exit_code: int) -> NoReturn:
+    """Ends the process; at once where a signal has stopped what was under way.
+
+    Python's own end would pull JAX down around a compilation or a computation that still goes on,
+    and that as often as not is a segmentation fault, with an exit code of its own. Of many
+    processes each has to take leave of the others, and none is stopped in an evaluation.
+    """
+    if exit_code > 128 and not jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
 def _say(message: object, exit_code: int) -> int:
     print("dynprune_jax:", " ".join(str(message).splitlines()), file=sys.stderr)
     return exit_code
@@ -122,4 +137,4 @@ if __name__ == "__main__":
     # the same errors in the threads and dropped tasks of Orbax and TensorBoard add nothing.
     threading.excepthook = lambda _: None
     sys.unraisablehook = send_again
-    sys.exit(main(sys.argv))
+    end(main(sys.argv))

@@ -333,23 +333,26 @@ def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     figure = Figure(figsize=(4.5 * len(weights), 4), layout="constrained")
     panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
     colours = (_BLUE, _ORANGE, _VERMILION, _SKY, "black")
+    handles = {}
     for axes, panel in zip(panels, weights, strict=True):
-        for i, name in enumerate(names):
+        for name in names:
             points = [r for r in rows if (r["weights"], _block_name(r)) == (panel, name)]
             points.sort(key=lambda row: row["ratio"])
-            axes.plot(
+            block, channels = points[0]["block"] % 5, points[0]["axis"] == "channel_ratio"
+            (handles[name],) = axes.plot(
                 [row["mac_reduction"] for row in points],
                 [row["accuracy"] for row in points],
-                color=colours[points[0]["block"] % len(colours)],
-                linestyle="-" if points[0]["axis"] == "channel_ratio" else ":",
-                marker="osv^D"[i % 5],
+                color=colours[block],
+                linestyle="-" if channels else ":",
+                marker="osv^D"[block],
+                markerfacecolor=colours[block] if channels else "white",
                 label=name,
             )
         others = "nothing else pruned" if panel == "dense" else "the others at their targets"
         axes.set_title(f"weights: {panel}; {others}")
         _accuracy_over_macs(axes)
     panels[0].set_ylabel("test accuracy")
-    panels[-1].legend(loc="lower left", frameon=False)
+    figure.legend(handles=list(handles.values()), loc="outside right center", frameon=False)
     return figure
 
 

@@ -242,7 +242,7 @@ def _print_table(report: dict[str, Any], run: Run) -> None:
     table = rich.table.Table(
         title=f"{run.config.model} on {run.config.data.name}: accuracy, and million MACs per image"
     )
-    for name in ("", "accuracy", "MMACs", "cut", "executed", "min", "max"):
+    for name in ("", "accuracy", "MMACs", "cut", "executed", "from", "to"):
         table.add_column(name, justify="left" if not name else "right")
     rows = {
         "dense": report["dense"],

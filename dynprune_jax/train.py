@@ -287,7 +287,9 @@ class _Phase:
             accuracy = self._run.evaluate(self._network, self.state.values, ratios).accuracy
         row = {"test_accuracy": accuracy, "resident_memory_mb": resident_memory_mb()}
         writers.write(self.row, row)
-        screen.say(self.step, self._run.steps_per_epoch, accuracy, _mean(ratios))
+        size = self._run.config.batch_size
+        rate = self.timing.summary()["images_per_second"] / size
+        screen.say(self.step, self._run.steps_per_epoch, accuracy, _mean(ratios), rate, size)
 
     def _averages(self) -> dict[str, Any]:
         """A row of metrics: what was learnt since the last, and how."""

@@ -131,12 +131,14 @@ def screen() -> rich.console.Console:
 
 @contextlib.contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar, rate and time left on a terminal while something is done.
+    """Shows a bar, rate and time left on a terminal while something is done; elsewhere one line.
 
     Gives `progress(done, total)`, to be called as it gets on.
     """
     console = screen()
     began = time.perf_counter()
+    if not console.is_terminal:
+        console.print(f"{description} ...", highlight=False, markup=False, soft_wrap=True)
     with rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -181,8 +183,7 @@ class Screen:
         self._task = self._bar.add_task(
             name, total=total, completed=step, rate=0.0, loss=float("nan")
         )
-        self._began = self._last = time.perf_counter()
-        self._steps = self._images = 0  # of this process
+        self._last = time.perf_counter()
         self._total = total
 
     def __enter__(self) -> "Screen":
@@ -194,22 +195,26 @@ class Screen:
 
     def advance(self, steps: int, batch_size: int, metrics: dict[str, Any]) -> None:
         """Moves the bar on."""
-        self._steps += steps
-        self._images += steps * batch_size
         now = time.perf_counter()
         rate = steps * batch_size / (now - self._last)
         self._last = now
         self._bar.update(self._task, advance=steps, rate=rate, loss=float(metrics["loss"]))
 
     def say(
-        self, step: int, steps_per_epoch: int, accuracy: float, ratios: dict[str, float | None]
+        self,
+        step: int,
+        steps_per_epoch: int,
+        accuracy: float,
+        ratios: dict[str, float | None],
+        steps_per_second: float,
+        batch_size: int,
     ) -> None:
-        """Prints one line on where the phase stands; its rate and time left count everything."""
-        seconds = time.perf_counter() - self._began
+        """Prints one line on where the phase stands; the time left is that of the steps alone."""
         speed = ""
-        if self._steps:  # else this process has only evaluated
-            left = datetime.timedelta(seconds=round((self._total - step) * seconds / self._steps))
-            speed = f" ({self._images / seconds:,.0f} images/s, {left} left)"
+        if steps_per_second:  # else nothing was timed yet
+            left = datetime.timedelta(seconds=round((self._total - step) / steps_per_second))
+            told = f", {left} of training left" if step < self._total else ""
+            speed = f" ({steps_per_second * batch_size:,.0f} images/s{told})"
         at = ", ".join(
             f"{ratio:.2f} of the {axis.removesuffix('_ratio')}s"
             for axis, ratio in ratios.items()

@@ -201,6 +201,32 @@ def test_what_is_wrong_with_it_is_said(config, tmp_path, monkeypatch, model, mes
     assert not (tmp_path / "run").exists()
 
 
+def raises(num_classes, *, in_channels, image_size, width, dtype, rngs):
+    raise RuntimeError("oh no")
+
+
+class OfColours(nnx.Module):
+    def __init__(self, num_classes, *, in_channels, image_size, width, dtype, rngs):
+        self.head = nnx.Linear(3, num_classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("raises", "'test_build:raises'; it raised this when it made the model"),
+        ("OfColours", "its model raised this when it was called with 1x8x8x1 float32"),
+    ],
+)
+def test_an_error_of_ones_own_code_says_whose_it_is(config, model, told):
+    config.model = f"test_build:{model}"
+    with pytest.raises((RuntimeError, TypeError)) as error:
+        build_model(config, 10, 1)
+    assert told in error.value.__notes__[-1]
+
+
 def test_what_is_known_of_our_models_alone_is_not_guessed(config, tmp_path):
     config.gate.column_ratio, config.gate.block_columns = (0.5, 0.5), True
     with pytest.raises(UserError, match="Own is none of VGG, ResNet, CifarResNet, of"):

@@ -90,6 +90,9 @@ def test_the_form_for_nvidia_gpus_can_be_exported():
 def test_a_compact_model_is_for_one_platform(compiled, images):
     with pytest.raises(ValueError, match=r"platforms is \('cuda',\); a compact model is exported"):
         dynprune_jax.export_model(compiled, images, platforms=("cuda",))
+    some = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 8, 8, 1"), jnp.float32)
+    with pytest.raises(ValueError, match=r"shape \(n, 8, 8, 1\); a compact model is exported for"):
+        dynprune_jax.export_model(compiled, some)
     with pytest.raises(ValueError, match="platforms is 'cuda'; give several names, such as"):
         dynprune_jax.export_model(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), images, platforms="cuda")
 

@@ -356,9 +356,9 @@ def fill_it_in_python(config, workdir):
         (terminate, 143, "start it again with the same command"),
         (stop_in_the_loop, 143, "step 6 is saved, and the same command goes on"),
         (fill_the_disk, 2, "No space left on device: 'out/metrics.jsonl'; mend that"),
-        (fill_the_device, 2, "Out of memory while trying to ...); lower config.batch_size"),
+        (fill_the_device, 2, "Out of memory while trying to ...); lower config.eval_"),
         (fill_the_memory, 2, "out of memory (Unable to allocate 1.00 TiB); lower"),
-        (fill_it_in_python, 2, "out of memory; lower config.batch_size"),
+        (fill_it_in_python, 2, "out of memory; lower config.eval_batch_size, or in a new workdir"),
     ],
 )
 def test_what_stops_a_run_is_told_in_a_line(monkeypatch, tmp_path, capfd, end, code, line):
@@ -369,6 +369,15 @@ def test_what_stops_a_run_is_told_in_a_line(monkeypatch, tmp_path, capfd, end, c
     assert line in said
     assert len(said.splitlines()) == 1
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("code", "at_once"), [(0, False), (2, False), (130, True), (143, True)])
+def test_what_a_signal_has_stopped_ends_at_once(monkeypatch, code, at_once):
+    """Around a compilation that goes on Python's own end is a segmentation fault now and then."""
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(f"{code} at once"))
+    with pytest.raises(SystemExit) as ended:
+        main_module.end(code)
+    assert ended.value.code == (f"{code} at once" if at_once else code)
 
 
 def test_a_mistake_of_the_program_is_not_hidden(monkeypatch, tmp_path):

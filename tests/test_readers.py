@@ -133,6 +133,18 @@ def test_a_grouped_convolution_cannot_choose():
     assert found == {"layers/2": ("layers/3", "layers/4")}
 
 
+def test_a_model_with_predicted_gates_has_links_no_more():
+    model = nnx.Sequential(
+        nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(8, rngs=nnx.Rngs(0)),
+        nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)),
+    )
+    images = jnp.ones((1, 6, 6, 8))
+    gated = predict_channels(model, 0.5, find_links(model, images))
+    with pytest.raises(ValueError, match="layers/0 has such a gate; find the links of what it was"):
+        find_links(gated, images)
+
+
 def test_of_two_with_one_reader_there_is_one_link():
     class Product(Chain):
         def __init__(self):

@@ -35,6 +35,12 @@ def test_an_interval_of_no_step_is_refused_and_one_of_ages_is_not():
         ratio_ascent(0.3, interval_steps=0)
     with pytest.raises(ValueError, match=r"target is 1.5; it must be in \[0, 1\)"):
         ratio_ascent(1.5, interval_steps=1)
+    with pytest.raises(ValueError, match=r"target is .*; it must be in \[0, 1\)"):
+        ratio_ascent(jnp.asarray([0.5, 1.5]), interval_steps=1)
+    with pytest.raises(ValueError, match=r"warmup is -1; it must be in \[0, 1\)"):
+        ratio_ascent(0.5, interval_steps=1, warmup=-1)
+    with pytest.raises(ValueError, match=r"increment is -0.1; it must be at least 0"):
+        ratio_ascent(0.5, interval_steps=1, increment=-0.1)
     assert ratio_ascent(0.3, interval_steps=10**10)(jnp.int32(3)) == jnp.float32(0.1)
 
 

@@ -64,8 +64,7 @@ def test_a_study_runs_each_point_once(small, tmp_path, monkeypatch):
 
 def test_a_study_is_of_one_config(small, tmp_path, monkeypatch):
     """And of its own folder: what lies in the one that a user happens to be in is no matter."""
-    monkeypatch.setattr(study_lib, "_run_once", lambda path, run: None)
-    monkeypatch.setattr(study_lib, "_impossible", lambda *_: ())
+    monkeypatch.setattr(study_lib, "_runs", lambda *_: {})
     study(small, tmp_path / "study")
     small.study.seeds = (3, 4)  # more of it
     small.data.threads = 1
@@ -126,7 +125,10 @@ def test_a_study_goes_on_past_what_fails(small, tmp_path, capfd):
     small.study.ablations = ()
     with pytest.raises(UserError, match=r"^not done: l1-99; l1-99: config"):
         study(small, tmp_path)
-    assert "l1-99: config.study: no factor" in capfd.readouterr().out
+    lines = capfd.readouterr().out
+    assert "l1-99: config.study: no factor" in lines
+    assert "run 1 of 3: dense-seed3\n" in lines
+    assert "run 3 of 3: l1-20-seed3\n" in lines
     points = {(row["method"], row["cut"]) for row in study_lib.read_rows(tmp_path)}
     assert points == {("dense", 0.0), ("l1", 0.2)}
     assert "| static, L1 norm |" in (tmp_path / "table.md").read_text("utf-8")
@@ -202,7 +204,7 @@ def test_gates_go_on_every_convolution_where_a_cut_needs_it(config):
     assert at_cut(config, 0.1).gate.layers == ("blocks/*/layers/1/conv",)
     config.ascent.increment = 0.5
     assert at_cut(config, 0.8).gate.layers == ("*",)
-    with pytest.raises(UserError, match=r"no factor on the ratios .* cuts 99%"):
+    with pytest.raises(UserError, match=r"no factor .* cuts 99% .*; the highest cut 9\d\.\d%$"):
         at_cut(config, 0.99)
 
 

@@ -328,11 +328,11 @@ def test_a_folder_that_changed_under_a_run_is_refused(config, workdir, tmp_path,
     for data, named in ((other, "classes of the data"), (fewer, "number of training images")):
         monkeypatch.setattr(build, "load_dataset", lambda *_, data=data, **__: data)
         for call in (train_and_evaluate, evaluate_workdir):
-            with pytest.raises(UserError, match=f"of another run: {named} is"):
+            with pytest.raises(UserError, match=f"of another run: {named}: "):
                 call(config, tmp_path / "run")
     monkeypatch.setattr(build, "load_dataset", lambda *_, **__: other)
     config.prune.start, config.prune.checkpoint = "checkpoint", str(workdir)
-    with pytest.raises(UserError, match="of another run: classes of the data is"):
+    with pytest.raises(UserError, match="of another run: classes of the data: "):
         train_and_evaluate(config, tmp_path / "started")
     assert not (tmp_path / "started").exists()
 
@@ -475,7 +475,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_training_alone(config, workdir, tm
     step = copy / "checkpoints" / "prune" / "16"
     shutil.rmtree(step)
     shutil.copytree(copy / "checkpoints" / "dense" / "8", step.with_name("8"), dirs_exist_ok=True)
-    with pytest.raises(UserError, match="of another run: phase is 'dense' there and 'prune' here"):
+    with pytest.raises(UserError, match="of another run: phase: 'dense' there, 'prune' here"):
         train_and_evaluate(config, copy)
 
 

@@ -81,6 +81,12 @@ def test_the_memory_held_is_told():
     del held
 
 
+def test_where_there_is_no_terminal_a_line_tells_what_is_done(capfd):
+    with writers.progress_bar("evaluating") as progress:
+        progress(3, 6)
+    assert capfd.readouterr().out == "evaluating ...\n"
+
+
 def test_a_bar_tells_how_many_of_how_many_are_done_and_the_rate(monkeypatch):
     file = io.StringIO()
     console = rich.console.Console(force_terminal=True, width=100, file=file)

@@ -163,7 +163,7 @@ def _draw(run: Run, first: Evaluation) -> None:
     plots.save(
         plots.labelled_images_figure(
             {
-                "The pruned network is surest of these, and they are done": seen[0],
+                "The pruned network is surest of these (and their classes): done": seen[0],
                 "and least sure of these: the dense network sees them too": seen[1],
             }
         ),

@@ -81,7 +81,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     table = rich.table.Table(
         title=f"Training step of {first['network']}, {first['image_size']}² images, batch"
-        f" {first['batch_size']}, {first['dtype']}, {first['devices']} x {first['device']}"
+        f" {first['batch_size']}, {first['dtype']}, {first['devices']} x {first['device']};"
+        " cost: median over turns of a step's time by the dense one's of the same turn"
     )
     for column in ("step", "median ms", "quartiles ms", "images/s", "cost"):
         table.add_column(column, justify="left" if column == "step" else "right")

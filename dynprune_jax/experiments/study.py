@@ -217,7 +217,10 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
             if run.removesuffix(f"-seed{seed}") in failed:
                 continue
             try:
-                _run_once(folder / f"{run}.json", call)
+                if run in missing:
+                    place = f"run {names.index(run) + 1} of {len(names)}: {run}"
+                    screen().print(place, highlight=False, markup=False)
+                    write_json(folder / f"{run}.json", call())
             except UserError as error:  # the others can be had
                 fails(run, error)
                 if run == next(iter(runs)):  # the dense network that all others start from
@@ -294,6 +297,7 @@ def at_cut(config: Config, cut: float) -> Config:
     Raises:
       UserError: if no factor makes that cut.
     """
+    most = 0.0
     for layers in dict.fromkeys((tuple(config.gate.layers), ("*",))):
         changed = copy.deepcopy(config)
         changed.gate.layers = layers
@@ -308,9 +312,10 @@ def at_cut(config: Config, cut: float) -> Config:
             for axis in ("channel_ratio", "column_ratio"):
                 changed.gate[axis] = tuple(scaled(r, factor) for r in changed.gate[axis])
             return changed
+        most = run.mac_reduction({name: scaled(r, 1e9) for name, r in targets.items()})
     raise UserError(
         f"config.study: no factor on the ratios {config.gate.channel_ratio} and"
-        f" {config.gate.column_ratio} cuts {cut:.0%} of the MACs"
+        f" {config.gate.column_ratio} cuts {cut:.0%} of the MACs; the highest cut {most:.1%}"
     )
 
 
@@ -507,11 +512,6 @@ def _at_point(config: Config, name: str, cut: float, start: Mapping[str, Any]) -
     method = find_method(name)
     changed = with_fields(config, {**start, **method.fields})
     return changed if method.run is static and not method.removes else at_cut(changed, cut)
-
-
-def _run_once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
-    if not path.exists():
-        write_json(path, run())
 
 
 def _dense(config: Config, seed: int, workdir: Path) -> dict[str, Any]:

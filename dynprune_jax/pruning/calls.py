@@ -127,10 +127,7 @@ def batch_of(images: Images) -> Any:
     for leaf in jax.tree.leaves(images):
         if getattr(leaf, "shape", ()):
             return leaf
-    raise ValueError(
-        f"images is a {type(images).__name__} that holds no array; give a batch, or its shape and"
-        " dtype as a jax.ShapeDtypeStruct"
-    )
+    raise ValueError(f"images is a {type(images).__name__} that holds no array; give a batch")
 
 
 def bodies(eqn: Any) -> list[Any]:

@@ -38,15 +38,20 @@ def export_model(
         one at hand.
 
     Raises:
-      ValueError: for no images, for a compact model and platforms, or one name in place of several.
+      ValueError: for no images, for a compact model and platforms or a symbolic shape, or one name
+        in place of several.
         What `jax.export` refuses it refuses in its own words, such as a model that calls back to
         Python.
     """
-    batch_of(images)  # refuses what holds none
     if is_compact(model) and platforms is not None:
         raise ValueError(
             f"platforms is {platforms!r}; a compact model is exported for the one at hand alone:"
             " for others, export the model that it was made from"
+        )
+    shape = batch_of(images).shape  # refuses what holds none
+    if is_compact(model) and not all(isinstance(size, int) for size in shape):
+        raise ValueError(
+            f"images has the shape {shape}; a compact model is exported for batches of one size"
         )
     if isinstance(platforms, str):
         raise ValueError(f"platforms is {platforms!r}; give several names, such as ('cpu',)")

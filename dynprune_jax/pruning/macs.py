@@ -3,8 +3,8 @@
 Three figures, all per image:
 
 * *dense*: `H_out * W_out * K_h * K_w * C_in / groups * C_out`, the literature's convention.
-  Taps on the padding count; those on the zeros that a transposed convolution puts between the
-  columns of its input do not.
+  Taps on the padding count. Those on the zeros that a transposed convolution puts between the
+  columns of its input do not, and neither do those on padding that would be such zeros.
 * *conventional* effective: dense x kept channel share x kept column share x wanted share of the
   output channels, comparable with papers. Where columns of the output are left out too, they are
   mostly those of the input, so the shares of the two do not multiply: the share of the taps that

@@ -21,7 +21,7 @@ from dynprune_jax.pruning.calls import (
     of_kind,
 )
 from dynprune_jax.pruning.folding import traced_pairs
-from dynprune_jax.pruning.layers import conv_layers
+from dynprune_jax.pruning.layers import conv_layers, dynamic_layers
 
 # For a convolution the names of the normalization behind it and of the layer that reads the result.
 Links = Mapping[str, tuple[str, str]]
@@ -67,6 +67,9 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
         transformation that what they see does not leave.
     """
     batch_of(images)  # refuses what holds none
+    for name, layer in dynamic_layers(model).items():
+        if layer.chooses_outputs:
+            raise ValueError(f"{name} has such a gate; find the links of what it was made from")
     model = nnx.clone(model)
     model.eval()
     convs = conv_layers(model)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 RatioSchedule = Callable[[Int[ArrayLike, ""]], Float[Array, "..."]]
@@ -30,7 +32,8 @@ def ratio_ascent(
       A function of the step (traced or not) to the float32 ratio, of the shape of `target`.
 
     Raises:
-      ValueError: for an interval of less than a step, or a target that is a number out of [0, 1).
+      ValueError: for an interval of less than a step, a target or a warm-up out of [0, 1), unless
+        it is traced, or an increment of less than 0.
 
     Example:
       >>> schedule = ratio_ascent(0.3, interval_steps=10)
@@ -39,8 +42,12 @@ def ratio_ascent(
     """
     if interval_steps < 1:
         raise ValueError(f"interval_steps is {interval_steps}; it must be at least 1")
-    if isinstance(target, int | float) and not 0 <= target < 1:
-        raise ValueError(f"target is {target}; it must be in [0, 1)")
+    for name, ratio in (("target", target), ("warmup", warmup)):
+        given = np.asarray(0.0 if isinstance(ratio, Tracer) else ratio)
+        if not np.all((given >= 0) & (given < 1)):
+            raise ValueError(f"{name} is {ratio}; it must be in [0, 1)")
+    if increment < 0:
+        raise ValueError(f"increment is {increment}; it must be at least 0")
     interval_steps = min(interval_steps, 2**31 - 1)  # steps are int32, and no run has so many
 
     def schedule(step):
