@@ -201,6 +201,15 @@ def test_what_is_wrong_with_it_is_said(config, tmp_path, monkeypatch, model, mes
     assert not (tmp_path / "run").exists()
 
 
+def test_an_architecture_of_which_nothing_is_known_can_be_one_of_the_package_s(
+    config, tmp_path, monkeypatch
+):
+    config.gate.kind, config.gate.layers, config.gate.column_ratio = "predicted", ("*",), ()
+    known = Run.open(config, tmp_path).links
+    monkeypatch.setattr(build.known_links, "has_links", lambda model: False)
+    assert Run.open(config, tmp_path).links == known
+
+
 def raises(num_classes, *, in_channels, image_size, width, dtype, rngs):
     raise RuntimeError("oh no")
 
