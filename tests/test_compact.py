@@ -251,6 +251,8 @@ def test_mistakes_in_plans_are_told(small, tmp_path):
         (tmp_path / "plan.json").write_text(content)
         with pytest.raises(ValueError, match="is not a plan"):
             dynprune_jax.compact(dynamic, x, plan=tmp_path / "plan.json")
+    with pytest.raises(ValueError, match=r"plan is .*, which is a folder; give a file in it"):
+        dynprune_jax.compact(dynamic, x, plan=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to keep the plan in"):
         dynprune_jax.compact(dynamic, x, plan=tmp_path / "nowhere" / "plan.json")
 

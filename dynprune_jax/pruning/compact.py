@@ -50,7 +50,7 @@ def compact(
     Raises:
       ValueError: for no images; if what is wanted of a convolution's outputs does not reach its
         normalization; if the plan names a layer that the model does not have, or a form that a
-        layer cannot be executed in; if the file is not a plan.
+        layer cannot be executed in; if the file is not a plan, or a folder.
       OSError: if there is no folder for the file; before anything is measured.
     """
     batch_of(images)  # refuses what holds none
@@ -61,6 +61,8 @@ def compact(
     cure = ""
     if not isinstance(plan, Plan):
         path = None if plan is None else Path(plan)
+        if path is not None and path.is_dir():
+            raise ValueError(f"plan is {path}, which is a folder; give a file in it")
         if path is not None and path.exists():
             plan = Plan.load(path)
             now, there = circumstances(folded, images), plan.measured_on
