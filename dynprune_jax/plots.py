@@ -27,6 +27,7 @@ _GREY = "#BBBBBB"
 _SKIPPED_RGB = np.array([30, 70, 150])
 _SKIPPED_OF_A_PHOTOGRAPH = np.array([150, 0, 110], np.uint8)  # hardly one has this colour
 _STYLES = ((_BLUE, "o"), (_ORANGE, "s"), (_VERMILION, "^"), (_SKY, "v"))  # of lines
+_TRAINED = {"dense": "dense weights", "dropout": "weights after targeted dropout"}
 _MAX_LAYERS_SHOWN = 6
 
 _ACCURACIES = (
@@ -307,7 +308,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
                 marker=marker,
                 label=f"by {criterion}",
             )
-        axes.set_title(f"weights: {name}")
+        axes.set_title(_TRAINED.get(name, name), fontsize=11)
         _accuracy_over_macs(axes)
     panels[0].set_ylabel("test accuracy")
     panels[-1].legend(loc="lower left", frameon=False)
@@ -330,7 +331,7 @@ def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     weights = list(dict.fromkeys(row["weights"] for row in rows))
     names = list(dict.fromkeys(_block_name(row) for row in rows))
-    figure = Figure(figsize=(4.5 * len(weights), 4), layout="constrained")
+    figure = Figure(figsize=(2.0 + 4.0 * len(weights), 4), layout="constrained")
     panels = figure.subplots(1, len(weights), sharey=True, squeeze=False)[0]
     colours = (_BLUE, _ORANGE, _VERMILION, _SKY, "black")
     handles = {}
@@ -348,8 +349,8 @@ def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
                 markerfacecolor=colours[block] if channels else "white",
                 label=name,
             )
-        others = "nothing else pruned" if panel == "dense" else "the others at their targets"
-        axes.set_title(f"weights: {panel}; {others}")
+        others = "unpruned" if panel == "dense" else "at their targets"
+        axes.set_title(f"{_TRAINED.get(panel, panel)}\nother blocks {others}", fontsize=11)
         _accuracy_over_macs(axes)
     panels[0].set_ylabel("test accuracy")
     figure.legend(handles=list(handles.values()), loc="outside right center", frameon=False)

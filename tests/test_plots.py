@@ -295,7 +295,10 @@ def test_sweep_draws_a_line_for_each_criterion_in_a_panel_for_each_set_of_weight
         for cut in (0.5, 0.0, 0.25)
     ]
     figure = plots.sweep_figure(rows)
-    assert [axes.get_title() for axes in figure.axes] == ["weights: dense", "weights: dropout"]
+    assert [axes.get_title() for axes in figure.axes] == [
+        "dense weights",
+        "weights after targeted dropout",
+    ]
     for axes in figure.axes:
         assert len(axes.lines) == 3
         for line in axes.lines:

@@ -151,14 +151,14 @@ def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path, monkeypa
     config.static.criterion = "taylor"
     dynamic = Run.open(config, tmp_path / "dynamic")  # whatever its gates choose costs the same
     gated = dynamic.evaluate(dynamic.dynamic, dynamic.gated(dynamic.start_state().values))
-    identity = Run.identity
+    identity = Run._identity
 
     def older(run, phase, filters_removed_by=None):  # it did not tell how it was pruned
         told = identity(run, phase, filters_removed_by)
         return {name: value for name, value in told.items() if name != "filters removed by"}
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "identity", older)
+        patch.setattr(Run, "_identity", older)
         report = static(config, tmp_path / "static")
     assert report == json.loads((tmp_path / "static" / "report.json").read_text())
     assert report["dense"] == dense["dense"]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dynprune_jax import build, plots
 from dynprune_jax.checkpoint import Checkpoints
-from dynprune_jax.data.sources import Split
+from dynprune_jax.data import sources
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.cascade import cascade
 from dynprune_jax.experiments.export import export
@@ -428,15 +428,15 @@ def spoil_loss(patch):
 
 
 def spoil_image(patch):
-    fetch, batches = Split._fetch, itertools.count(1)
+    fetch, batches = sources.fetch, itertools.count(1)
 
-    def spoiled(self, keys):
-        records = [dict(record) for record in fetch(self, keys)]
-        if self.name == "train" and next(batches) == 14:
+    def spoiled(source, keys, split):
+        records = [dict(record) for record in fetch(source, keys, split)]
+        if split == "train" and next(batches) == 14:
             records[3]["image"] = records[3]["image"][:40]
         return records
 
-    patch.setattr(Split, "_fetch", spoiled)
+    patch.setattr(sources, "fetch", spoiled)
 
 
 @pytest.mark.parametrize(
