@@ -21,6 +21,7 @@ Exit codes: 0; 2 after a mistake, or where the machine fails; 143 after SIGTERM 
 Ctrl-C, when the step is ended and saved: the same command goes on from there.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -121,8 +122,9 @@ def end(exit_code: int) -> NoReturn:
     processes each has to take leave of the others, and none is stopped in an evaluation.
     """
     if exit_code > 128 and not jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody may listen any more
+                stream.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
 

@@ -208,6 +208,7 @@ class _Phase:
             self.timing = Timing(**extra["timing"])
             self._recent = extra["recent"]
             feed.set_position(extra["position"])
+        self._began = dataclasses.replace(self.timing)
         self.step = int(self.state.step)
         rows = [row for row in read_metrics(run.workdir) if row["step"] == self.row]
         rows = [row for row in rows if row.get("phase") == name and "test_accuracy" in row]
@@ -287,8 +288,9 @@ class _Phase:
             accuracy = self._run.evaluate(self._network, self.state.values, ratios).accuracy
         row = {"test_accuracy": accuracy, "resident_memory_mb": resident_memory_mb()}
         writers.write(self.row, row)
-        size = self._run.config.batch_size
-        rate = self.timing.summary()["images_per_second"] / size
+        size, now, began = self._run.config.batch_size, self.timing, self._began
+        seconds = now.in_step + now.outside_step - began.in_step - began.outside_step
+        rate = (now.images - began.images) / size / seconds if seconds else 0.0
         screen.say(self.step, self._run.steps_per_epoch, accuracy, _mean(ratios), rate, size)
 
     def _averages(self) -> dict[str, Any]:

@@ -209,7 +209,11 @@ class Screen:
         steps_per_second: float,
         batch_size: int,
     ) -> None:
-        """Prints one line on where the phase stands; the time left is that of the steps alone."""
+        """Prints one line on where the phase stands.
+
+        The rate is this process's, and neither it nor the time left has the first call of the
+        compiled step or the evaluations in it.
+        """
         speed = ""
         if steps_per_second:  # else nothing was timed yet
             left = datetime.timedelta(seconds=round((self._total - step) / steps_per_second))

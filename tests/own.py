@@ -201,6 +201,20 @@ def headed(num_classes, *, in_channels, image_size, width, dtype, rngs):
     return VGG(plan, global_mean, head, in_channels=in_channels, dtype=dtype, rngs=rngs)
 
 
+def laid_out(num_classes, *, in_channels, image_size, width, dtype, rngs):
+    """An architecture of the package that lays out its last map with the channels first."""
+    n, side = round(32 * width), image_size // 4
+    head = nnx.Linear(n * side**2, num_classes, rngs=rngs)
+    return VGG(
+        ((1, n), (1, n)),
+        lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1),
+        head,
+        in_channels=in_channels,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
 class Quarters(Small):
     """It sees more maps than images."""
 

@@ -15,6 +15,7 @@ from dynprune_jax.pruning import native, pallas_conv
 from dynprune_jax.pruning import plan as plan_lib
 from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.forms import Form, possible
 from dynprune_jax.pruning.layers import conv_layers
@@ -530,3 +531,16 @@ def test_a_map_that_the_model_sows_is_left_as_it_was():
     run = nnx.capture(lambda model, x: model(x), nnx.Intermediate)
     for one, other in zip(*(jax.tree.leaves(run(m, x)) for m in (model, fast)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_a_compact_layer_drops_nothing_by_chance(monkeypatch):
+    """In training mode neither, where XLA chooses among many columns."""
+    monkeypatch.setattr(native, "why_not", lambda: "there is no compiler")
+    rngs = nnx.Rngs(0)
+    gate = DynamicConv(
+        nnx.Conv(8, 4, (3, 3), rngs=rngs), column_ratio=0.5, drop_probability=0.5, rngs=rngs
+    )
+    layer = CompactConv(gate, Form("taps", columns=True))
+    x = jax.random.normal(jax.random.key(0), (64, 16, 16, 8))
+    layer.train()
+    np.testing.assert_array_equal(layer.masks(x).columns, gate.masks(x).columns)

@@ -141,7 +141,7 @@ def test_a_model_with_predicted_gates_has_links_no_more():
     )
     images = jnp.ones((1, 6, 6, 8))
     gated = predict_channels(model, 0.5, find_links(model, images))
-    with pytest.raises(ValueError, match="layers/0 has such a gate; find the links of what it was"):
+    with pytest.raises(ValueError, match="layers/0 has a gate that chooses its outputs; find the"):
         find_links(gated, images)
 
 

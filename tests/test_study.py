@@ -11,6 +11,7 @@ from dynprune_jax.experiments import study as study_lib
 from dynprune_jax.experiments.study import METHODS, at_cut, find_method, study, tables
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.run import Run
+from dynprune_jax.train import train_and_evaluate
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_what_no_training_can_make_is_said_before_it(small, tmp_path, monkeypatc
     (lines,) = said
     assert "attention-99: config.study: no factor" in lines
     assert "l1+as_gates-99: config.study: no factor" in lines
-    assert "l1+as_gates-60: config.static.allotment is 'gate': no removal of filters" in lines
+    assert "l1+as_gates-60: config.static.allotment is 'gate', and the gates skip 60." in lines
     points = {(row["method"], row["cut"]) for row in study_lib.read_rows(tmp_path)}
     assert points == {
         ("dense", 0.0),
@@ -118,6 +119,42 @@ def test_what_no_training_can_make_is_said_before_it(small, tmp_path, monkeypatc
         ("l1+as_gates", 0.2),
         *(("trained_on", cut) for cut in small.study.cuts),
     }
+
+
+def test_lower_cuts_of_other_convolutions_are_looked_at_too(small):
+    """Gates on fewer convolutions need higher ratios for less, and do not get there in time."""
+    small.gate.layers = ("blocks/*/layers/1/conv",)
+    small.gate.channel_ratio, small.gate.column_ratio = (0.5, 0.5), ()
+    small.ascent.warmup, small.ascent.increment = 0.2, 0.2
+    points = [("attention", cut) for cut in (0.65, 0.75, 0.8)]
+    found = dict(study_lib._impossible(small, points))
+    assert [cut for _, cut in found] == [0.8, 0.65]
+    small.gate.block_columns, small.gate.column_ratio = True, (0.5, 0.5)
+    assert not [*study_lib._impossible(small, [("attention", 0.99)])]
+
+
+def test_a_study_may_start_from_a_checkpoint(small, tmp_path, monkeypatch):
+    small.prune.epochs, epochs = 0, small.prune.epochs
+    train_and_evaluate(small, tmp_path / "dense")
+    small.prune.epochs, small.prune.start = epochs, "checkpoint"
+    small.prune.checkpoint = str(tmp_path / "dense")
+    assert not [*study_lib._impossible(small, [("l1", 0.2), ("attention", 0.2)])]
+
+
+def test_what_another_process_has_done_meanwhile_is_not_done_again(small, tmp_path, monkeypatch):
+    small.study.seeds, small.study.cuts, small.study.ablations = (0, 1), (0.2,), ()
+    done = []
+
+    def train(config, name, *rest):
+        (tmp_path / "dense-seed1.json").write_text(json.dumps(row("dense", 0.0, 1, 0.5)))
+        done.append(name)
+        return row("dense", 0.0, 0, 0.5) if isinstance(name, int) else row(name, 0.2, 0, 0.5)
+
+    monkeypatch.setattr(study_lib, "_dense", train)
+    monkeypatch.setattr(study_lib, "_pruned", train)
+    monkeypatch.setattr(study_lib, "_impossible", lambda *_: ())
+    study(small, tmp_path)
+    assert done == [0, "l1", "l1"]
 
 
 def test_a_study_goes_on_past_what_fails(small, tmp_path, capfd):

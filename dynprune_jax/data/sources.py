@@ -190,6 +190,8 @@ def load_dataset(
         held_out: if positive, the test split is left alone: a fixed random choice of that many
             training examples takes its place, and the others are trained on.
 
+    What `config.check` refuses is not looked at again.
+
     Returns:
         The data set, with both splits open and no image read yet.
 

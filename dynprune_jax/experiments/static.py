@@ -202,7 +202,8 @@ def removed(run: Run) -> tuple[Links, dict[str, float]]:
         ratios = allot(model, links, image, reduction, allotted)
     except ValueError as error:
         raise UserError(
-            f"config.static.allotment is {config.static.allotment!r}: {error}, as the gates do"
+            f"config.static.allotment is {config.static.allotment!r}, and the gates skip"
+            f" {reduction:.1%} of the MACs: {error}"
         ) from error
     check_removal(config, model, links, ratios, image)
     return links, ratios

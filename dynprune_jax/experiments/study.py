@@ -217,7 +217,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
             if run.removesuffix(f"-seed{seed}") in failed:
                 continue
             try:
-                if run in missing:
+                if not (folder / f"{run}.json").exists():  # another process may have done it
                     place = f"run {names.index(run) + 1} of {len(names)}: {run}"
                     screen().print(place, highlight=False, markup=False)
                     write_json(folder / f"{run}.json", call())
@@ -485,16 +485,19 @@ def _run_name(point: tuple[str, float], seed: int | None = None) -> str:
 def _impossible(
     config: Config, points: Iterable[tuple[str, float]]
 ) -> Iterator[tuple[tuple[str, float], UserError]]:
-    """Which methods cannot make which cuts, told from weights that are not trained.
+    """Which methods cannot make which cuts, as far as weights that are not trained tell.
 
-    Of each method the highest cuts are looked at, until one can be made: so can the lower ones.
+    Of each method the highest cuts are looked at, until one can be made by the convolutions of
+    `config.gate.layers`: so can the lower ones. What columns leave that a block shares depends on
+    the weights.
     """
     possible = set()
     for name, cut in sorted(points, key=lambda point: -point[1]):
-        if name in possible:
+        gate = with_fields(config, find_method(name).fields).gate
+        if name in possible or gate.block_columns:
             continue
         try:
-            changed = _at_point(config, name, cut, {"prune.start": "dense"})
+            changed = _at_point(config, name, cut, {})
             with tempfile.TemporaryDirectory() as nobodys:
                 run = Run.open(changed, nobodys)
             if find_method(name).run is static:
@@ -504,7 +507,8 @@ def _impossible(
         except UserError as error:
             yield (name, cut), error
         else:
-            possible.add(name)
+            if changed.gate.layers == gate.layers:
+                possible.add(name)
 
 
 def _at_point(config: Config, name: str, cut: float, start: Mapping[str, Any]) -> Config:

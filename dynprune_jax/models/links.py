@@ -7,15 +7,16 @@ from flax import nnx
 
 from dynprune_jax.models.resnet import ResNet
 from dynprune_jax.models.resnet_cifar import CifarResNet
-from dynprune_jax.models.vgg import VGG, VGGUnit
+from dynprune_jax.models.vgg import VGG, VGGUnit, flatten, global_mean
 
 _TYPES = (VGG, ResNet, CifarResNet)
 
 
 def has_links(model: Any) -> bool:
     """Whether it is a model as this package builds it: of any other `find_links` finds them."""
-    if type(model) is VGG:  # which takes any head
-        return isinstance(_first_of_head(model), nnx.Linear)
+    if type(model) is VGG:  # which takes any head, and any way to it
+        known = model.to_features in (global_mean, flatten)
+        return known and type(_first_of_head(model)) is nnx.Linear
     return type(model) in _TYPES
 
 

@@ -40,6 +40,7 @@ class CompactConv(DynamicConv):
         super().__init__(conv, rngs=nnx.Rngs(0))
         if isinstance(conv, DynamicConv):
             take_over(self, conv)
+            self.drop_probability = 1.0
             self.channel_ratio = nnx.static(plain_ratio(conv.channel_ratio))
             self.column_ratio = nnx.static(plain_ratio(conv.column_ratio))
             self.feature_ratio = nnx.static(

@@ -49,7 +49,7 @@ def export_model(
             " for others, export the model that it was made from"
         )
     shape = batch_of(images).shape  # refuses what holds none
-    if is_compact(model) and not all(isinstance(size, int) for size in shape):
+    if is_compact(model) and any(map(export.is_symbolic_dim, shape)):
         raise ValueError(
             f"images has the shape {shape}; a compact model is exported for batches of one size"
         )

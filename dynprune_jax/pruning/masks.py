@@ -72,8 +72,8 @@ class Masks:
 def kept_count(ratio: float | Float[ArrayLike, ""], n: int) -> Int[Array, ""]:
     """How many of `n` are kept at a prune ratio: `n - floor(ratio * n)`, at least 1.
 
-    The product is float32 and may be traced; one within a part in three million below a whole
-    number counts as that number. There is a single multiplication, so no compiler can contract
+    The product is float32 and may be traced; one that rounding may have put below a whole number
+    counts as that number. There is a single multiplication, so no compiler can contract
     it differently, and every execution gets the same count.
 
     Args:

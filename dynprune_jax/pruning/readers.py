@@ -69,7 +69,10 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
     batch_of(images)  # refuses what holds none
     for name, layer in dynamic_layers(model).items():
         if layer.chooses_outputs:
-            raise ValueError(f"{name} has such a gate; find the links of what it was made from")
+            raise ValueError(
+                f"{name} has a gate that chooses its outputs; find the links of the model that it"
+                " was made from"
+            )
     model = nnx.clone(model)
     model.eval()
     convs = conv_layers(model)

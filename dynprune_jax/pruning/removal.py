@@ -126,7 +126,7 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
     for name, link in links.items():
         held = [f"{layer} {what}" for layer in (name, *link) if (what := holds(layer))]
         if held:
-            why = why or f": for instance those of {name} are read where {held[0]}"
+            why = why or f": for instance those of {name} stay, for {held[0]}"
         else:
             found[name] = link
     if not found:

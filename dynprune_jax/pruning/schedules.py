@@ -46,7 +46,7 @@ def ratio_ascent(
         given = np.asarray(0.0 if isinstance(ratio, Tracer) else ratio)
         if not np.all((given >= 0) & (given < 1)):
             raise ValueError(f"{name} is {ratio}; it must be in [0, 1)")
-    if increment < 0:
+    if not isinstance(increment, Tracer) and increment < 0:
         raise ValueError(f"increment is {increment}; it must be at least 0")
     interval_steps = min(interval_steps, 2**31 - 1)  # steps are int32, and no run has so many
 
