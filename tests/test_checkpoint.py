@@ -249,8 +249,8 @@ def test_a_bad_step_that_cannot_be_renamed(copy, monkeypatch):
 
 def test_a_step_of_another_run_is_refused_and_stays(copy):
     for of, difference in (
-        ({"phase": "prune", "seed": 0}, "phase is 'dense' there and 'prune' here"),
-        ({"phase": "dense", "seed": 1}, "seed is 0 there and 1 here"),
+        ({"phase": "prune", "seed": 0}, "phase: 'dense' there, 'prune' here"),
+        ({"phase": "dense", "seed": 1}, "seed: 0 there, 1 here"),
     ):
         with (
             Checkpoints(copy, of=of, mend=True) as checkpoints,
@@ -274,7 +274,7 @@ def test_a_run_that_is_older_than_a_field_is_taken_for_one_of_its_default(copy):
         assert checkpoints.restore(state())[1] == {"note": 2}
     with (
         Checkpoints(copy, of={"phase": "dense", "field": 2}, assumed=assumed) as checkpoints,
-        pytest.raises(UserError, match="field is 1 there and 2 here"),
+        pytest.raises(UserError, match="field: 1 there, 2 here"),
     ):
         checkpoints.restore(state())
 

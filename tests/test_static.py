@@ -214,12 +214,12 @@ def test_the_control_trains_a_whole_dense_network_on(config, tmp_path):
     report = static(config, tmp_path / "whole")
     assert report["pruned"]["mac_reduction"] == report["pruned"]["executed_mac_reduction"] == 0
     assert report["pruned_without_training"]["accuracy"] == report["dense"]["accuracy"]
-    with pytest.raises(UserError, match="filters removed by is 'none' there and None here"):
+    with pytest.raises(UserError, match="filters removed by: 'none' there, None here"):
         evaluate_workdir(config, tmp_path / "whole")
     config.gate.drop_probability = 0.0
     dynamic = train_and_evaluate(config, tmp_path / "dynamic")
     assert report["parameters_digest"] == dynamic["parameters_digest"]
-    with pytest.raises(UserError, match="filters removed by is None there and 'none' here"):
+    with pytest.raises(UserError, match="filters removed by: None there, 'none' here"):
         static(config, tmp_path / "dynamic")  # though it is the same
 
 

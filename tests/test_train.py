@@ -256,7 +256,7 @@ def test_pruning_can_start_from_a_checkpoint_or_from_scratch(
     # A network that was trained on what is held out now cannot tell what the choice is worth.
     config.data.test_examples, config.data.held_out = 0, 16
     config.prune.checkpoint = str(workdir)
-    with pytest.raises(UserError, match=r"config\.data\.held_out is 0 there and 16 here"):
+    with pytest.raises(UserError, match=r"config\.data\.held_out: 0 there, 16 here"):
         train_and_evaluate(config, tmp_path / "held_out")
     assert not (tmp_path / "held_out").exists()
     config.data.test_examples, config.data.held_out = 100, 0
