@@ -339,7 +339,8 @@ def sensitivity_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         for name in names:
             points = [r for r in rows if (r["weights"], _block_name(r)) == (panel, name)]
             points.sort(key=lambda row: row["ratio"])
-            block, channels = points[0]["block"] % 5, points[0]["axis"] == "channel_ratio"
+            block = points[0]["block"] % len(colours)
+            channels = points[0]["axis"] == "channel_ratio"
             (handles[name],) = axes.plot(
                 [row["mac_reduction"] for row in points],
                 [row["accuracy"] for row in points],

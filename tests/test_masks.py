@@ -18,7 +18,7 @@ from dynprune_jax.pruning.masks import (
     keep_highest_of_few,
     kept_count,
     kept_indices,
-    kept_number,
+    plain_kept_count,
 )
 
 
@@ -29,14 +29,14 @@ from dynprune_jax.pruning.masks import (
 def test_kept_count_by_hand(ratio, n, kept):
     assert int(kept_count(ratio, n)) == kept
     assert int(jax.jit(kept_count, static_argnums=1)(ratio, n)) == kept
-    assert kept_number(ratio, n) == kept
+    assert plain_kept_count(ratio, n) == kept
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 2048))
 @example(0.7951, 449)
 def test_a_plain_number_keeps_as_many(ratio, n):
     ratio = min(ratio, 0.999)
-    assert kept_number(ratio, n) == int(kept_count(ratio, n))
+    assert plain_kept_count(ratio, n) == int(kept_count(ratio, n))
 
 
 @given(st.integers(1, 224 * 224), st.data())

@@ -133,7 +133,7 @@ def test_lower_cuts_of_other_convolutions_are_looked_at_too(small):
     assert not [*study_lib._impossible(small, [("attention", 0.99)])]
 
 
-def test_a_study_may_start_from_a_checkpoint(small, tmp_path, monkeypatch):
+def test_a_study_may_start_from_a_checkpoint(small, tmp_path):
     small.prune.epochs, epochs = 0, small.prune.epochs
     train_and_evaluate(small, tmp_path / "dense")
     small.prune.epochs, small.prune.start = epochs, "checkpoint"

@@ -81,6 +81,17 @@ def test_the_memory_held_is_told():
     del held
 
 
+def test_a_line_of_training_tells_the_rate_and_the_time_that_is_left(capfd):
+    screen = writers.Screen("prune", 0, 10)
+    ratios = {"channel_ratio": 0.25, "column_ratio": None}
+    for step, rate in ((5, 0.0), (5, 2.0), (10, 2.0)):
+        screen.say(step, 5, 0.5, ratios, rate, 16)
+    first, second, last = capfd.readouterr().out.splitlines()
+    assert first == "prune  epoch 1 of 2: test accuracy 0.5000, pruning 0.25 of the channels"
+    assert second == f"{first} (32 images/s, 0:00:02 of training left)"
+    assert last == f"{first.replace('epoch 1', 'epoch 2')} (32 images/s)"
+
+
 def test_where_there_is_no_terminal_a_line_tells_what_is_done(capfd):
     with writers.progress_bar("evaluating") as progress:
         progress(3, 6)

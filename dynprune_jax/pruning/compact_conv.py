@@ -89,7 +89,7 @@ class CompactConv(DynamicConv):
 
     def kept_count(self, ratio: float | None, n: int) -> int:
         """How many of `n` are kept; all of them without a gate."""
-        return n if ratio is None else masks_lib.kept_number(ratio, n)
+        return n if ratio is None else masks_lib.plain_kept_count(ratio, n)
 
     def choose(
         self, shape: tuple[int, ...], channel_scores: Any = None, column_scores: Any = None

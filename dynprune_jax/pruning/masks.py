@@ -87,8 +87,13 @@ def kept_count(ratio: float | Float[ArrayLike, ""], n: int) -> Int[Array, ""]:
     return jnp.maximum(n - jnp.floor(scaled).astype(jnp.int32), 1)
 
 
-def kept_number(ratio: float, n: int) -> int:
-    """`kept_count` of a plain number: the same float32 product, and nothing is compiled."""
+def plain_kept_count(ratio: float, n: int) -> int:
+    """`kept_count` of a plain number: the same float32 product, and nothing is compiled.
+
+    Args:
+      ratio: fraction to prune, in [0, 1).
+      n: how many there are.
+    """
     scaled = np.float32(ratio) * np.float32(n * (1.0 + _ROUNDING))
     return max(n - int(np.floor(scaled)), 1)
 

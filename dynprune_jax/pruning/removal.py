@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from dynprune_jax.pruning.layers import all_modules, replaceable_layers, rewritten
-from dynprune_jax.pruning.masks import kept_number
+from dynprune_jax.pruning.masks import plain_kept_count
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.ratios import least_factor, scaled
 from dynprune_jax.pruning.readers import Links, drawn
@@ -39,7 +39,9 @@ def remove_filters(model: Any, links: Links, scores: Scores, ratios: Mapping[str
 def _highest_kept(scores: Scores, ratios: Mapping[str, float]) -> dict[str, np.ndarray]:
     """The filters that stay, by convolution, in order; of equal scores the first."""
     return {
-        name: np.sort(np.argsort(-of_it, kind="stable")[: kept_number(ratios[name], len(of_it))])
+        name: np.sort(
+            np.argsort(-of_it, kind="stable")[: plain_kept_count(ratios[name], len(of_it))]
+        )
         for name, of_it in scores.items()
     }
 
@@ -229,7 +231,7 @@ def allot(
         macs, ratios = dict(whole), at(factor)
         for name, n in filters.items():
             for layer in (name, links[name][1]):  # one makes n maps, the other reads them
-                macs[layer] = macs[layer] * kept_number(ratios[name], n) // n
+                macs[layer] = macs[layer] * plain_kept_count(ratios[name], n) // n
         left = usage.other_macs + sum(macs.values())
         return 1.0 - left / usage.dense_macs >= mac_reduction - 1e-9
 
