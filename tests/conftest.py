@@ -28,6 +28,8 @@ _CHEAP = ["--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_pa
 if jax.__version_info__ < (0, 11):  # later jaxlibs end at the flag, which they do not know
     _CHEAP.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_CHEAP, os.environ.get("XLA_FLAGS", "")])
+jax.config.update("jax_disable_most_optimizations", True)  # cheaper still
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # What one test has compiled, the next does not compile again.
 _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
@@ -44,12 +46,26 @@ def forgotten():
     """What the tests of one file leave is nothing that those of the next have to carry.
 
     In a process full of traces and programs all takes longer, lowering a new one the most; and
-    Python's search for garbage looks at every object that it has not been told to pass over.
+    Python's search for garbage looks at every object that it has not been told to pass over: once
+    a file is enough.
     """
+    gc.set_threshold(100_000, 100, 100)
     yield
     jax.clear_caches()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def rounded_alike():
+    """Code that rounds every element in the same way, as the cheapest does not.
+
+    Max pooling takes the first of equals, and its gradient goes there: for a test that compares
+    two programs, one rounding of one of them is another step.
+    """
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

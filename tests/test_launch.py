@@ -65,7 +65,7 @@ def executable(path, text=""):
 def launch(script, *arguments, **variables):
     return subprocess.run(
         [ROOT / "launch" / script, *arguments],
-        env=environment(**variables),
+        env=environment(JAX_DISABLE_MOST_OPTIMIZATIONS=1, **variables),
         capture_output=True,
         text=True,
         timeout=300,

@@ -60,7 +60,7 @@ def mean_and_spread(values, digits=4):
 
 
 @pytest.mark.usefixtures("few_forms")
-def test_the_example_runs(capsys):
+def test_the_example_runs(capsys, few_forms):
     use, train = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, Any] = {}
     assert use.count("image_size=32, rngs") == 1

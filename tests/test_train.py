@@ -295,6 +295,7 @@ def test_runs_of_other_seeds_and_ratios_have_the_same_program(config, tmp_path):
     assert program(0, (0.3, 0.5)) == program(1, (0.2, 0.4))
 
 
+@pytest.mark.usefixtures("rounded_alike")
 def test_four_devices_train_as_one_does(config, tmp_path):
     run = Run.open(config, tmp_path)
     one, _ = advanced(run, jax.devices()[:1], [1, 1, 1])
@@ -349,6 +350,7 @@ def test_a_run_that_is_older_than_a_field_goes_on_with_its_default(config, workd
         Run.open(config, tmp_path / "run")
 
 
+@pytest.mark.usefixtures("rounded_alike")
 def test_several_steps_in_one_dispatch_are_the_same_steps(config, tmp_path):
     run = Run.open(config, tmp_path)
     single, _ = advanced(run, jax.devices()[:1], [1, 1, 1])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from networks import run, small_vgg
 
@@ -65,6 +66,7 @@ def test_two_draws_of_one_call_are_not_the_first_draws_of_the_next():
     assert not np.array_equal(first.columns.reshape(-1), first.channels.reshape(-1))
 
 
+@pytest.mark.usefixtures("rounded_alike")
 def test_a_step_equals_the_plain_nnx_way():
     optimizer = sgd(lambda step: 0.1, momentum=0.9, weight_decay=1e-2)
     network = Network(make_dynamic(model(), 0.25, 0.25))
