@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import dynprune_jax
 from dynprune_jax.pruning import native
+from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.pallas_conv import kept_groups_conv
 
 SHAPE = (2, 8, 8, 1)
@@ -65,6 +66,17 @@ def test_without_a_compiler_it_says_what_is_missing(compiled, images, monkeypatc
     monkeypatch.setattr(native, "why_not", lambda: "no C++ compiler")
     with pytest.raises(RuntimeError, match="the compiled kernel for CPUs: no C"):
         dynprune_jax.load_exported(data)
+
+
+def test_a_model_that_draws_answers_every_time_alike(images):
+    model = dynprune_jax.models.vgg_digits(10, image_size=8, width=0.25, rngs=nnx.Rngs(0))
+    model = dynprune_jax.make_dynamic(model, 0.5, 0.3, criterion=random)
+    model.eval()
+    call = dynprune_jax.load_exported(dynprune_jax.export_model(model, images))
+    logits = nnx.jit(lambda model: model(images))(model)  # with its first draw
+    for _ in range(2):
+        np.testing.assert_allclose(call(images), logits, rtol=1e-5, atol=1e-6)
+    assert np.abs(model(images) - logits).max() > 1e-3
 
 
 class _OfGroups(nnx.Module):

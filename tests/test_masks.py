@@ -51,6 +51,12 @@ def test_decimal_ratios_prune_what_exact_arithmetic_says(thousandths, n):
     assert int(kept_count(thousandths / 1000, n)) == max(exact, 1)
 
 
+def test_masks_are_chosen_outside_of_jit_too():
+    scores = jnp.asarray([[0.2, 0.7, 0.1, 0.7, 0.5]])
+    with jax.disable_jit():
+        np.testing.assert_array_equal(keep_highest(scores, 2), [[False, True, False, True, False]])
+
+
 def slow_mask(scores, count):
     """Keeps the highest by repeatedly taking the first of the best."""
     mask = np.zeros(scores.shape, bool)

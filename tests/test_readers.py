@@ -24,6 +24,13 @@ def test_the_links_of_our_models_are_found(name, side):
     assert list(found.items()) == list(links(model).items())
 
 
+@pytest.mark.parametrize("debugging", [jax.disable_jit, jax.checking_leaks])
+def test_links_are_found_while_somebody_debugs(debugging):
+    model = trained("small_vgg", image_size=8, in_channels=3, width=0.25)
+    with debugging():
+        assert find_links(model, IMAGES) == links(model)
+
+
 class Chain(nnx.Module):
     """A convolution, its norm, something between, and what reads the result."""
 

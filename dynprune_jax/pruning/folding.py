@@ -144,7 +144,8 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
     marked = intercept(model, (nnx.Conv, nnx.BatchNorm), mark)
     function, arrays = as_function(marked, *inputs)
     calls: Counter[str] = Counter()
-    closed, (outputs, _) = jax.make_jaxpr(function, return_shape=True)(*arrays)
+    with jax.disable_jit(False):  # a mark is a jitted function of that name
+        closed, (outputs, _) = jax.make_jaxpr(function, return_shape=True)(*arrays)
     jaxpr = closed.jaxpr
     pairs = _pairs_in(jaxpr, calls)
     places: dict[int, set[int]] = {}  # clones have variables of their own that hold one array

@@ -162,7 +162,7 @@ def _threshold_by_search(
     """
 
     def settle_one_bit(i: Any, threshold: Any) -> Any:
-        higher = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        higher = threshold | (jnp.uint32(1) << jnp.asarray(31 - i, jnp.uint32))
         reach_higher = jnp.sum(keys >= higher[..., None], axis=-1, dtype=jnp.int32)
         return jnp.where(reach_higher >= count, higher, threshold)
 

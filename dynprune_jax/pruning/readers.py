@@ -130,6 +130,7 @@ class _Trial:
             self._kept, self._answers, self._held = kept, answers, held
             self._clock = itertools.count()
             (outputs, sown), _ = function(*arrays)
+            self._kept, self._answers, self._held = {}, {}, {}  # no value of a trace outlives it
             return outputs, of_kind(sown, _Seen)
 
         return jax.jit(run)
