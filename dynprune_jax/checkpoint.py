@@ -82,7 +82,7 @@ class Checkpoints:
     digest and compared when it is read, and so is all else that a step holds.
 
     Args:
-      folder: made on the first save.
+      folder: made if need be.
       of: what tells this run from others, as JSON; saved with every step, and a step is refused
         if any of this is different there.
       assumed: what such a step is taken to have told where it is older than an entry of `of`.
@@ -124,7 +124,7 @@ class Checkpoints:
         """Saves in the background; a step that is saved already is left as it is.
 
         Args:
-          step: of this phase.
+          step: of this phase, and no lower than the last.
           state: arrays.
           extra: what else to keep, as JSON, such as the position of a data stream. (Orbax would
             ask grain's iterator for it in the background, when the iterator may have moved on.)

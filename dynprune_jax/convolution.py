@@ -9,6 +9,7 @@ Two things can take most of the time of a step on a CPU (docs/speed.md has what 
   before it: the deeper the network, the longer each of those sums.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,25 +62,10 @@ def convolve(
     Raises:
       TypeError, ValueError: what `lax.conv_general_dilated` raises.
     """
-    if jax.default_backend() == "cpu":
-        # Where `training_options` hold, what is in front of this is not worked out anew.
-        x = lax.optimization_barrier(x)
-        numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
-        dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
-        plain = x.ndim == 4 and numbers == _IMAGES and feature_group_count == 1 and not dilated
-        small = plain and x.shape[1] < kernel.shape[0] and x.shape[2] < kernel.shape[1]
-        if small and out_sharding is None:
-            return jnp.matmul(
-                _patches(x, kernel.shape[:2], window_strides, padding),
-                kernel.reshape(-1, kernel.shape[-1]),
-                precision=precision,
-                preferred_element_type=preferred_element_type,
-            )
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides,
-        padding,
+    dense = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         dimension_numbers=dimension_numbers,
@@ -88,6 +74,22 @@ def convolve(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
+    if jax.default_backend() == "cpu":
+        # Where `training_options` hold, what is in front of this is not worked out anew.
+        x = lax.optimization_barrier(x)
+        numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+        dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
+        plain = x.ndim == 4 and numbers == _IMAGES and feature_group_count == 1 and not dilated
+        small = plain and x.shape[1] < kernel.shape[0] and x.shape[2] < kernel.shape[1]
+        if small and out_sharding is None and kernel.size and min(window_strides) > 0:
+            jax.eval_shape(dense, x, kernel)  # refuses what it refuses
+            return jnp.matmul(
+                _patches(x, kernel.shape[:2], window_strides, padding),
+                kernel.reshape(-1, kernel.shape[-1]),
+                precision=precision,
+                preferred_element_type=preferred_element_type,
+            )
+    return dense(x, kernel)
 
 
 def training_options() -> dict[str, str]:

@@ -102,7 +102,7 @@ def threshold_of(margins: Float[np.ndarray, " examples"], share: float) -> float
       share: in [0, 1).
     """
     ranked = np.sort(margins)
-    count = int(share * len(ranked) + 1e-9)
+    count = min(int(share * len(ranked) + 1e-9), len(ranked) - 1)
     if not count:
         return 0.0
     below, above = float(ranked[count - 1]), float(ranked[count])

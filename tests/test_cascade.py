@@ -125,6 +125,7 @@ def test_a_threshold_has_the_share_below_it(margins, share):
     assert below < count if tied else below == count
     if not count:
         assert threshold_of(margins, share) == 0.0
+    assert threshold_of(margins, 1 - 1e-12) <= np.max(margins)
 
 
 def test_accuracy_and_macs_of_both_are_those_of_the_slow_loop(config, tmp_path):

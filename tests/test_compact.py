@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import pickle
 
@@ -181,6 +182,19 @@ def test_a_plan_for_something_else_is_told(small, tmp_path):
     dynprune_jax.set_ratios(changed, 0.125)
     with pytest.warns(UserWarning, match=r"for other ratios \(.*here channel_ratio 0.125, column"):
         dynprune_jax.compact(changed, x, plan=path)
+    one, other = nnx.clone(dynamic), nnx.clone(dynamic)
+    dynprune_jax.set_ratios(one, (0.25, 0.125, 0.125))
+    dynprune_jax.set_ratios(other, (0.125, 0.25, 0.25))  # the same ones, in other places
+    Plan({}, measured_on=plan_lib.circumstances(one, x)).save(path)
+    dynprune_jax.compact(one, x, plan=path)
+    with pytest.warns(
+        UserWarning, match=r"channel_ratio 0.25 0.125 .*here channel_ratio 0.125 0.2"
+    ):
+        dynprune_jax.compact(other, x, plan=path)
+    wider = trained("vgg_digits", image_size=8, width=0.5)
+    Plan({}, measured_on=plan_lib.circumstances(wider, x)).save(path)
+    with pytest.warns(UserWarning, match=r"for other layers \(7 of [0-9,]* weights in float32, h"):
+        dynprune_jax.compact(trained("vgg_digits", image_size=8, width=0.25), x, plan=path)
 
 
 def test_a_compact_network_takes_other_batches_and_shows_no_ratios(small):
@@ -513,10 +527,17 @@ def test_no_images_are_answered_and_not_measured(small):
     dynamic, images = small
     none = images[:0]
     assert dynprune_jax.compact(dynamic, images, plan=Plan({}))(none).shape == (0, 10)
-    with pytest.raises(ValueError, match=r"images has the shape \(0, 8, 8, 1\); a plan"):
-        dynprune_jax.compact(dynamic, none)
-    with pytest.raises(ValueError, match=r"images has the shape \(0, 8, 8, 1\); MACs"):
-        dynprune_jax.measure(dynamic, none)
+    dense = trained("vgg_digits", image_size=8, width=0.25)
+    for function, model in (
+        (dynprune_jax.compact, dynamic),
+        (functools.partial(dynprune_jax.compact, plan=Plan({})), dynamic),
+        (dynprune_jax.measure, dynamic),
+        (dynprune_jax.measure_plan, dynamic),
+        (dynprune_jax.export_model, dynamic),
+        (dynprune_jax.find_links, dense),
+    ):
+        with pytest.raises(ValueError, match=r"images has the shape \(0, 8, 8, 1\); give a"):
+            function(model, none)
 
 
 def test_a_map_that_the_model_sows_is_left_as_it_was():

@@ -33,6 +33,19 @@ def convolutions(draw):
     return x, (*kernel, 2, 2 * groups), options
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"dtype": jnp.bfloat16}, {"preferred_element_type": jnp.bfloat16}, {"padding": (1, 1)}],
+)
+def test_it_refuses_what_the_other_refuses(changed):
+    """Of a map smaller than the kernel too, which goes another way on a CPU."""
+    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": LAYOUT} | changed
+    x, kernel = jnp.ones((2, 2, 2, 3), options.pop("dtype", jnp.float32)), jnp.ones((3, 3, 3, 4))
+    for function in (lax.conv_general_dilated, convolve):
+        with pytest.raises((TypeError, ValueError)):
+            function(x, kernel, **options)
+
+
 @settings(max_examples=15)
 @given(convolutions(), st.integers(0, 2**31 - 1))
 def test_it_is_the_same_function_and_has_the_same_gradients(case, seed):

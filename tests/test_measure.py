@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynprune_jax import make_dynamic, measure, models
+from dynprune_jax import Plan, compact, make_dynamic, measure, models
 from dynprune_jax.pruning.attention import random
 
 
@@ -84,6 +84,23 @@ def test_a_plain_model_is_measured_too(images):
     assert usage.mac_reduction == 0.0
     assert usage.executed_mac_reduction == 0.0
     np.testing.assert_array_equal(usage.macs, [usage.dense_macs] * 4)
+
+
+def test_a_model_may_return_text_beside_its_answers(model, images):
+    class Named(nnx.Module):
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, x):
+            return {"logits": self.model(x), "name": "small"}
+
+    answers, usage = measure(Named(model), images)
+    logits, expected = measure(model, images)
+    np.testing.assert_array_equal(answers["logits"], logits)
+    assert answers["name"] == "small"
+    assert usage.other_macs == expected.other_macs
+    fast = compact(Named(model), images, plan=Plan({}))(images)
+    np.testing.assert_allclose(fast["logits"], logits, rtol=1e-4, atol=1e-5)
 
 
 def test_random_gates_draw_anew_for_each_input(images):

@@ -77,6 +77,27 @@ def test_with_the_statistics_of_a_batch_evaluation_is_what_training_computes_of_
     np.testing.assert_allclose(call(model, images(1)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_norm_called_twice_has_the_mean_of_both_calls_and_else_nothing_changes():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(1, 3, (3, 3), rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            self.calls = nnx.BatchStat(jnp.int32(0))  # what it keeps for itself
+
+        def __call__(self, x):
+            self.calls[...] += jnp.int32(1)
+            return self.norm(self.conv(x)) + self.norm(self.conv(2.0 * x))
+
+    model = Net()
+    maps = [np.asarray(model.conv(scale * images(0))) for scale in (1.0, 2.0)]
+    recalibrate(model, [images(0)])
+    for name in ("mean", "var"):
+        expected = sum(getattr(y, name)(axis=(0, 1, 2)) for y in maps) / 2
+        np.testing.assert_allclose(getattr(model.norm, name)[...], expected, rtol=1e-4, atol=1e-6)
+    assert model.calls[...] == 0
+    assert model.calls[...].dtype == jnp.int32
+
+
 def test_of_several_batches_it_is_their_mean():
     trees = [{"a": jnp.asarray([1.0, 2.0])}, {"a": jnp.asarray([3.0, 6.0])}, {"a": jnp.zeros(2)}]
     np.testing.assert_allclose(mean_of(trees)["a"], [4 / 3, 8 / 3], rtol=1e-6)
@@ -88,7 +109,9 @@ def test_what_cannot_be_recalibrated_is_refused():
         recalibrate(model, images(0))
     with pytest.raises(ValueError, match="batches has none"):
         recalibrate(model, [])
-    with pytest.raises(ValueError, match="batches has one without images"):
+    with pytest.raises(
+        ValueError, match=r"images has the shape \(0, 8, 8, 1\); give a batch of some"
+    ):
         recalibrate(model, [images(0), images(0)[:0]])
     fast = compact(model, images(0), plan=mixed_plan(model))
     with pytest.raises(ValueError, match="recalibrate the model that it was made from"):

@@ -96,7 +96,8 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
 
     Returns:
       function: of the arrays; what else the model holds and is called with is part of it. It
-        returns the model's outputs, and what it has sown and written: that is read by somebody too.
+        returns the model's outputs without text, and what it has sown and written: that is read
+        by somebody too.
       arrays: the model's variables and the arrays, or shapes of arrays, among the inputs.
     """
     graph, state = nnx.split(model)
@@ -110,10 +111,11 @@ def as_function(model: nnx.Module, *inputs: Any) -> tuple[Callable[..., Any], li
             new[i] = array
         state, inputs = jax.tree.unflatten(structure, new)
         called = nnx.merge(graph, state)
-        outputs = call_and_capture(called, *inputs)
+        outputs, sown = call_and_capture(called, *inputs)
+        outputs = [leaf for leaf in jax.tree.leaves(outputs) if not isinstance(leaf, str)]
         given = {id(leaf) for leaf in new}
         written = [v for v in jax.tree.leaves(nnx.state(called)) if id(v) not in given]
-        return outputs, written
+        return (outputs, sown), written
 
     return function, [leaves[i] for i in traced]
 
@@ -122,10 +124,12 @@ def batch_of(images: Images) -> Any:
     """The batch, which is the first array of a pytree that is no scalar.
 
     Raises:
-      ValueError: where there is none.
+      ValueError: where there is none, or no image in it.
     """
     for leaf in jax.tree.leaves(images):
-        if getattr(leaf, "shape", ()):
+        if shape := getattr(leaf, "shape", ()):
+            if shape[0] == 0:
+                raise ValueError(f"images has the shape {shape}; give a batch of some")
             return leaf
     raise ValueError(f"images is a {type(images).__name__} that holds no array; give a batch")
 

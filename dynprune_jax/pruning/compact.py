@@ -29,9 +29,9 @@ def compact(
     is the fastest on this device: compact where that pays, masked where it does not. One with a
     `conv_general_dilated` of its own (`convolve` is none), or within `nnx.WeightNorm` or
     `nnx.SpectralNorm`, stays as it is, and so does one whose kernel is read by more than
-    convolutions. A model without gates becomes the fastest dense one. Ratios are fixed: to change
-    them, set them on the dynamic model and make it compact again. Compile it:
-    `nnx.jit(fast)(images)`.
+    convolutions. A model without gates becomes the fastest dense one. Ratios are fixed, but those
+    of layers that stay or that a plan does not name: to change them, set them on the dynamic model
+    and make it compact again. Compile it: `nnx.jit(fast)(images)`.
 
     Roundings of bfloat16 decide which of two columns of nearly the same attention is kept: with
     gates on columns folding alone changes some, and with them the answers by more than rounding.
@@ -43,8 +43,8 @@ def compact(
       *others: what else the model is called with.
       plan: from `measure_plan`, or changed or made by hand; or a file: the plan is read from
         there, or if there is none, measured and kept there; a warning tells of one that was
-        measured on another device, for other images or ratios, or with `native` forms or without
-        where it is now the other way. None: measured.
+        measured on another device, for other images, layers or ratios, or with `native` forms or
+        without where it is now the other way. None: measured.
       progress: called after each layer is measured, see `measure_plan`.
 
     Raises:
@@ -66,7 +66,7 @@ def compact(
         if path is not None and path.exists():
             plan = Plan.load(path)
             now, there = circumstances(folded, images), plan.measured_on
-            for what in ("device", "images", "ratios", "native"):
+            for what in ("device", "images", "layers", "ratios", "native"):
                 if there.get(what, now[what]) != now[what]:
                     warnings.warn(
                         f"the plan in {path} was measured for other {what} ({there[what]}, here"

@@ -42,7 +42,8 @@ class Plan:
       milliseconds: what each form that came near the fastest took at its best, by layer name and
         form, for one batch.
       measured_on: where and for what: `device`, `jax`, the shape and dtype of the `images`, the
-        `ratios` of the gates, and whether the `native` form was compiled, or why not.
+        `layers` by their number, weights and dtypes, the `ratios` of their gates in turn, and
+        whether the `native` form was compiled, or why not.
     """
 
     forms: dict[str, Form]
@@ -157,8 +158,7 @@ def measure_plan(
       ValueError: for no images.
     """
     layers = replaceable_layers(model)
-    if batch_of(images).size == 0:
-        raise ValueError(f"images has the shape {batch_of(images).shape}; a plan is made for some")
+    batch_of(images)  # refuses what holds none
     shapes = _input_shapes(model, images, *others)
     plan = Plan({}, measured_on=circumstances(model, images))
     measured = {} if known is None else known
@@ -175,24 +175,24 @@ def measure_plan(
 
 def circumstances(model: nnx.Module, images: Images) -> dict[str, str]:
     """What the fastest forms of a model depend on here; see `Plan.measured_on`."""
-    ratios = {
-        f"{axis} {float(ratio[...]):.4g}"
-        for gate in dynamic_layers(model).values()
-        for axis in ("channel_ratio", "column_ratio", "feature_ratio")
-        if (ratio := getattr(gate, axis)) is not None
-    }
-    sizes = {
-        f"{name} {size}"
-        for gate in dynamic_layers(model).values()
-        for name in ("channel_group", "column_patch")
-        if (size := getattr(gate, name)) > 1
-    }
+    gates, layers = dynamic_layers(model).values(), replaceable_layers(model).values()
+    settings = []
+    for axis in ("channel_ratio", "column_ratio", "feature_ratio"):
+        ratios = [ratio for gate in gates if (ratio := getattr(gate, axis)) is not None]
+        in_turn = [f"{float(ratio[...]):.4g}" for ratio in ratios]
+        same = set(in_turn) if len(set(in_turn)) == 1 else in_turn
+        settings += [" ".join((axis, *same))] if same else []
+    for name in ("channel_group", "column_patch"):
+        settings += sorted({f"{name} {n}" for gate in gates if (n := getattr(gate, name)) > 1})
+    weights = sum(layer.kernel[...].size for layer in layers)
+    dtypes = sorted({jnp.dtype(layer.dtype or layer.kernel[...].dtype).name for layer in layers})
     batch = batch_of(images)
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "images": f"{'x'.join(map(str, batch.shape))} {batch.dtype}",
-        "ratios": ", ".join([*sorted(ratios), *sorted(sizes)]) or "none",
+        "layers": f"{len(layers)} of {weights:,} weights in {' and '.join(dtypes)}",
+        "ratios": ", ".join(settings) or "none",
         "native": native.why_not() or "compiled",
     }
 

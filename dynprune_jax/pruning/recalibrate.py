@@ -1,5 +1,6 @@
 """Batch statistics made anew, for the ratios that a network has now."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -47,8 +48,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
 
     def made() -> Iterator[Any]:
         for images in batches:
-            if 0 in batch_of(images).shape[:1]:
-                raise ValueError("batches has one without images; statistics are of some")
+            batch_of(images)  # refuses what holds none
             yield statistics(state, images)
 
     nnx.update(model, mean_of(made()))
@@ -62,20 +62,23 @@ def batch_statistics(model: nnx.Module, images: Images) -> Any:
       images: what it is called with.
 
     Returns:
-      An `nnx.State` of `nnx.BatchStat`, of the same paths as the model's.
+      An `nnx.State` of the norms' `nnx.BatchStat`, of the same paths as the model's. Of a norm
+      that is called several times it is the mean of what its calls see.
     """
+    calls = Counter[str]()
 
-    def of_batch(_: str, __: Any, call: Any, x: Any, *stored: Any, **options: Any) -> Any:
+    def of_batch(name: str, norm: Any, call: Any, x: Any, *stored: Any, **options: Any) -> Any:
         del stored  # use_running_average, where the model gives it
+        norm.momentum = calls[name] / (calls[name] + 1)  # nothing of what was stored before
+        calls[name] += 1
         return call(x, False, **options)
 
     copy = intercept(model, nnx.BatchNorm, of_batch)
     copy.eval()
-    for norm in all_modules(copy).values():
-        if isinstance(norm, nnx.BatchNorm):
-            norm.momentum = 0.0  # nothing of what was stored before
     copy(images)
-    return nnx.state(copy, nnx.BatchStat)
+    norms = [norm for norm in all_modules(copy).values() if isinstance(norm, nnx.BatchNorm)]
+    own = {id(variable) for norm in norms for variable in (norm.mean, norm.var)}
+    return nnx.state(copy, lambda _, variable: id(variable) in own)
 
 
 def mean_of(trees: Iterable[Any]) -> Any:
