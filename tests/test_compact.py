@@ -565,3 +565,57 @@ def test_a_compact_layer_drops_nothing_by_chance(monkeypatch):
     x = jax.random.normal(jax.random.key(0), (64, 16, 16, 8))
     layer.train()
     np.testing.assert_array_equal(layer.masks(x).columns, gate.masks(x).columns)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="there is no compiler")
+@pytest.mark.parametrize(("dtype", "compiled"), [("float32", True), ("float64", False)])
+def test_a_plan_measures_our_own_kernels_where_they_are_wide_enough(dtype, compiled, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        plan_lib, "candidates", lambda *a, wide, **k: asked.append(wide) or [Form()]
+    )
+    with jax.enable_x64(dtype == "float64"):
+        conv = nnx.Conv(8, 4, (3, 3), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        measure_plan(nnx.Sequential(conv), jnp.ones((1, 4, 4, 8), dtype), repeats=1)
+    assert asked == [not compiled]
+
+
+def test_a_form_is_judged_by_its_best_turn(monkeypatch):
+    """What else runs on the machine only ever adds to a turn."""
+
+    def turns(functions, *args, **options):
+        return {form: [1.0, 9.0] if form == Form() else [2.0, 3.0] for form in functions}
+
+    monkeypatch.setattr(plan_lib, "interleaved", turns)
+    plan = measure_plan(
+        nnx.Sequential(nnx.Conv(64, 4, (3, 3), rngs=nnx.Rngs(0))), jnp.ones((64, 32, 32, 64))
+    )
+    assert plan.forms == {"layers/0": Form()}
+    assert plan.fastest == {"layers/0": 1e3}
+
+
+def test_layers_that_differ_are_measured_apart():
+    """Each of one of these things alone: the time of the one would be told of the other."""
+    x = jax.ShapeDtypeStruct((1, 8, 8, 8), jnp.float32)
+    options = [
+        {},
+        {"strides": 2},
+        {"padding": "VALID"},
+        {"kernel_dilation": 2},
+        {"input_dilation": 2},
+    ]
+    options += [{"feature_group_count": 2}, {"dtype": jnp.bfloat16}, {"precision": "highest"}]
+    convs = [nnx.Conv(8, 8, (3, 3), **given, rngs=nnx.Rngs(0)) for given in options]
+    gates = [
+        {},
+        {"channel_ratio": 0.5},
+        {"column_ratio": 0.5},
+        {"channel_ratio": 0.5, "channel_group": 2},
+    ]
+    gates += [{"column_ratio": 0.5, "column_patch": 2}]
+    convs += [
+        DynamicConv(convs[0], **{"channel_ratio": 0.25, **given}, rngs=nnx.Rngs(0))
+        for given in gates
+    ]
+    cases = {plan_lib._case(conv, x) for conv in convs}
+    assert len(cases) == len(convs)

@@ -292,6 +292,20 @@ MISTAKES = {
     "sensitivity of nothing": (["--mode=sensitivity"], "holds no trained network"),
     "cascade of nothing": (["--mode=cascade"], "holds no trained network"),
     "export of nothing": (["--mode=export"], "holds no trained network"),
+    "warm-up of the whole phase": (
+        ["--config.prune.epochs=3", "--config.prune.warmup_epochs=3."],
+        "config.prune.warmup_epochs is 3.0; it must be less than config.prune.epochs, 3",
+    ),
+    "distillation of nobody": (
+        [
+            "--config.dense.epochs=0",
+            "--config.prune.start=scratch",
+            "--config.prune.distillation=.5",
+        ],
+        "distillation is 0.5 and there is no dense network to learn from",
+    ),
+    "distillation of 2": (["--config.prune.distillation=2."], r"distillation is 2.0; .*\[0, 1\]"),
+    "momentum of 1": (["--config.optim.momentum=1."], r"momentum is 1.0; .*\[0.0, 1.0\)"),
 }
 
 

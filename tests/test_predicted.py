@@ -626,3 +626,29 @@ def test_folding_minds_no_earlier_call_and_no_norm_of_another_kind():
     model.eval()
     fast = compact(model, x, plan=mixed_plan(model))
     np.testing.assert_allclose(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_tells_the_ratios_of_predicted_gates():
+    chain = predict_channels(Chain(1), 0.5, {"conv": ("norm", "reader")})
+    told = plan_lib.circumstances(chain, jnp.ones((1, 4, 4, 8)))
+    assert told["ratios"] == "channel_ratio 0.5, feature_ratio 0.5"
+
+
+def test_a_gated_norm_takes_a_mask_as_any_norm():
+    rng = np.random.default_rng(0)
+    x, mask = jnp.asarray(rng.normal(size=(4, 2, 2, 8)), jnp.float32), jnp.arange(4) < 3
+    norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+    gated = GatedNorm(nnx.clone(norm), Handover())
+    of = mask[:, None, None, None]
+    np.testing.assert_array_equal(gated(x, mask=of), norm(x, mask=of))
+    np.testing.assert_array_equal(gated.mean[...], norm.mean[...])
+
+
+def test_a_map_that_no_norm_has_taken_stays_missed_behind_another():
+    handover, first, second = Handover(), jnp.ones(2), jnp.ones(2)
+    handover.put(first, Masks())
+    handover.put(second, Masks())
+    handover.take(second)
+    assert handover.waits
+    handover.clear()
+    assert not handover.waits

@@ -120,3 +120,15 @@ def test_what_cannot_be_recalibrated_is_refused():
         recalibrate(fold_batch_norms(model, images(0)), [images(0)])
     with pytest.raises(ValueError, match=r"Linear has no nnx.BatchNorm"):
         recalibrate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [jnp.zeros((1, 2))])
+
+
+def test_it_is_as_at_test_time_whatever_mode_a_model_is_in():
+    x = jax.random.normal(jax.random.key(0), (8, 6, 6, 8))
+    conv, norm = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+    found = []
+    for mode in (nnx.Module.eval, nnx.Module.train):
+        model = make_dynamic(nnx.Sequential(conv, nnx.clone(norm)), 0.5, drop_probability=0.0)
+        mode(model)  # in training it would drop nothing
+        recalibrate(model, [x])
+        found.append(model.layers[1].var[...])
+    np.testing.assert_array_equal(*found)

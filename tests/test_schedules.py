@@ -67,3 +67,11 @@ def test_the_ends_of_an_elastic_schedule():
     for name in ("lowest", "at_highest"):
         with pytest.raises(ValueError, match=rf"{name} is 1.5; it must be in \[0, 1\]"):
             elastic(high, key, **{name: 1.5})
+
+
+def test_by_default_a_fourth_of_the_steps_is_whole():
+    high = ratio_ascent(0.5, interval_steps=1)
+    steps = jnp.arange(1000)
+    drawn = jax.vmap(elastic(high, jax.random.key(3)))(steps)
+    assert 0.2 < np.mean(np.asarray(drawn == jax.vmap(high)(steps))) < 0.3
+    assert np.min(np.asarray(drawn)) < 0.01  # and the others go down to nothing

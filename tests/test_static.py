@@ -167,6 +167,10 @@ def test_a_static_run_has_the_macs_of_the_dynamic_one(config, tmp_path, monkeypa
     assert aim - 1e-6 <= report["pruned"]["mac_reduction"] < aim + 0.05
     assert report["pruned"]["macs_per_image"]["min"] == report["pruned"]["macs_per_image"]["max"]
     assert report["pruned"]["examples"] == 100
+    for row in report["cascade"]:  # all see the network without filters, and a share the dense one
+        left = report["pruned"]["mac_reduction"] - row["share"]
+        assert row["mac_reduction"] == pytest.approx(left)
+    assert len(report["cascade"]) == len(config.cascade.shares)
     # The same command again trains nothing.
     assert static(config, tmp_path / "static")["parameters_digest"] == report["parameters_digest"]
 
@@ -251,3 +255,14 @@ def test_a_reduction_out_of_reach_is_said_before_anything_is_trained(config, tmp
     with pytest.raises(UserError, match=r"config\.static\.allotment is 'uniform', .*: no removal"):
         static(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_random_draw_is_that_of_the_seed(config, tmp_path):
+    model, _ = build("vgg_digits")
+    drawn = []
+    for seed in (0, 1, 0):
+        config.seed = seed
+        scores = static_lib.random(model, links(model), Run.open(config, tmp_path))
+        drawn.append(np.concatenate([*scores.values()]))
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert not np.array_equal(drawn[0], drawn[1])

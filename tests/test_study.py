@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shlex
 import sys
@@ -386,3 +387,42 @@ def test_every_method_changes_fields_that_are_there(config):
         assert method.fields.keys() <= fields.keys()
     for name in {*config.study.methods, *config.study.ablations}:
         find_method(name)
+
+
+@pytest.mark.parametrize("name", ["attention", "l1"])
+def test_a_row_tells_what_the_report_of_its_run_does(config, tmp_path, monkeypatch, name):
+    def result(accuracy):
+        spread = {"mean": 1.0, "min": 1.0, "max": 1.0}
+        macs = {"macs_per_image": spread, "executed_macs_per_image": spread}
+        reductions = {"mac_reduction": 0.5, "executed_mac_reduction": 0.4}
+        return {"accuracy": accuracy, "gate_operations_per_image": 7, **macs, **reductions}
+
+    untrained = {"attention": "targeted_dropout", "l1": "training"}[name]
+    report = {
+        "dense": result(0.9),
+        "pruned": result(0.8),
+        f"pruned_without_{untrained}": result(0.3),
+        "pruned_by_other_criteria": {"random": result(0.2)},
+        "cascade": [{"share": 0.1, "threshold": 0.6, **result(0.85)}],
+        **dict.fromkeys(("dense_macs_per_image", "device", "versions", "data", "seconds"), 1),
+    }
+    monkeypatch.setattr(study_lib, "_at_point", lambda config, *_: config)
+    method = dataclasses.replace(METHODS[name], run=lambda *_: report)
+    monkeypatch.setattr(study_lib, "find_method", lambda _: method)
+    if name == "l1":
+        monkeypatch.setattr(study_lib, "static", method.run)
+    row = study_lib._pruned(config, name, 0.5, 3, tmp_path / "dense", tmp_path / "run")
+    assert (row["accuracy"], row["accuracy_untrained"]) == (0.8, 0.3)
+    assert row["accuracy_by_other_criteria"] == {"random": 0.2}
+    (cascade,) = row["cascade"]
+    assert (cascade["share"], cascade["threshold"], cascade["accuracy"]) == (0.1, 0.6, 0.85)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("eval_batch_size", 20), ("prune.recalibration_images", 40)]
+)
+def test_rows_of_a_study_are_evaluated_alike(small, tmp_path, monkeypatch, field, value):
+    monkeypatch.setattr(study_lib, "_runs", lambda *_: {})
+    study(small, tmp_path)
+    with pytest.raises(UserError, match=rf"of another config: config\.{field} is"):
+        study(study_lib.with_fields(small, {field: value}), tmp_path)

@@ -338,3 +338,16 @@ def test_stacked_layers_get_no_gate():
 
 def test_an_empty_batch_passes(zoo):
     assert make_dynamic(zoo, 0.5, 0.25)(jnp.zeros((0, 8, 8, 3))).shape == (0, 5)
+
+
+def test_a_budget_is_that_of_test_time_whatever_mode_a_model_is_in(zoo, images):
+    model = make_dynamic(zoo, {"blocks/0/conv1": 0.5, "blocks/0/conv2": 0.1}, drop_probability=0.0)
+    model.train()
+    scale_ratios(model, 0.01, images)
+    model.eval()
+    assert dynprune_jax.measure(model, images)[1].mac_reduction >= 0.01
+    with pytest.raises(ValueError, match=r"0\.95 the gates cut") as caught:
+        scale_ratios(model, 0.99, images)
+    set_ratios(model, {"blocks/0/conv1": 0.95, "blocks/0/conv2": 0.95})
+    most = dynprune_jax.measure(model, images)[1].mac_reduction
+    assert str(caught.value).endswith(f"the gates cut {most:.1%}")

@@ -2,9 +2,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from networks import mixed_plan
 from PIL import Image
 
 from dynprune_jax import build, plots
+from dynprune_jax import report as report_lib
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.data import sources
 from dynprune_jax.errors import UserError
@@ -34,8 +37,9 @@ from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
-from dynprune_jax.train import evaluate_workdir, train_and_evaluate
+from dynprune_jax.train import evaluate_workdir, run_phase, train_and_evaluate
 from dynprune_jax.train_step import Network, TrainState
+from dynprune_jax.workdir import check_workdir, keep_config, make_folder
 from dynprune_jax.writers import read_metrics
 
 
@@ -82,6 +86,10 @@ def test_what_a_run_leaves(config, workdir):
     )
     assert 0.2 < pruned["mac_reduction"] < 0.8
     assert 0.2 < pruned["executed_mac_reduction"] < 0.8
+    executed = sum(layer["dense_executed_macs"] for layer in layers.values())
+    assert report["dense_executed_macs_per_image"] == executed
+    left = pruned["executed_macs_per_image"]["mean"] / executed
+    assert pruned["executed_mac_reduction"] == pytest.approx(1 - left)
     low, mean, high = (pruned["executed_macs_per_image"][part] for part in ("min", "mean", "max"))
     assert low < mean < high  # the columns differ from input to input
     assert pruned["macs_per_image"]["min"] == pruned["macs_per_image"]["max"]  # the counts do not
@@ -501,6 +509,8 @@ def test_sweep_scales_the_ratios(config, workdir, capsys):
     full = points["dropout", "attention", 1.0]
     assert full["accuracy"] == report["pruned"]["accuracy"]
     assert full["mac_reduction"] == report["pruned"]["mac_reduction"]
+    untrained = report["pruned_without_targeted_dropout"]["accuracy"]
+    assert points["dense", "attention", 1.0]["accuracy"] == untrained != full["accuracy"]
     assert json.loads((workdir / "sweep.json").read_text()) == rows
     assert (workdir / "sweep.png").stat().st_size > 10_000
 
@@ -647,3 +657,165 @@ def test_step_cost_times_both_steps(config, tmp_path):
     assert rows[0]["cost"] == 1.0
     assert all(row["median_ms"] > 0 and row["repeats"] == 3 for row in rows)
     assert json.loads((tmp_path / "b" / "step_cost.json").read_text()) == rows
+
+
+def test_an_optimizer_is_that_of_its_phase_in_the_config(config, tmp_path):
+    config.dense.epochs, config.dense.learning_rate, config.dense.warmup_epochs = 4, 0.4, 2.0
+    config.prune.learning_rate, config.gate.salience_rate = 0.2, 0.25
+    config.optim.momentum, config.optim.weight_decay = 0.5, 0.125
+    run = Run.open(config, tmp_path)
+    assert run.steps_per_epoch == 8
+    rates = [float(run.learning_rate("dense")(step)) for step in (0, 8, 16, 24, 32)]
+    np.testing.assert_allclose(rates, [0.0, 0.2, 0.4, 0.2, 0.0], atol=1e-6)
+    params = {name: jnp.float32(2.0) for name in ("kernel", "bias", "salience_bias")}
+    optimizer = run.optimizer("prune")
+    updates, _ = optimizer.update(
+        dict.fromkeys(params, jnp.float32(1.0)), optimizer.init(params), params
+    )
+    # The first step of Nesterov's: 1 + momentum times the gradient, of kernels with the decay.
+    expected = {"kernel": -0.2 * 1.5 * 1.25, "bias": -0.2 * 1.5, "salience_bias": -0.05 * 1.5}
+    assert {name: float(u) for name, u in updates.items()} == pytest.approx(expected)
+
+
+def test_the_teacher_answers_as_at_test_time_and_weighs_as_the_config_says(
+    config, tmp_path, monkeypatch
+):
+    config.prune.distillation, config.prune.temperature = 0.5, 3.0
+    run, told = Run.open(config, tmp_path), {}
+
+    def only_taught(state, batch, *, teacher, **options):
+        told.update(options)
+        return state, {"among": teacher(batch[0])[:1], "alone": teacher(batch[0][:1])}
+
+    monkeypatch.setattr("dynprune_jax.feed.train_step", only_taught)
+    state = TrainState.create(run.dense.weights, run.dynamic, run.optimizer("prune"))
+    with Feed(run, "prune", run.dynamic, teacher=run.dense.weights) as feed:
+        _, taught = feed.advance(feed.place(state), 1, None)
+    assert (told["distillation"], told["temperature"]) == (0.5, 3.0)
+    np.testing.assert_allclose(taught["among"], taught["alone"], rtol=1e-4, atol=1e-5)
+
+
+def test_each_step_of_each_phase_is_augmented_in_its_own_way(config, tmp_path, monkeypatch):
+    run = Run.open(config, tmp_path)
+
+    def no_step(state, batch, **options):
+        return dataclasses.replace(state, step=state.step + 1), {"key": batch[0]}
+
+    monkeypatch.setattr("dynprune_jax.feed.train_step", no_step)
+    monkeypatch.setattr(
+        "dynprune_jax.feed.training_images", lambda config, key, images: jax.random.key_data(key)
+    )
+    keys = set()
+    for name, network in (("dense", run.dense), ("prune", run.dynamic)):
+        state = TrainState.create(run.dense.weights, network, run.optimizer(name))
+        with Feed(run, name, network) as feed:
+            state = feed.place(state)
+            for _ in range(3):
+                state, drawn = feed.advance(state, 1, None)
+                keys.add(tuple(np.asarray(drawn["key"]).tolist()))
+    assert len(keys) == 2 * 3
+
+
+def test_numbers_that_are_not_finite_are_not_saved(config, tmp_path, monkeypatch):
+    """With a loss that still is: it was computed before them."""
+    config.prune.epochs = 0
+    run = Run.open(config, tmp_path)
+    run.claim()
+
+    def spoiled(feed, state, count, batch):
+        stats = {name: jnp.full_like(value, jnp.inf) for name, value in state.stats.items()}
+        changed = dataclasses.replace(state, step=jnp.int32(state.step + count), stats=stats)
+        return changed, {"loss": 1.0, "accuracy": 0.5}
+
+    monkeypatch.setattr(Feed, "advance", spoiled)
+    monkeypatch.setattr(Run, "evaluate", lambda *_: SimpleNamespace(accuracy=0.5))
+    with pytest.raises(UserError, match=r"(mean|var) is not finite at step 8 of the dense phase"):
+        run_phase(run, "dense", run.dense, run.dense.weights)
+    assert not any((tmp_path / "checkpoints" / "dense").iterdir())
+
+
+def test_a_phase_tells_its_rates_and_the_ratios_of_its_last_step(
+    config, tmp_path, monkeypatch, capfd
+):
+    config.dense.epochs, config.prune.start, config.steps_per_dispatch = 0, "scratch", 2
+    run, seen = Run.open(config, tmp_path), []
+    run.claim()
+
+    def advance(feed, state, count, batch):  # without a program
+        step = jnp.int32(state.step + count)
+        return dataclasses.replace(state, step=step), {"loss": 1.0, "accuracy": 0.5}
+
+    def evaluate(run, network, values, ratios):
+        seen.append({name: float(ratio) for name, ratio in ratios.items()})
+        return SimpleNamespace(accuracy=0.5)
+
+    monkeypatch.setattr(Feed, "advance", advance)
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    _, timing = run_phase(run, "prune", run.dynamic, run.dense.weights)
+    assert timing["images"] == (16 - 2) * 16  # without those of the first call, which compiles
+    schedule, rate = ratio_schedule(run, run.dynamic.values(PruneRatio)), run.learning_rate("prune")
+    assert seen == [{k: float(r) for k, r in schedule(step).items()} for step in (7, 15)]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "test accuracy" in line]
+    for line, told in zip(lines, ("0.30", "0.43"), strict=True):
+        assert re.search(rf"pruning {told} of the channels, .* \([\d,]+ images/s", line)
+    rows = [row for row in read_metrics(tmp_path) if "learning_rate" in row]
+    assert [row["learning_rate"] for row in rows] == [float(rate(step)) for step in (3, 7, 11, 15)]
+
+
+def test_of_a_lone_gate_the_weights_are_told_apart(config, tmp_path, monkeypatch):
+    """Then nothing else is pruned on either, and a point of both has the same ratios."""
+    config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.5), ()
+    weights = {"dense": {"accuracy": 0.25}, "dropout": {"accuracy": 0.75}}
+    monkeypatch.setattr(Run, "finished_weights", lambda run: weights)
+    usage = SimpleNamespace(mac_reduction=0.5, executed_mac_reduction=0.5)
+    monkeypatch.setattr(
+        Run, "evaluate", lambda run, network, values, ratios: SimpleNamespace(**values, usage=usage)
+    )
+    for row in sensitivity(config, tmp_path):
+        assert row["accuracy"] == weights[row["weights"]]["accuracy"]
+
+
+def test_images_are_held_in_memory_up_to_the_limit(config, tmp_path):
+    config.data.memory_limit_mb = 1
+    for side, fits in ((67, True), (68, False)):  # of 128 + 100 images, of a byte a pixel
+        config.data.stored_size = side
+        assert (228 * side**2 <= 2**20) == fits
+        assert Run.open(config, tmp_path).in_memory == fits
+
+
+def test_evaluating_again_keeps_what_was_told_of_the_training(config, tmp_path):
+    run = Run.open(config, tmp_path)
+    phases = {"dense": {"images_per_second": 1.0, "share_outside_step": 0.5}}
+    told = {"command": "python -m ... --mode=train", "phases": phases, "seconds": 3.0}
+    (tmp_path / "report.json").write_text(json.dumps({**told, "seed": 1}))
+    assert report_lib._told_of_training(run) == told
+    (tmp_path / "report.json").write_text("{")
+    assert report_lib._told_of_training(run) == {}
+
+
+def test_a_report_says_what_it_was_measured_on(config, tmp_path):
+    config.data.test_examples, config.data.held_out = 0, 28
+    config.prune.recalibration_images = 40
+    found = report_lib.provenance(Run.open(config, tmp_path))
+    sizes = {"train_examples": 100, "test_examples": 28, "held_out": 28}
+    assert found["data"] == {"name": "digits", "classes": 10, **sizes}
+    assert found["recalibration_images"] == 40
+
+
+def test_a_work_directory_is_made_empty(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    assert not [*(tmp_path / "a" / "b").iterdir()]
+
+
+def test_what_is_done_with_a_finished_run_may_change(config, tmp_path):
+    keep_config(config, tmp_path)
+    config.sweep.fractions, config.sensitivity.ratios, config.cascade.shares = (
+        (0.5,),
+        (0.1,),
+        (0.4,),
+    )
+    config.benchmark.repeats, config.study.seeds, config.eval_batch_size = 9, (7,), 20
+    check_workdir(config, tmp_path)
+    config.prune.epochs = 3
+    with pytest.raises(UserError, match=r"config\.prune\.epochs is 2 there and 3 here"):
+        check_workdir(config, tmp_path)

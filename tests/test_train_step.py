@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -241,3 +242,17 @@ def test_dropout_with_probability_0_trains_the_dense_network():
     dense.eval()
     dynamic.eval()
     assert not np.array_equal(run(dynamic, images), run(dense, images))
+
+
+def test_every_step_draws_anew_what_is_dropped_by_chance():
+    dynamic = make_dynamic(model(), 0.5, drop_probability=0.5)
+    dynamic.train()
+    network, optimizer = Network(dynamic), sgd(lambda step: 0.1, momentum=0.9, weight_decay=0.0)
+    options = {"ratios": lambda step: {}, "label_smoothing": 0.0}
+    step = jax.jit(functools.partial(train_step, network=network, optimizer=optimizer, **options))
+    state = TrainState.create(network.weights, network, optimizer)
+    first, second, again = (
+        float(step(dataclasses.replace(state, step=jnp.int32(n)), batch())[1]["loss"])
+        for n in (0, 1, 0)
+    )
+    assert first == again != second

@@ -1,5 +1,6 @@
 import errno
 import io
+import json
 import os
 import re
 import struct
@@ -107,3 +108,17 @@ def test_a_bar_tells_how_many_of_how_many_are_done_and_the_rate(monkeypatch):
         progress(3, 6)
     shown = rich.text.Text.from_ansi(file.getvalue()).plain
     assert re.search(r"evaluating .* 3/6 [\d.e+]+/s", shown)
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    def half(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "report.json"
+    writers.write_json(path, {"accuracy": 0.5})
+    monkeypatch.setattr(type(path), "write_bytes", half)
+    with pytest.raises(OSError, match="No space left on device"):
+        writers.write_json(path, {"accuracy": 0.75})
+    assert json.loads(path.read_text()) == {"accuracy": 0.5}
