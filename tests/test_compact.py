@@ -191,10 +191,17 @@ def test_a_plan_for_something_else_is_told(small, tmp_path):
         UserWarning, match=r"channel_ratio 0.25 0.125 .*here channel_ratio 0.125 0.2"
     ):
         dynprune_jax.compact(other, x, plan=path)
+    model = trained("vgg_digits", image_size=8, width=0.25)
+    first, second = (
+        dynprune_jax.make_dynamic(model, {f"blocks/{n}/*": 0.5}) for n in (1, 2)
+    )  # the same ratio, of other layers
+    Plan({}, measured_on=plan_lib.circumstances(first, x)).save(path)
+    with pytest.warns(UserWarning, match="for other layers"):
+        dynprune_jax.compact(second, x, plan=path)
     wider = trained("vgg_digits", image_size=8, width=0.5)
     Plan({}, measured_on=plan_lib.circumstances(wider, x)).save(path)
-    with pytest.warns(UserWarning, match=r"for other layers \(7 of [0-9,]* weights in float32, h"):
-        dynprune_jax.compact(trained("vgg_digits", image_size=8, width=0.25), x, plan=path)
+    with pytest.warns(UserWarning, match=r"for other layers \(7 of [0-9,]* weights in float32, "):
+        dynprune_jax.compact(model, x, plan=path)
 
 
 def test_a_compact_network_takes_other_batches_and_shows_no_ratios(small):

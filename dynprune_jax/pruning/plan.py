@@ -7,6 +7,7 @@ import math
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ class Plan:
       milliseconds: what each form that came near the fastest took at its best, by layer name and
         form, for one batch.
       measured_on: where and for what: `device`, `jax`, the shape and dtype of the `images`, the
-        `layers` by their number, weights and dtypes, the `ratios` of their gates in turn, and
-        whether the `native` form was compiled, or why not.
+        `layers` by their number, weights, dtypes and a digest of names, shapes, strides and where
+        gates are, the `ratios` of the gates in turn, and whether the `native` form was compiled,
+        or why not.
     """
 
     forms: dict[str, Form]
@@ -175,23 +177,34 @@ def measure_plan(
 
 def circumstances(model: nnx.Module, images: Images) -> dict[str, str]:
     """What the fastest forms of a model depend on here; see `Plan.measured_on`."""
-    gates, layers = dynamic_layers(model).values(), replaceable_layers(model).values()
+    gates, layers = dynamic_layers(model).values(), replaceable_layers(model)
+    axes = ("channel_ratio", "column_ratio", "feature_ratio")
     settings = []
-    for axis in ("channel_ratio", "column_ratio", "feature_ratio"):
+    for axis in axes:
         ratios = [ratio for gate in gates if (ratio := getattr(gate, axis)) is not None]
         in_turn = [f"{float(ratio[...]):.4g}" for ratio in ratios]
-        same = set(in_turn) if len(set(in_turn)) == 1 else in_turn
-        settings += [" ".join((axis, *same))] if same else []
+        if in_turn:
+            settings.append(" ".join((axis, *(in_turn[:1] if len({*in_turn}) == 1 else in_turn))))
     for name in ("channel_group", "column_patch"):
         settings += sorted({f"{name} {n}" for gate in gates if (n := getattr(gate, name)) > 1})
-    weights = sum(layer.kernel[...].size for layer in layers)
-    dtypes = sorted({jnp.dtype(layer.dtype or layer.kernel[...].dtype).name for layer in layers})
+    kinds = [
+        (
+            name,
+            layer.kernel[...].shape,
+            jnp.dtype(layer.dtype or layer.kernel[...].dtype).name,
+            str(layer.strides),
+            [axis for axis in axes if getattr(layer, axis, None) is not None],
+        )
+        for name, layer in layers.items()
+    ]
+    weights, dtypes = sum(math.prod(kind[1]) for kind in kinds), sorted({kind[2] for kind in kinds})
+    digest = zlib.crc32(repr(kinds).encode())
     batch = batch_of(images)
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "images": f"{'x'.join(map(str, batch.shape))} {batch.dtype}",
-        "layers": f"{len(layers)} of {weights:,} weights in {' and '.join(dtypes)}",
+        "layers": f"{len(kinds)} of {weights:,} weights in {' and '.join(dtypes)}, {digest:08x}",
         "ratios": ", ".join(settings) or "none",
         "native": native.why_not() or "compiled",
     }

@@ -69,14 +69,17 @@ def batch_statistics(model: nnx.Module, images: Images) -> Any:
 
     def of_batch(name: str, norm: Any, call: Any, x: Any, *stored: Any, **options: Any) -> Any:
         del stored  # use_running_average, where the model gives it
-        norm.momentum = calls[name] / (calls[name] + 1)  # nothing of what was stored before
+        if calls[name]:  # what it has is the mean of so many
+            norm.momentum = calls[name] / (calls[name] + 1)
         calls[name] += 1
         return call(x, False, **options)
 
     copy = intercept(model, nnx.BatchNorm, of_batch)
     copy.eval()
-    copy(images)
     norms = [norm for norm in all_modules(copy).values() if isinstance(norm, nnx.BatchNorm)]
+    for norm in norms:
+        norm.momentum = 0.0  # nothing of what was stored before
+    copy(images)
     own = {id(variable) for norm in norms for variable in (norm.mean, norm.var)}
     return nnx.state(copy, lambda _, variable: id(variable) in own)
 
