@@ -28,13 +28,16 @@ _CHEAP = ["--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_pa
 if jax.__version_info__ < (0, 11):  # later jaxlibs end at the flag, which they do not know
     _CHEAP.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_CHEAP, os.environ.get("XLA_FLAGS", "")])
-jax.config.update("jax_disable_most_optimizations", True)  # cheaper still
+# Cheaper still; `rounded_alike` and an environment without JAX's variables do without it.
+jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # What one test has compiled, the next does not compile again.
 _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+gc.set_threshold(100_000, 100, 100)  # see `forgotten`
 
 # A job in the background of a script is started with Ctrl-C ignored; what obeys it is tested here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -49,7 +52,6 @@ def forgotten():
     Python's search for garbage looks at every object that it has not been told to pass over: once
     a file is enough.
     """
-    gc.set_threshold(100_000, 100, 100)
     yield
     jax.clear_caches()
     gc.collect()

@@ -809,11 +809,8 @@ def test_a_work_directory_is_made_empty(tmp_path):
 
 def test_what_is_done_with_a_finished_run_may_change(config, tmp_path):
     keep_config(config, tmp_path)
-    config.sweep.fractions, config.sensitivity.ratios, config.cascade.shares = (
-        (0.5,),
-        (0.1,),
-        (0.4,),
-    )
+    config.sweep.fractions, config.sensitivity.ratios = (0.5,), (0.1,)
+    config.cascade.shares = (0.4,)
     config.benchmark.repeats, config.study.seeds, config.eval_batch_size = 9, (7,), 20
     check_workdir(config, tmp_path)
     config.prune.epochs = 3

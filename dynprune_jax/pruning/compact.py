@@ -66,14 +66,17 @@ def compact(
         if path is not None and path.exists():
             plan = Plan.load(path)
             now, there = circumstances(folded, images), plan.measured_on
-            for what in ("device", "images", "layers", "ratios", "native"):
-                if there.get(what, now[what]) != now[what]:
-                    warnings.warn(
-                        f"the plan in {path} was measured for other {what} ({there[what]}, here"
-                        f" {now[what]}): the answers are the same, but other forms may be faster;"
-                        " delete it to have a plan measured anew",
-                        stacklevel=2,
-                    )
+            circumstance = ("device", "images", "ratios", "layers", "native")
+            other = [what for what in circumstance if there.get(what, now[what]) != now[what]]
+            if "ratios" in other and "layers" in other:
+                other.remove("layers")  # a layer has its ratios
+            for what in other:
+                warnings.warn(
+                    f"the plan in {path} was measured for other {what} ({there[what]}, here"
+                    f" {now[what]}): the answers are the same, but other forms may be faster;"
+                    " delete it to have a plan measured anew",
+                    stacklevel=2,
+                )
             cure = f" (to have a plan measured anew, delete {path})"
         else:
             if path is not None and not path.parent.is_dir():

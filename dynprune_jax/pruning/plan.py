@@ -43,9 +43,8 @@ class Plan:
       milliseconds: what each form that came near the fastest took at its best, by layer name and
         form, for one batch.
       measured_on: where and for what: `device`, `jax`, the shape and dtype of the `images`, the
-        `layers` by their number, weights, dtypes and a digest of names, shapes, strides and where
-        gates are, the `ratios` of the gates in turn, and whether the `native` form was compiled,
-        or why not.
+        `layers` by their number, their weights and a digest of all that their times depend on, the
+        `ratios` of the gates, and whether the `native` form was compiled, or why not.
     """
 
     forms: dict[str, Form]
@@ -177,35 +176,28 @@ def measure_plan(
 
 def circumstances(model: nnx.Module, images: Images) -> dict[str, str]:
     """What the fastest forms of a model depend on here; see `Plan.measured_on`."""
-    gates, layers = dynamic_layers(model).values(), replaceable_layers(model)
-    axes = ("channel_ratio", "column_ratio", "feature_ratio")
-    settings = []
-    for axis in axes:
-        ratios = [ratio for gate in gates if (ratio := getattr(gate, axis)) is not None]
-        in_turn = [f"{float(ratio[...]):.4g}" for ratio in ratios]
-        if in_turn:
-            settings.append(" ".join((axis, *(in_turn[:1] if len({*in_turn}) == 1 else in_turn))))
-    for name in ("channel_group", "column_patch"):
-        settings += sorted({f"{name} {n}" for gate in gates if (n := getattr(gate, name)) > 1})
-    kinds = [
-        (
-            name,
-            layer.kernel[...].shape,
-            jnp.dtype(layer.dtype or layer.kernel[...].dtype).name,
-            str(layer.strides),
-            [axis for axis in axes if getattr(layer, axis, None) is not None],
-        )
-        for name, layer in layers.items()
-    ]
-    weights, dtypes = sum(math.prod(kind[1]) for kind in kinds), sorted({kind[2] for kind in kinds})
-    digest = zlib.crc32(repr(kinds).encode())
+    ratios = {
+        f"{axis} {float(ratio[...]):.4g}"
+        for gate in dynamic_layers(model).values()
+        for axis in ("channel_ratio", "column_ratio", "feature_ratio")
+        if (ratio := getattr(gate, axis)) is not None
+    }
+    sizes = {
+        f"{name} {size}"
+        for gate in dynamic_layers(model).values()
+        for name in ("channel_group", "column_patch")
+        if (size := getattr(gate, name)) > 1
+    }
+    layers, anywhere = replaceable_layers(model), jax.ShapeDtypeStruct((), jnp.float32)
+    cases = [(name, _case(layer, anywhere)) for name, layer in layers.items()]
+    weights = sum(layer.kernel[...].size for layer in layers.values())
     batch = batch_of(images)
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "images": f"{'x'.join(map(str, batch.shape))} {batch.dtype}",
-        "layers": f"{len(kinds)} of {weights:,} weights in {' and '.join(dtypes)}, {digest:08x}",
-        "ratios": ", ".join(settings) or "none",
+        "layers": f"{len(cases)} of {weights:,} weights, {zlib.crc32(repr(cases).encode()):08x}",
+        "ratios": ", ".join([*sorted(ratios), *sorted(sizes)]) or "none",
         "native": native.why_not() or "compiled",
     }
 
@@ -236,7 +228,8 @@ def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
         gates = (plain_ratio(conv.channel_ratio), plain_ratio(conv.column_ratio), wanted)
         gates += (conv.channel_group, conv.column_patch, conv.wants_columns)
     return (
-        (shape.shape, str(shape.dtype), str(conv.dtype), conv.kernel[...].shape),
+        (shape.shape, str(shape.dtype), str(conv.dtype)),
+        (conv.kernel[...].shape, str(conv.kernel[...].dtype)),
         (str(conv.strides), str(conv.padding), str(conv.kernel_dilation)),
         (str(conv.input_dilation), conv.feature_group_count, str(conv.precision)),
         gates,
