@@ -1,9 +1,11 @@
 """`lax.conv_general_dilated`, the same function, where XLA for CPUs is slow to train it.
 
-Two things can take most of the time of a step on a CPU (docs/speed.md has what that costs):
+Three things can take most of the time of a step on a CPU (docs/speed.md has what that costs):
 
 - A map that is smaller than the kernel falls out of XLA's fast convolutions. VGG16 spent three
   quarters of its time on the maps of 2x2 columns in its last block, 9 % of its MACs.
+- A depthwise convolution goes through one value at a time. MobileNetV2 spent nine tenths of its
+  time on a tenth of its MACs, forwards alone.
 - The gradient of a kernel reads the convolution's input again. XLA would rather work that input
   out anew than read it where it is kept, and of a residual network it is the sum of every unit
   before it: the deeper the network, the longer each of those sums.
@@ -20,6 +22,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dynprune_jax.geometry import Geometry, pair
+
+# What the call of a depthwise convolution is named in a traced program: by that it is counted.
+DEPTHWISE = "depthwise_sum"
 
 _IMAGES = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
@@ -79,17 +84,42 @@ def convolve(
         x = lax.optimization_barrier(x)
         numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
         dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
-        plain = x.ndim == 4 and numbers == _IMAGES and feature_group_count == 1 and not dilated
-        small = plain and x.shape[1] < kernel.shape[0] and x.shape[2] < kernel.shape[1]
-        if small and out_sharding is None and kernel.size and min(window_strides) > 0:
-            jax.eval_shape(dense, x, kernel)  # refuses what it refuses
-            return jnp.matmul(
-                _patches(x, kernel.shape[:2], window_strides, padding),
-                kernel.reshape(-1, kernel.shape[-1]),
-                precision=precision,
-                preferred_element_type=preferred_element_type,
-            )
+        plain = x.ndim == 4 and numbers == _IMAGES and not dilated and out_sharding is None
+        if plain and kernel.size and min(window_strides) > 0:
+            single = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1]
+            small = x.shape[1] < kernel.shape[0] and x.shape[2] < kernel.shape[1]
+            if single or (small and feature_group_count == 1):
+                y = jax.eval_shape(dense, x, kernel)  # refuses what it refuses
+                geometry, padded = _padded(x, kernel.shape[:2], window_strides, padding)
+                if single:
+                    return depthwise_sum(geometry, padded, kernel).astype(y.dtype)
+                return jnp.matmul(
+                    geometry.patches(padded),
+                    kernel.reshape(-1, kernel.shape[-1]),
+                    precision=precision,
+                    preferred_element_type=preferred_element_type,
+                )
     return dense(x, kernel)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # so that the program has its name, `DEPTHWISE`
+def depthwise_sum(
+    geometry: Geometry,
+    padded: Float[Array, "*batch padded_height padded_width channels"],
+    kernel: Float[Array, "kernel_height kernel_width 1 channels"],
+) -> Float[Array, "*batch out_height out_width channels"]:
+    """Convolves each channel by itself: the sum of shifted maps, each times one tap of the kernel.
+
+    XLA makes one pass over the map of it; in float32, or in the map's dtype if that is wider.
+    """
+    dtype = padded.dtype if jnp.finfo(padded.dtype).bits > 32 else jnp.float32
+    taps = kernel.astype(dtype).reshape(*kernel.shape[:2], *[1] * (padded.ndim - 1), -1)
+    terms = (
+        padded[..., geometry.down(i), geometry.across(j), :].astype(dtype) * taps[i, j]
+        for i in range(geometry.kernel[0])
+        for j in range(geometry.kernel[1])
+    )
+    return functools.reduce(jnp.add, terms)
 
 
 def training_options() -> dict[str, str]:
@@ -103,8 +133,10 @@ def training_options() -> dict[str, str]:
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def _patches(x: Array, size: tuple[int, ...], strides: Sequence[int], padding: Any) -> Array:
-    """Of each column of the output, the taps of the input beside each other."""
+def _padded(
+    x: Array, size: tuple[int, ...], strides: Sequence[int], padding: Any
+) -> tuple[Geometry, Array]:
+    """Where the taps fall on a map, and the map with zeros around it."""
     height, width = x.shape[1:3]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads((height, width), size, strides, padding)
@@ -112,5 +144,4 @@ def _patches(x: Array, size: tuple[int, ...], strides: Sequence[int], padding: A
     # Padding may be negative, which `jnp.pad` refuses.
     sides = [(0, 0, 0), (*down, 0), (*across, 0), (0, 0, 0)]
     padded = lax.pad(x, jnp.zeros((), x.dtype), sides)
-    geometry = Geometry(height, width, pair(size), pair(strides), padding=(down, across))
-    return geometry.patches(padded)
+    return Geometry(height, width, pair(size), pair(strides), padding=(down, across)), padded

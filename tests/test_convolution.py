@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from dynprune_jax.convolution import convolve, training_options
+from dynprune_jax.convolution import DEPTHWISE, convolve, training_options
 from dynprune_jax.models.layers import conv
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -18,7 +18,7 @@ SIDES = st.integers(1, 5)
 def convolutions(draw):
     """Shapes of maps and kernels of any size, larger than the map or not, and how to convolve."""
     kernel = (draw(SIDES), draw(SIDES))
-    groups = draw(st.sampled_from([1, 1, 1, 2]))
+    groups, each = draw(st.sampled_from([(1, 2), (1, 2), (2, 2), (2, 1), (3, 1)]))
     some = st.tuples(st.integers(0, 3), st.integers(0, 3))
     both = st.lists(some, min_size=2, max_size=2)
     options = {
@@ -29,8 +29,8 @@ def convolutions(draw):
     }
     if not isinstance(options["padding"], str):  # lax knows no other with it
         options["lhs_dilation"] = draw(st.sampled_from([None, (1, 1), (1, 1), (2, 1)]))
-    x = (draw(st.integers(0, 2)), draw(SIDES), draw(SIDES), 2 * groups)
-    return x, (*kernel, 2, 2 * groups), options
+    x = (draw(st.integers(0, 2)), draw(SIDES), draw(SIDES), each * groups)
+    return x, (*kernel, each, each * groups), options
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_it_refuses_what_the_other_refuses(changed):
             function(x, kernel, **options)
 
 
-@settings(max_examples=15)
+@settings(max_examples=20)
 @given(convolutions(), st.integers(0, 2**31 - 1))
 def test_it_is_the_same_function_and_has_the_same_gradients(case, seed):
     x_shape, kernel_shape, options = case
@@ -89,6 +89,25 @@ def test_maps_smaller_than_the_kernel_are_one_matrix_product(dtype):
     assert primitives(x) == primitives(x, preferred_element_type=jnp.float32) == {"dot_general"}
     assert primitives(jnp.ones((2, 4, 4, 3), dtype)) == {"conv_general_dilated"}
     assert primitives(jnp.ones((2, 2, 64, 3), dtype)) == {"conv_general_dilated"}  # patches of 64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_depthwise_convolution_is_a_sum_of_shifted_maps(dtype):
+    x, kernel = jnp.ones((2, 8, 8, 6), dtype), jnp.ones((3, 3, 1, 6), dtype)
+
+    def primitives(x, kernel, **more):
+        def ours(x, kernel):
+            groups = {"dimension_numbers": LAYOUT, "feature_group_count": x.shape[-1]}
+            return convolve(x, kernel, (1, 2), "SAME", **groups, **more)
+
+        closed = jax.make_jaxpr(ours)(x, kernel)
+        assert closed.out_avals[0].dtype == more.get("preferred_element_type", x.dtype)
+        return {eqn.params.get("name", eqn.primitive.name) for eqn in closed.eqns} & names
+
+    names = {DEPTHWISE, "conv_general_dilated"}
+    assert primitives(x, kernel) == {DEPTHWISE}
+    assert primitives(x, kernel, preferred_element_type=jnp.float32) == {DEPTHWISE}
+    assert primitives(x, jnp.ones((3, 3, 1, 12), dtype)) == {"conv_general_dilated"}  # two of each
 
 
 def test_negative_padding_crops_a_small_map():

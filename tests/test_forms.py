@@ -33,11 +33,13 @@ def cases(draw):
     # A map that the kernel fits into, whatever the padding.
     height, width = (draw(st.integers(span, span + 5)) for span in spans)
     channels, features = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    depthwise = draw(st.sampled_from([False, False, False, channels > 1]))
     seed = draw(st.integers(0, 99))
     conv = nnx.Conv(
         channels,
-        features,
+        channels if depthwise else features,
         kernel,
+        feature_group_count=channels if depthwise else 1,
         strides=draw(st.sampled_from([1, 2, (2, 1), (1, 2)])),
         padding=padding,
         kernel_dilation=dilation,
@@ -51,7 +53,7 @@ def cases(draw):
         conv,
         channel_ratio=draw(ratios),
         column_ratio=draw(ratios),
-        feature_ratio=draw(ratios),
+        feature_ratio=None if depthwise else draw(ratios),
         channel_group=draw(st.integers(1, 3)),
         column_patch=draw(st.integers(1, 3)),
         rngs=nnx.Rngs(0),
@@ -153,6 +155,13 @@ def test_what_is_worth_measuring_depends_on_the_platform_and_the_compiler(monkey
     assert on_gpu == {form for form in without if not form[2]} | {("pallas", True, 0)}
     assert products(group_size=8, platform="gpu") == on_gpu - {("pallas", True, 0)}
     assert not {form for form in products(group_size=0, platform="tpu") if form[1]}
+
+
+def test_a_depthwise_convolution_is_measured_in_two_forms():
+    conv = nnx.Conv(32, 32, (3, 3), feature_group_count=32, rngs=nnx.Rngs(0))
+    for group_size, columns in ((0, False), (1, True)):
+        found = candidates(conv, 8, group_size=group_size, columns=columns, platform="cpu")
+        assert list(found) == [Form(), Form("shifts")]
 
 
 def test_one_image_without_a_batch_axis_and_several_batch_axes():

@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynprune_jax.convolution import convolve
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.macs import conv_usage, linear_usage, program_macs
 from dynprune_jax.pruning.masks import Masks
@@ -61,12 +62,12 @@ def test_macs_equal_a_walk_over_every_tap(kernel, strides, dilation, padding, gr
     random = np.random.default_rng(seed)
     shape = (int(random.integers(7, 10)), int(random.integers(7, 10)), 4)
     conv = nnx.Conv(
-        4, 8, kernel, strides, padding=padding, kernel_dilation=dilation,
-        feature_group_count=groups, rngs=nnx.Rngs(0),
+        4, 4 if groups == 4 else 8, kernel, strides, padding=padding, kernel_dilation=dilation,
+        feature_group_count=groups, conv_general_dilated=convolve, rngs=nnx.Rngs(0),
     )  # fmt: skip
     channels = random.random((2, 4)) < 0.6
-    # Only an ungrouped convolution chooses its outputs.
-    features = random.random((2, 8)) < 0.6 if groups == 1 else None
+    # An ungrouped convolution chooses its outputs; a depthwise one has them as its inputs are.
+    features = {1: random.random((2, 8)) < 0.6, 4: channels}.get(groups)
     columns = random.random((2, *shape[:2])) < 0.6
     out = jax.eval_shape(conv, jnp.zeros((1, *shape))).shape[1:3]
     out_columns = random.random((2, *out)) < 0.6 if seed % 2 else None
@@ -78,7 +79,7 @@ def test_macs_equal_a_walk_over_every_tap(kernel, strides, dilation, padding, gr
     )
     usage = conv_usage(conv, (2, *shape), masks, **PLACE)
     for image in range(2):
-        wanted = None if features is None else features[image]
+        wanted = features[image] if groups == 1 else None
         places = None if out_columns is None else out_columns[image]
         executed, dense = slow_executed_macs(
             conv, shape, channels[image], columns[image], wanted, places

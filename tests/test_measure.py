@@ -201,6 +201,7 @@ def test_more_maps_than_images_is_refused(images):
         ("vgg16", 32, 10, False, 313.2),
         ("resnet56", 32, 10, False, 125.5),
         ("vgg16_imagenet", 224, 100, True, 15_350),
+        ("mobilenet_v2", 224, 1000, False, 300.8),
         ("resnet18", 224, 1000, False, 1_814),
         ("resnet50", 224, 1000, False, 4_089),
     ],

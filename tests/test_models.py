@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from dynprune_jax import models
+from dynprune_jax.convolution import DEPTHWISE
 from dynprune_jax.models import layers
 from dynprune_jax.models.resnet import BasicUnit, BottleneckUnit
 from dynprune_jax.models.resnet_cifar import CifarResNet, option_a_shortcut
@@ -19,6 +20,8 @@ from dynprune_jax.pruning.layers import conv_layers
 from dynprune_jax.pruning.macs import program_macs
 
 SMALLEST = {
+    "mobilenet_v2": 32,
+    "mobilenet_v2_cifar": 8,
     "vgg16": 32,
     "vgg16_imagenet": 32,
     "vgg_digits": 8,
@@ -29,6 +32,7 @@ SMALLEST = {
     "resnet50": 32,
 }
 BLOCKS = {"vgg16": 5, "vgg16_imagenet": 5, "resnet18": 4, "resnet50": 4}
+BLOCKS |= {"mobilenet_v2": 5, "mobilenet_v2_cifar": 5}
 
 
 def abstract(name, num_classes=10, **kwargs):
@@ -74,6 +78,8 @@ def test_shapes_and_dtypes(name, dtype):
         if eqn.primitive.name == "conv_general_dilated"
         or (eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.ndim == 4)
     ]
+    depthwise = [eqn for eqn in closed.eqns if eqn.params.get("name") == DEPTHWISE]
+    convolutions += [eqn.invars[0].aval.dtype for eqn in depthwise]  # they round behind it
     assert len(convolutions) == len(conv_layers(model))
     assert set(convolutions) == {jnp.dtype(dtype)}
 
@@ -94,6 +100,7 @@ def test_an_image_too_small_is_refused(name):
         ("resnet110", 10, 1.7, 0.05),
         ("resnet18", 1000, 11.69, 0.005),
         ("resnet50", 1000, 25.56, 0.005),
+        ("mobilenet_v2", 1000, 3.50, 0.005),
         ("vgg16_imagenet", 1000, 138.36, 0.01),
     ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import mixed_plan, run, trained
+from networks import links_of, mixed_plan, run, trained
 
 from dynprune_jax import compact, measure, models
 from dynprune_jax.build import build_dynamic, build_links, build_model
@@ -29,6 +29,7 @@ NETWORKS = {
     "vgg": ("vgg_digits", 8, 1),
     "resnet20": ("small_resnet20", 8, 3),
     "resnet50": ("small_resnet50", 16, 3),
+    "mobilenet": ("small_mobilenet", 8, 3),
 }
 
 
@@ -45,7 +46,7 @@ def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, **options
     dynamic = predict_channels(
         model,
         ratio,
-        links(model),
+        links_of(model),
         column_ratio,
         column_blocks=blocks,
         **options,
@@ -113,6 +114,62 @@ def test_readers_lose_nothing(name, group):
         if isinstance(layers[reader], DynamicConv):
             layers[reader].channel_ratio = PruneRatio(jnp.float32(0.0))
     np.testing.assert_allclose(run(dynamic, images), logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("column_ratio", [None, 0.3])
+def test_a_depthwise_convolution_hands_a_choice_on(column_ratio):
+    """Beside the same unit written out, with the maker's choice on both of its maps."""
+    _, dynamic, _ = predicted("mobilenet", column_ratio=column_ratio)
+    unit = dynamic.blocks[1].layers[0]
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8, unit.expand.in_features))
+    masks = unit.expand.masks(x)
+    kept = np.asarray(masks.features)
+    np.testing.assert_array_equal(kept.sum(axis=1), kept.shape[1] - int(0.4 * kept.shape[1]))
+
+    def chosen(y, salience=None):
+        y = y if salience is None else y * salience[:, None, None, :]
+        return nnx.relu6(jnp.where(kept[:, None, None, :], y, 0.0))
+
+    def dense(gate, y, channels=None):
+        kept = Masks(channels, gate.masks(y).columns)  # columns are a choice of each gate's own
+        return nnx.Conv.__call__(gate, kept.apply(y))
+
+    def norm(gated, y):
+        return nnx.BatchNorm.__call__(gated, y)
+
+    first = dense(unit.expand, x, masks.channels)
+    first = chosen(norm(unit.expand_norm, first), masks.salience)
+    assert (np.asarray(first).any(axis=(1, 2)) == kept).all()  # none is zero by chance
+    second = chosen(norm(unit.depthwise_norm, dense(unit.depthwise, first)))
+    expected = norm(unit.project_norm, dense(unit.project, second))
+    np.testing.assert_allclose(unit(x), expected, rtol=1e-5, atol=1e-6)
+
+    _, usage = measure(unit, x)
+    expand, depthwise, project = usage.layers
+    np.testing.assert_array_equal(depthwise.masks.features, kept)
+    np.testing.assert_array_equal(depthwise.kept_channels, kept.sum(axis=1))
+    np.testing.assert_array_equal(project.kept_channels, kept.sum(axis=1))
+    if column_ratio is None:
+        share = kept.mean(axis=1)
+        of_input = np.asarray(masks.channels).mean(axis=1)  # it reads what was chosen before
+        np.testing.assert_allclose(expand.macs, expand.dense_macs * share * of_input)
+        for layer in (depthwise, project):
+            np.testing.assert_allclose(layer.macs, layer.dense_macs * share)
+        assert depthwise.gate_operations == 0
+
+
+def test_what_a_depthwise_convolution_finds_zero_stays_zero():
+    """Left out or not; but where nothing is left out."""
+    _, dynamic, _ = predicted("mobilenet")
+    unit = dynamic.blocks[1].layers[0]
+    n = unit.depthwise.in_features
+    x = jnp.ones((1, 4, 4, n)).at[..., 3].set(0.0)
+    for ratio, expected in ((0.4, np.arange(n) != 3), (0.0, np.ones(n, bool))):
+        unit.depthwise.channel_ratio[...] = jnp.float32(ratio)
+        masks = unit.depthwise.masks(x)
+        np.testing.assert_array_equal(masks.channels[0], expected)
+        y = unit.depthwise_norm(unit.depthwise.convolve(x, masks))
+        np.testing.assert_array_equal(np.asarray(y).any(axis=(0, 1, 2)), expected)
 
 
 def test_the_cut_counts_both_sides():
@@ -185,6 +242,8 @@ def test_it_starts_as_a_model_with_plain_norms_and_dead_filters():
         ("resnet20", 0.3, True, {}),
         ("vgg", None, False, {"channel_group": 8}),
         ("vgg", 0.3, True, {"channel_group": 2, "column_patch": 2}),
+        ("mobilenet", None, False, {}),
+        ("mobilenet", 0.3, False, {"channel_group": 4}),
     ],
 )
 def test_compact_equals_masked(name, column_ratio, block_columns, sizes):
@@ -255,7 +314,7 @@ def test_a_salience_is_taken_once_and_by_its_own_map_only():
     assert not handover.waits
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["vgg", "resnet20", "resnet50"])
 def test_columns_are_chosen_once_a_block(name):
     """All its convolutions keep and want what the first has chosen."""
     of, side, channels = NETWORKS[name]
@@ -472,6 +531,18 @@ def test_followers_are_found_where_equal_networks_share_a_program():
     assert float(networks[0].reader.channel_ratio[...]) == 0.5
 
 
+def test_a_ratio_that_is_set_goes_through_a_depthwise_convolution():
+    model, dynamic, images = predicted("mobilenet", 0.4)
+    ratios = {"*": 0.2, "blocks/1/*": 0.7}
+    expected = predict_channels(model, ratios, links_of(model))
+    nnx.update(expected, nnx.state(dynamic, nnx.Param))
+    expected.eval()
+    set_ratios(dynamic, channel_ratio=ratios)
+    np.testing.assert_array_equal(dynamic(images), expected(images))
+    with pytest.raises(ValueError, match=r"depthwise cannot be set: .* follows"):
+        set_ratios(dynamic, channel_ratio={"blocks/1/layers/0/depthwise": 0.5})
+
+
 @pytest.mark.parametrize("name", ["vgg", "resnet20"])
 def test_ratios_that_are_set_are_those_it_could_have_been_made_with(name):
     """What reads the chosen outputs, and what shares the columns of a block, follow."""
@@ -550,6 +621,8 @@ def test_surgery_says_what_it_cannot_do():
     both = {name: (norm, second), second: (links(model)[second][0], second)}
     with pytest.raises(ValueError, match=f"'{second}' as what reads the outputs of both"):
         predict_channels(model, 0.5, both)
+    with pytest.raises(ValueError, match=f"links goes on behind '{second}', which is not depth"):
+        predict_channels(model, {"*": 0.5}, {name: (norm, second, *links(model)[second])})
     both[second] = (norm, links(model)[second][1])
     with pytest.raises(ValueError, match=f"{norm} is named as the normalization of several"):
         predict_channels(model, 0.5, both)
@@ -559,6 +632,8 @@ def test_surgery_says_what_it_cannot_do():
     conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a grouped convolution cannot choose"):
         DynamicConv(conv, feature_ratio=0.5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="only a depthwise convolution that follows can want"):
+        DynamicConv(conv, follows_features=True, wants_channels=True, rngs=nnx.Rngs(0))
     assert not any(isinstance(m, GatedNorm) for _, m in nnx.iter_modules(model))
 
 

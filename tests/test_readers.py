@@ -4,7 +4,7 @@ import numpy as np
 import own
 import pytest
 from flax import nnx
-from networks import trained
+from networks import links_of, trained
 
 import dynprune_jax
 from dynprune_jax import find_links, measure, predict_channels
@@ -16,12 +16,18 @@ IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
 @pytest.mark.parametrize(
     ("name", "side"),
-    [("small_vgg", 8), ("vgg16_imagenet", 64), ("small_resnet20", 8), ("small_resnet50", 16)],
+    [
+        ("small_vgg", 8),
+        ("vgg16_imagenet", 64),
+        ("small_resnet20", 8),
+        ("small_resnet50", 16),
+        ("small_mobilenet", 8),
+    ],
 )
 def test_the_links_of_our_models_are_found(name, side):
     model = trained(name, image_size=side, in_channels=3, width=0.25)
     found = find_links(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-    assert list(found.items()) == list(links(model).items())
+    assert list(found.items()) == list(links_of(model).items())
 
 
 @pytest.mark.parametrize("debugging", [jax.disable_jit, jax.checking_leaks])
@@ -138,6 +144,35 @@ def test_a_grouped_convolution_cannot_choose():
     )
     found = find_links(model, jnp.ones((1, 6, 6, 8)))
     assert found == {"layers/2": ("layers/3", "layers/4")}
+
+
+@pytest.mark.parametrize(
+    ("between", "features", "link"),
+    [
+        (nnx.relu, 8, ("layers/1", "layers/3", "layers/4", "layers/6")),
+        (nnx.sigmoid, 8, ("layers/1", "layers/3")),  # of nothing it makes something
+        (nnx.relu, 16, ("layers/1", "layers/3")),  # two of each channel
+    ],
+)
+def test_a_link_goes_on_behind_a_depthwise_convolution(between, features, link):
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Conv(3, 8, (1, 1), rngs=rngs),
+        nnx.BatchNorm(8, rngs=rngs),
+        nnx.relu,
+        nnx.Conv(8, features, (3, 3), feature_group_count=8, rngs=rngs),
+        nnx.BatchNorm(features, rngs=rngs),
+        between,
+        nnx.Conv(features, 4, (1, 1), rngs=rngs),
+    )
+    found = find_links(model, IMAGES)
+    assert found == {"layers/0": link}
+    # What is not linked is computed in full.
+    dynamic = predict_channels(model, 0.5, found)
+    dynamic.eval()
+    _, usage = measure(dynamic, jax.random.normal(jax.random.key(0), IMAGES.shape))
+    kept = [layer.kept_channels.tolist() for layer in usage.layers]
+    assert kept == [[3, 3], [4, 4], [4, 4] if len(link) == 4 else [features] * 2]
 
 
 def test_a_model_with_predicted_gates_has_links_no_more():

@@ -65,7 +65,7 @@ def taylor(model: Any, links: Links, run: Run) -> Scores:
     The mean over images of `|sum over the map of dC/dh * h|`, equation 8, on augmented training
     images. It is taken before the relu, where `dC/dh * h` is the same as behind it.
     """
-    norms = {norm: name for name, (norm, _) in links.items()}
+    norms = {link[0]: name for name, link in links.items()}
     filters = {norm: all_modules(model)[name].out_features for norm, name in norms.items()}
     network = Network(model)
 
@@ -267,8 +267,8 @@ def shares(config: Config, links: Links) -> dict[str, float]:
         )
     predicted = config.gate.kind == "predicted"
     found = {}
-    for name, (_, reader) in links.items():
-        blocks = [block_of(name)] if predicted else [block_of(reader), block_of(name)]
+    for name, link in links.items():
+        blocks = [block_of(name)] if predicted else [block_of(link[1]), block_of(name)]
         found[name] = next((given[block] for block in blocks if block is not None), 0.0)
     return found
 

@@ -6,11 +6,14 @@ images (batch, height, width, channels) to float32 logits (batch, num_classes). 
 has one entry per stage of equal resolution, the unit in which papers quote prune ratios.
 """
 
+from dynprune_jax.models.mobilenet import mobilenet_v2, mobilenet_v2_cifar
 from dynprune_jax.models.resnet import resnet18, resnet50
 from dynprune_jax.models.resnet_cifar import resnet20, resnet56, resnet110
 from dynprune_jax.models.vgg import vgg16, vgg16_imagenet, vgg_digits
 
 __all__ = [
+    "mobilenet_v2",
+    "mobilenet_v2_cifar",
     "resnet18",
     "resnet20",
     "resnet50",

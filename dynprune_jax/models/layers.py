@@ -15,6 +15,7 @@ def conv(
     *,
     kernel_size: int = 3,
     stride: int = 1,
+    groups: int = 1,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
@@ -25,6 +26,7 @@ def conv(
       out_channels: channels of the output map.
       kernel_size: side of the kernel in columns, an odd number.
       stride: step of the kernel in columns.
+      groups: of channels that are convolved by themselves.
       dtype: compute dtype; the kernel itself is float32.
       rngs: source of the kernel's key.
 
@@ -43,6 +45,7 @@ def conv(
         (kernel_size, kernel_size),
         strides=(stride, stride),
         padding=(side, side),
+        feature_group_count=groups,
         use_bias=False,
         kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
         dtype=dtype,

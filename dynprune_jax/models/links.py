@@ -20,7 +20,7 @@ def has_links(model: Any) -> bool:
     return type(model) in _TYPES
 
 
-def links(model: Any) -> dict[str, tuple[str, str]]:
+def links(model: Any) -> dict[str, tuple[str, ...]]:
     """What `find_links` finds, of a model that `has_links`, without a trial.
 
     Of a VGG every convolution has a link; of a residual network those inside a unit, because what

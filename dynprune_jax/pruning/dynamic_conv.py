@@ -52,7 +52,9 @@ class DynamicConv(nnx.Conv):
     They start with what a static pruning would go by: the salience of a channel is the L1 norm
     of its filter, over the layer's mean (Li et al. 2016, arXiv 1608.08710), whatever the input.
     With `wants_columns` it wants its output at the columns that it keeps of its input, and no
-    other; a `GatedNorm` sets those to zero too.
+    other; a `GatedNorm` sets those to zero too. With `wants_channels` it does the same of channels,
+    where each output channel is made of one of the input: so a choice goes through a depthwise
+    convolution, which alone would make something of nothing by its bias and its normalization.
 
     The convolution that reads such outputs finds what was left out by its zeros, and skips it
     with the same ratio: `follows_features`, `follows_columns`. That is no choice of its own, and
@@ -75,6 +77,8 @@ class DynamicConv(nnx.Conv):
       follows_columns: the same of the column gate.
       wants_columns: the kept columns of the input are the wanted ones of the output, which must
         be of the same height and width.
+      wants_channels: the kept channels of the input, those that are all zero apart, are the wanted
+        ones of the output: of a depthwise convolution that follows what is wanted before it.
       salience_scales: whether the wanted outputs are multiplied by their salience; if not, it only
         ranks them, and learns as if it did (the straight-through gradient).
       statistic: of a channel or a column that is its attention, a function such as those in
@@ -88,8 +92,8 @@ class DynamicConv(nnx.Conv):
     Raises:
       ValueError: for a ratio, a probability, a group or a patch out of its range, a statistic or
         criterion that is no function, or another kind of layer; for a `feature_ratio` of a grouped
-        convolution; when it is called with `wants_columns`, for an output of another size than the
-        input.
+        convolution, or `wants_channels` of one that is not depthwise or follows nothing; when it
+        is called with `wants_columns`, for an output of another size than the input.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class DynamicConv(nnx.Conv):
         follows_features: bool = False,
         follows_columns: bool = False,
         wants_columns: bool = False,
+        wants_channels: bool = False,
         salience_scales: bool = True,
         statistic: Statistic = mean,
         criterion: Criterion = attention,
@@ -126,6 +131,10 @@ class DynamicConv(nnx.Conv):
                     f"{name} is {function!r}; it must be a function, such as one of"
                     " dynprune_jax.pruning.attention"
                 )
+        if wants_channels and not (is_depthwise(conv) and follows_features):
+            raise ValueError(
+                "only a depthwise convolution that follows can want the channels that it keeps"
+            )
         take_over(self, conv)
         self.channel_ratio = nnx.data(prune_ratio(channel_ratio, "channel_ratio"))
         self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
@@ -142,7 +151,7 @@ class DynamicConv(nnx.Conv):
             start[0, 0] = 1e-30
             self.salience_kernel = nnx.Param(jnp.asarray(start))
             self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(conv.kernel[...])))
-        if feature_ratio is not None or wants_columns:
+        if feature_ratio is not None or wants_columns or wants_channels:
             self.handover = nnx.static(Handover())
         # Whose choice it follows, told by that convolution's handover; `set_ratios` sets both.
         self.channels_of: Any = nnx.static(None)
@@ -152,6 +161,7 @@ class DynamicConv(nnx.Conv):
         self.follows_features = follows_features
         self.follows_columns = follows_columns
         self.wants_columns = wants_columns
+        self.wants_channels = wants_channels
         self.salience_scales = salience_scales
         self.statistic = statistic
         self.criterion = criterion
@@ -173,6 +183,11 @@ class DynamicConv(nnx.Conv):
         masks = self.choose(x.shape, *self.scores(x))
         if self.wants_columns:
             masks = dataclasses.replace(masks, out_columns=self._out_columns(x, masks))
+        if self.wants_channels and self.channel_ratio is not None:
+            # No more than its count: whatever else is zero may as well be left out, see
+            # `_out_columns`.
+            wanted = jnp.any(x != 0, axis=(-3, -2)) | (jnp.asarray(self.channel_ratio) == 0)
+            return dataclasses.replace(masks, channels=wanted, features=wanted)
         if self.feature_ratio is None:
             return masks
         salience = self.salience(x)
@@ -233,7 +248,7 @@ class DynamicConv(nnx.Conv):
         """What the gate ranks, of channels and of columns, row by row: the highest are kept."""
         *batch, height, width, channels = x.shape
         of_channels = of_columns = None
-        if self.channel_ratio is not None:
+        if self._ranks_channels:
             size = self.group_size(channels)
             statistic = magnitude if self.follows_features else self.statistic
             of_channels = _of_groups(channel_attention(x, statistic), size)
@@ -255,11 +270,15 @@ class DynamicConv(nnx.Conv):
         """How many scores of each map of a shape it ranks: of channels, columns and outputs."""
         height, width, channels = shape[-3:]
         counts = (
-            (self.channel_ratio, channels // self.group_size(channels)),
-            (self.column_ratio, height * width // self.patch_side(height, width) ** 2),
-            (self.feature_ratio, self.out_features // self.feature_group),
+            (self._ranks_channels, channels // self.group_size(channels)),
+            (self.column_ratio is not None, height * width // self.patch_side(height, width) ** 2),
+            (self.feature_ratio is not None, self.out_features // self.feature_group),
         )
-        return tuple(count for ratio, count in counts if ratio is not None)
+        return tuple(count for ranks, count in counts if ranks)
+
+    @property
+    def _ranks_channels(self) -> bool:
+        return self.channel_ratio is not None and not self.wants_channels
 
     def group_size(self, channels: int) -> int:
         """How many neighbouring channels are kept or skipped together."""
@@ -304,8 +323,10 @@ class DynamicConv(nnx.Conv):
     @property
     def chooses_outputs(self) -> bool:
         """Whether any of its outputs may not be wanted."""
-        return self.feature_ratio is not None or (
-            self.wants_columns and self.column_ratio is not None
+        return (
+            self.feature_ratio is not None
+            or (self.wants_channels and self.channel_ratio is not None)
+            or (self.wants_columns and self.column_ratio is not None)
         )
 
     def kept_count(self, ratio: Any, n: int) -> int | Int[Array, ""]:
@@ -320,6 +341,11 @@ class DynamicConv(nnx.Conv):
         if follows:  # by chance more than the count has stayed
             return mask | (scores > 0.0)
         return masks_lib.drop_targets(self.rngs(), mask, self.drop_probability)
+
+
+def is_depthwise(conv: nnx.Conv) -> bool:
+    """Whether each output channel of a convolution is made of one channel of the input."""
+    return 1 < conv.feature_group_count == conv.in_features == conv.out_features
 
 
 @jax.jit  # as one program: there is one for each shape, and every operation takes its time

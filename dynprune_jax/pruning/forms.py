@@ -8,6 +8,9 @@ have the taps of its input side by side (`patches`, also known as im2col), the t
 channels, for each image its own). Outputs that are not wanted are computed all the same, or left
 out of the product too: of the kernel only the columns of the wanted ones are collected.
 
+A depthwise convolution is no such product: it is a sum of shifted maps, each times one tap of the
+kernel (`shifts`), of which nothing is left out.
+
 Three products are not XLA's: `native` and `pairs`, compiled C++ for CPUs, and `pallas`, for GPUs.
 They read what is kept of the map and of the kernel in place; `pairs` is `native` with a kernel laid
 out for images that want few of the output channels.
@@ -28,8 +31,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from dynprune_jax.convolution import depthwise_sum
 from dynprune_jax.geometry import Geometry, pair, repeats
 from dynprune_jax.pruning import native
+from dynprune_jax.pruning.dynamic_conv import is_depthwise
 from dynprune_jax.pruning.masks import Masks, kept_indices
 from dynprune_jax.pruning.native import kept_conv, kernel_pairs, kernel_panels
 
@@ -39,8 +44,8 @@ class Form:
     """One way to execute a convolution. It is data: plans save, print and compare it.
 
     Attributes:
-      product: `conv` (XLA's own convolution), `patches`, `rows`, `taps`, `native`, `pairs` or
-        `pallas`.
+      product: `conv` (XLA's own convolution), `patches`, `rows`, `taps`, `shifts`, `native`,
+        `pairs` or `pallas`.
       channels: whether only the kept channels are multiplied; if not, the others are masked.
       columns: the same of columns; only `taps` and the compiled ones skip them. These leave out
         columns of the output too, where a tile of columns lands on none that is wanted.
@@ -74,8 +79,8 @@ def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float
     """Lays a kernel out as the form multiplies it: once, when a network is made compact.
 
     Returns:
-      For `conv` and `pallas` the kernel itself, for `native` panels of 32 features, for `pairs`
-      `(features, channels, taps)`. Else `(taps of the input, channels, taps of the output *
+      For `conv`, `shifts` and `pallas` the kernel itself, for `native` panels of 32 features, for
+      `pairs` `(features, channels, taps)`. Else `(taps of the input, channels, taps of the output *
       features)`.
     """
     return _PRODUCTS[form.product].layout(kernel)
@@ -277,6 +282,12 @@ def _conv(
     return y[0]
 
 
+def _shifts(geometry: Geometry, weights: Array, x: Array, masks: Masks, **_: Any) -> Array:
+    """Each channel by itself; no barrier behind the padding, which fuses with the sum."""
+    del masks  # nothing is skipped
+    return depthwise_sum(geometry, jnp.pad(x, ((0, 0), *geometry.padding, (0, 0))), weights)
+
+
 def _native(
     geometry: Geometry, weights: Array, x: Array, masks: Masks, *, features: int, **_: Any
 ) -> Array:
@@ -318,8 +329,8 @@ class _Product:
       layout: of a kernel, `(height, width, channels, features)`.
       image: by XLA, a single image: `(geometry, weights, dot, x, ...)`, with indices of what is
         gathered and masks of the rest. The last axis of the weights is `(..., features)`.
-      batch: by code of our own, all images: `(geometry, weights, x, masks, ...)`, with masks of
-        what is not to be read. It is not told a precision: `possible` leaves it out where one
+      batch: of all images at once: `(geometry, weights, x, masks, ...)`, with masks of what is
+        not to be read. It is not told a precision: `possible` leaves it out where one
         matters.
     """
 
@@ -337,6 +348,7 @@ _PRODUCTS: dict[str, _Product] = {
     "patches": _Product(lambda k: k.reshape(-1, *k.shape[2:]), image=_patches),
     "rows": _Product(lambda k: k.transpose(1, 2, 0, 3).reshape(*k.shape[1:3], -1), image=_rows),
     "taps": _Product(lambda k: k.transpose(2, 0, 1, 3).reshape(1, k.shape[2], -1), image=_taps),
+    "shifts": _Product(_unchanged, batch=_shifts),
     "native": _Product(kernel_panels, batch=_native),
     "pairs": _Product(kernel_pairs, batch=_native),
     "pallas": _Product(_unchanged, batch=_pallas),
@@ -401,7 +413,7 @@ def candidates(
                 yield form
         elif form.channels and form.features != features:
             continue  # what copies rows of the kernel for each image copies no more than it must
-        elif form == Form() or (form.product == "conv" and batch <= 8):
+        elif form in (Form(), Form("shifts")) or (form.product == "conv" and batch <= 8):
             yield form
         elif form.product != "conv":
             counts = [n for n in some if n <= 4] if form.channels else some
@@ -420,8 +432,10 @@ def possible(
       features: whether its gate leaves output channels out.
     """
     crops = not isinstance(conv.padding, str) and min(jax.tree.leaves(conv.padding)) < 0
-    if conv.feature_group_count > 1 or pair(conv.input_dilation) != (1, 1) or crops:
+    if pair(conv.input_dilation) != (1, 1) or crops:
         return [Form()]
+    if conv.feature_group_count > 1:
+        return [Form(), Form("shifts")] if is_depthwise(conv) else [Form()]
     products = ["patches"]
     if pair(conv.strides)[0] == 1 and pair(conv.kernel_size)[0] > 1:
         products.append("rows")

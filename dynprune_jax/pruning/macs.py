@@ -28,6 +28,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dynprune_jax.convolution import DEPTHWISE
 from dynprune_jax.geometry import Geometry, pair, repeats, spans
 from dynprune_jax.pruning.calls import bodies
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
@@ -46,7 +47,8 @@ class LayerUsage:
     Attributes:
       kept_channels: input channels kept, `(*batch)`.
       kept_columns: input columns kept, `(*batch)`.
-      kept_features: output channels computed, `(*batch)`.
+      kept_features: output channels computed, `(*batch)`; of a grouped convolution all of them,
+        for what it leaves out on one side is the same as on the other: that counts once.
       kept_taps: (output position, kernel position) pairs that fall inside the map on a kept
         column, for a wanted one, `(*batch)`.
       masks: the masks themselves.
@@ -183,7 +185,12 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
     fan_out = conv.out_features // conv.feature_group_count
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
-        kept_features=_kept(masks.features, batch, conv.out_features, axes=(-1,)),
+        kept_features=_kept(
+            None if conv.feature_group_count > 1 else masks.features,
+            batch,
+            conv.out_features,
+            axes=(-1,),
+        ),
         kept_columns=_kept(masks.columns, batch, height * width, axes=(-2, -1)),
         kept_taps=jnp.full(batch, dense_taps, jnp.int32)
         if masks.columns is None and masks.out_columns is None
@@ -197,7 +204,7 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
         features=conv.out_features,
         both_columns=masks.out_columns is not None,
         ranked=conv.ranked(shape) if isinstance(conv, DynamicConv) else (),
-        salience_macs=0 if masks.features is None else channels * conv.out_features,
+        salience_macs=0 if masks.salience is None else channels * conv.out_features,
         **place,
     )
 
@@ -302,7 +309,8 @@ def program_macs(function: Callable[..., Any], *args: Any) -> int:
     Returns:
       MACs of the whole call, not per image.
     """
-    return _jaxpr_macs(jax.make_jaxpr(function)(*args).jaxpr)
+    with jax.disable_jit(False):  # what is known by its name is a jitted function
+        return _jaxpr_macs(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _jaxpr_macs(jaxpr: Any) -> int:
@@ -316,11 +324,17 @@ def _jaxpr_macs(jaxpr: Any) -> int:
             total += eqn.outvars[0].aval.size * math.prod(shapes[0][axis] for axis in contracted)
         else:
             inner = [_jaxpr_macs(body) for body in bodies(eqn)]
+            if eqn.params.get("name") == DEPTHWISE:  # no product of matrices
+                total += sum(_size_of_products(body) for body in bodies(eqn))
             if eqn.primitive.name == "cond":
                 total += max(inner)
             else:
                 total += sum(inner) * eqn.params.get("length", 1)
     return total
+
+
+def _size_of_products(jaxpr: Any) -> int:
+    return sum(e.outvars[0].aval.size for e in jaxpr.eqns if e.primitive.name == "mul")
 
 
 def _conv_macs(params: Any, kernel: Sequence[int], out: Sequence[int]) -> int:

@@ -20,11 +20,13 @@ from dynprune_jax.pruning.calls import (
     intercept,
     of_kind,
 )
+from dynprune_jax.pruning.dynamic_conv import is_depthwise
 from dynprune_jax.pruning.folding import traced_pairs
 from dynprune_jax.pruning.layers import conv_layers, dynamic_layers
 
-# For a convolution the names of the normalization behind it and of the layer that reads the result.
-Links = Mapping[str, tuple[str, str]]
+# For a convolution the names of the normalization behind it and of the layer that reads the result;
+# and if that is depthwise and hands the channels on, of the normalization behind it, and so on.
+Links = Mapping[str, tuple[str, ...]]
 
 
 @jax.tree_util.register_dataclass
@@ -38,13 +40,15 @@ class _Seen:
     order: int = dataclasses.field(metadata={"static": True})
 
 
-def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tuple[str, str]]:
+def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tuple[str, ...]]:
     """Finds where `predict_channels` can put gates: the `links` of any model.
 
     A link is a convolution, the batch normalization that alone reads its outputs, and the one
     convolution or linear layer that reads the result: wherever the normalization's output has a
     channel of zeros, what that layer gets has one too, and else is the same. So relu, pooling,
-    dropout and laying a map out may stand between; a sum with anything else may not.
+    dropout and laying a map out may stand between; a sum with anything else may not. Where a
+    depthwise convolution reads the result, makes one output of each channel, and has a
+    normalization and one reader in turn, the link goes on to them.
 
     It is tried and not read from the program: with weights and images drawn anew, so that none is
     zero by chance, half of the channels behind a normalization are set to zero. The first layer
@@ -60,7 +64,8 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
 
     Returns:
       For each convolution found, in the order of execution, the names of its normalization and
-      of the layer that reads the result. Of several with the same reader, the first.
+      of the layer that reads the result; behind a depthwise one that hands the channels on, the
+      same two of that. Of several with the same reader, the first.
 
     Raises:
       ValueError: for no images, where there is no link, or layers are called within a
@@ -82,18 +87,24 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
         if not cannot_leave(error):
             raise
         raise _out_of_reach(model) from error
-    norms = {n: c for c, n in pairs if convs[c].feature_group_count == 1}  # others cannot choose
+    # Other grouped ones can neither choose channels nor hand them on.
+    norms = {n: c for c, n in pairs if convs[c].feature_group_count == 1 or is_depthwise(convs[c])}
     trial = _Trial(model, images, *others)
     trial.begin({norm: convs[conv].out_features for norm, conv in norms.items()})
     rng = np.random.default_rng(0)
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for norm, conv in norms.items():
         n = convs[conv].out_features
+        makers = [conv]
+        if is_depthwise(convs[conv]):
+            makers = [name for name, link in found.items() if link[-1] == conv]
+            if not makers:
+                continue
         readers = {trial.reader(norm, rng.permutation(n) % 2 == 0) for _ in range(2)}
         (reader, *more) = readers
-        taken = {reader for _, reader in found.values()}
+        taken = {name for link in found.values() for name in link}
         if reader and not more and reader not in taken:
-            found[conv] = (norm, reader)
+            found[makers[0]] = (*found.get(makers[0], ()), norm, reader)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no convolution with a batch normalization behind it whose"

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -58,14 +58,19 @@ def _narrowed(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
             value = np.take(np.asarray(variable.get_value()), rows, axis)
             setattr(owner, name, variable.replace(jnp.asarray(value)))
 
-    for name, (norm_name, reader_name) in links.items():
-        conv, norm, reader = layers[name], layers[norm_name], layers[reader_name]
-        rows = _rows_of(kept[name], conv, reader)
-        for part in ("kernel", "bias"):
-            keep(conv, part, kept[name], -1)
-        for part in ("scale", "bias", "mean", "var"):
-            keep(norm, part, kept[name], -1)
-        conv.out_features = norm.num_features = len(kept[name])
+    for name, link in links.items():
+        reader = layers[link[-1]]
+        rows = _rows_of(kept[name], layers[name], reader)
+        depthwise = link[1:-1:2]
+        for conv_name, norm_name in zip((name, *depthwise), link[::2], strict=True):
+            conv, norm = layers[conv_name], layers[norm_name]
+            for part in ("kernel", "bias"):
+                keep(conv, part, kept[name], -1)
+            for part in ("scale", "bias", "mean", "var"):
+                keep(norm, part, kept[name], -1)
+            conv.out_features = norm.num_features = len(kept[name])
+            if conv_name != name:
+                conv.in_features = conv.feature_group_count = len(kept[name])
         keep(reader, "kernel", rows, -2)
         reader.in_features = len(rows)
     return small
@@ -75,8 +80,8 @@ def _silenced(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
     """The model that computes all filters, and whose readers pass over all but these."""
     silent = nnx.clone(model)
     layers = all_modules(silent)
-    for name, (_, reader_name) in links.items():
-        reader = layers[reader_name]
+    for name, link in links.items():
+        reader = layers[link[-1]]
         rows = _rows_of(kept[name], layers[name], reader)
         read = np.isin(np.arange(reader.in_features), rows)[:, None]
         reader.kernel[...] = jnp.where(read, reader.kernel[...], 0)
@@ -91,8 +96,8 @@ def _rows_of(filters: np.ndarray, conv: Any, reader: Any) -> np.ndarray:
 def removable(model: nnx.Module, links: Links, image: Any) -> Links:
     """Those links of a model whose filters can be removed.
 
-    Filters stay where their reader has its own for some of the channels alone or is none that this
-    package counts, where one of the layers has weights in common with another, and where the
+    Filters stay where their last reader has its own for some of the channels alone or is none that
+    this package counts, where one of the layers has weights in common with another, and where the
     model's code counts on them: `try_removal` of half of all, or if that fails of each layer's.
 
     Args:
@@ -109,7 +114,7 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
     convs, layers, around = replaceable_layers(model), all_modules(model), rewritten(model)
     owners = Counter(id(part) for layer in layers.values() for part in _variables(layer))
 
-    def holds(name: str) -> str:
+    def holds(name: str, depthwise: Collection[str]) -> str:
         """What of a layer keeps filters from leaving; nothing if they can."""
         layer = layers[name]
         if any(owners[id(part)] > 1 for part in _variables(layer)):
@@ -120,13 +125,14 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
             return ""
         if name not in convs:
             return f"is {type(layer).__name__}, which is not known"
-        if layer.feature_group_count > 1:
+        if layer.feature_group_count > 1 and name not in depthwise:
             return "is grouped"
         return "" if layer.mask is None else "has a mask"
 
     found, why = {}, ""
     for name, link in links.items():
-        held = [f"{layer} {what}" for layer in (name, *link) if (what := holds(layer))]
+        depthwise = link[1:-1:2]
+        held = [f"{part} {what}" for part in (name, *link) if (what := holds(part, depthwise))]
         if held:
             why = why or f": for instance those of {name} stay, for {held[0]}"
         else:
@@ -230,7 +236,7 @@ def allot(
     def reaches(factor: float) -> bool:
         macs, ratios = dict(whole), at(factor)
         for name, n in filters.items():
-            for layer in (name, links[name][1]):  # one makes n maps, the other reads them
+            for layer in (name, *links[name][1::2]):  # one makes n maps, the others read them
                 macs[layer] = macs[layer] * plain_kept_count(ratios[name], n) // n
         left = usage.other_macs + sum(macs.values())
         return 1.0 - left / usage.dense_macs >= mac_reduction - 1e-9

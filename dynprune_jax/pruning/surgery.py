@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from dynprune_jax.pruning.attention import Criterion, Statistic, attention, mean
-from dynprune_jax.pruning.dynamic_conv import DynamicConv, Ratio
+from dynprune_jax.pruning.dynamic_conv import DynamicConv, Ratio, is_depthwise
 from dynprune_jax.pruning.handover import GatedNorm
 from dynprune_jax.pruning.layers import (
     Layers,
@@ -100,7 +100,7 @@ def make_dynamic(
 def predict_channels(
     model: Model,
     channel_ratio: Ratios,
-    links: Mapping[str, tuple[str, str]],
+    links: Mapping[str, tuple[str, ...]],
     column_ratio: Ratios = None,
     *,
     layers: Layers = "*",
@@ -121,17 +121,19 @@ def predict_channels(
     The gates start from the model's weights: at ratio 0 a trained model answers as before, but for
     rounding; above, until it is trained, it skips for every input what static pruning by L1 norms
     would remove. For that the batch norms behind get scales and biases of their own; all other
-    parameters are shared with the given model.
+    parameters are shared with the given model. A depthwise convolution hands a choice on: it
+    computes the channels that it is given, and what reads them skips the others too.
 
     Args:
       model: any NNX model.
       channel_ratio: prune ratio over the outputs, as in `make_dynamic`; patterns and blocks are
         those of the convolution that makes them.
       links: for each convolution that may get such a gate, the names of the `nnx.BatchNorm`
-        behind it and of the one layer that reads the result, as `find_links` finds them. What lies
-        between the two must leave a channel of zeros one of zeros, as relu and pooling do: by that
-        the reader knows what to skip. A reader that is grouped, but not depthwise, skips nothing,
-        nor does one with another number of input channels: it reads something else besides.
+        behind it and of the one layer that reads the result, as `find_links` finds them; if that
+        is depthwise, the same two of it may follow. What lies between the two must leave a channel
+        of zeros one of zeros, as relu and pooling do: by that the reader knows what to skip. A
+        reader that is grouped, but not depthwise, skips nothing, nor does one with another number
+        of input channels: it reads something else besides.
       column_ratio: over columns, by attention in front of any convolution, as in `make_dynamic`.
       layers: patterns of names: which of the linked convolutions, and which for columns.
       column_blocks: as in `make_dynamic`.
@@ -146,8 +148,8 @@ def predict_channels(
 
     Raises:
       ValueError: as in `make_dynamic`, for no links, for links that name no such layers, or one
-        normalization or one reader twice, and for a grouped convolution whose outputs would be
-        chosen.
+        normalization or one reader twice, for one that goes on behind what is not depthwise, and
+        for a grouped convolution whose outputs would be chosen.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if callable(layers):
@@ -158,22 +160,28 @@ def predict_channels(
     feature = ratio_of_each(model, list(chosen), channel_ratio, "channel_ratio")
     feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
     convs, modules = conv_layers(model), all_modules(model)
-    readers = {}
+    norms, readers = {}, {}
     for name in feature:
-        norm, reader = links[name]
         _check_kind("links", convs, name, nnx.Conv)
-        _check_kind("links", modules, norm, nnx.BatchNorm)
-        _check_kind("links", modules, reader, nnx.Module)
-        conv = convs.get(reader)
-        if conv is None or conv.in_features != convs[name].out_features:
-            continue
-        if conv.feature_group_count in (1, conv.in_features):  # whole groups would lose channels
-            if reader in readers:
-                raise ValueError(
-                    f"links has {reader!r} as what reads the outputs of both {readers[reader]!r}"
-                    f" and {name!r}: it could skip no channel that only one of them leaves out"
-                )
-            readers[reader] = name
+        maker = name
+        for norm, reader in zip(links[name][::2], links[name][1::2], strict=True):
+            if maker != name and not (maker in readers and is_depthwise(convs[maker])):
+                raise ValueError(f"links goes on behind {maker!r}, which is not depthwise")
+            _check_kind("links", modules, norm, nnx.BatchNorm)
+            _check_kind("links", modules, reader, nnx.Module)
+            norms[maker] = norm
+            conv = convs.get(reader)
+            if conv is None or conv.in_features != convs[maker].out_features:
+                continue
+            if conv.feature_group_count in (1, conv.in_features):  # whole groups would lose some
+                if reader in readers:
+                    raise ValueError(
+                        f"links has {reader!r} as what reads the outputs of both"
+                        f" {readers[reader]!r} and {name!r}: it could skip no channel that only"
+                        " one of them leaves out"
+                    )
+                readers[reader] = name
+            maker = reader
     column = {}
     if column_ratio is not None:
         column = ratio_of_each(model, select(model, layers), column_ratio, "column_ratio")
@@ -182,7 +190,7 @@ def predict_channels(
         {reader: feature[name] for reader, name in readers.items()},
         column,
         feature,
-        norms={name: links[name][0] for name in feature},
+        norms=norms,
         readers=readers,
         blocks=column_blocks,
         channel_group=channel_group,
@@ -214,8 +222,9 @@ def _with_gates(
       channel: over input channels; None or no entry: no gate on that axis.
       column: over columns.
       feature: over output channels.
-      norms: the normalization behind each convolution that chooses its outputs.
-      readers: of each convolution that reads such outputs, the one that makes them.
+      norms: the normalization behind each convolution that chooses its outputs, or hands a choice
+        on.
+      readers: of each convolution that reads such outputs, the one that chooses them.
       blocks: see `make_dynamic`.
       channel_group: see `make_dynamic`.
       **gate: what else a `DynamicConv` takes.
@@ -223,6 +232,7 @@ def _with_gates(
     ratios = itertools.chain(channel.values(), column.values(), feature.values())
     if all(ratio is None for ratio in ratios):
         raise ValueError("give channel_ratio, column_ratio or both")
+    hands_on = norms.keys() - feature.keys()
     norms = dict(norms)
     chooses: dict[str, str] = {}  # of each convolution in a block, the first in that block
     convs, modules = conv_layers(model), all_modules(model)
@@ -264,6 +274,7 @@ def _with_gates(
                 follows_features=name in readers,
                 follows_columns=chooses.get(name, name) != name,
                 wants_columns=name in chooses,
+                wants_channels=name in hands_on,
                 channel_group=channel_group,
                 **gate,
             )
