@@ -89,6 +89,7 @@ def packages():
         ("resnet18", 0.25, 64),
         ("resnet18", 0.1, 59),
         ("resnet50", 0.125, 64),
+        ("mobilenet_v2", 0.25, 37),
     ],
 )
 def test_every_runtime_agrees(name, width, side):

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
-from dynprune_jax.models import resnet, resnet_cifar, vgg
+from dynprune_jax.models import mobilenet, resnet, resnet_cifar, vgg
 
 # The packages that each needs: the last two read ONNX, which is exported from the PyTorch network.
 _RUNTIMES = {
@@ -185,6 +185,16 @@ def _torch_network(model: nnx.Module) -> Any:
     import torch  # pyright: ignore[reportMissingImports]  optional
     from torch import nn  # pyright: ignore[reportMissingImports]  optional
 
+    class Sum(nn.Module):
+        """A branch plus its input."""
+
+        def __init__(self, branch: Any):
+            super().__init__()
+            self.branch = branch
+
+        def forward(self, x: Any) -> Any:
+            return self.branch(x).add_(x)
+
     class Residual(nn.Module):
         """The relu of a branch plus a shortcut."""
 
@@ -233,6 +243,7 @@ def _torch_network(model: nnx.Module) -> Any:
             stride=conv.strides,
             # The convolutions of the models have the same padding on both sides, and no bias.
             padding=tuple(before for before, _ in conv.padding),
+            groups=conv.feature_group_count,
         )
         return filled(layer, kernel.transpose(3, 2, 0, 1), shift)
 
@@ -242,6 +253,15 @@ def _torch_network(model: nnx.Module) -> Any:
 
     def relu(*layers: Any) -> Any:
         return nn.Sequential(*layers, nn.ReLU(inplace=True))
+
+    def relu6(conv: Any, norm: Any) -> Any:
+        return nn.Sequential(convolution(conv, norm), nn.ReLU6(inplace=True))
+
+    def inverted(unit: Any) -> Any:
+        layers = [relu6(unit.expand, unit.expand_norm)] if unit.expands else []
+        layers += [relu6(unit.depthwise, unit.depthwise_norm)]
+        branch = nn.Sequential(*layers, convolution(unit.project, unit.project_norm))
+        return Sum(branch) if unit.adds else branch
 
     def mean() -> Any:
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -278,6 +298,14 @@ def _torch_network(model: nnx.Module) -> Any:
             mean(),
             linear(m.head),
         ),
+        mobilenet.MobileNetV2: lambda m: nn.Sequential(
+            relu6(m.stem, m.stem_norm),
+            chain(*m.blocks),
+            relu6(m.last, m.last_norm),
+            mean(),
+            linear(m.head),
+        ),
+        mobilenet.InvertedUnit: inverted,
         vgg.VGGUnit: lambda m: relu(convolution(m.conv, m.norm)),
         resnet_cifar.CifarUnit: lambda m: Residual(two_convolutions(m), option_a(m)),
         resnet.BasicUnit: lambda m: Residual(two_convolutions(m), projection(m)),

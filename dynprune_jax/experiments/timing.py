@@ -15,6 +15,7 @@ from dynprune_jax.experiments.other_runtimes import available_cores
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
+from dynprune_jax.pruning.layers import replaceable_layers
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
 from dynprune_jax.report import versions
 from dynprune_jax.writers import progress_bar, screen
@@ -84,9 +85,12 @@ def dense_ways(model: nnx.Module, images: jax.Array, plan: Plan) -> dict[str, nn
         name: Form("patches") if Form("patches") in taken else Form()
         for name, taken in plan.milliseconds.items()
     }
+    by_lax = nnx.clone(model)  # and not by `convolve`, which is faster where XLA is slow
+    for conv in replaceable_layers(by_lax).values():
+        conv.conv_general_dilated = jax.lax.conv_general_dilated
     return {
-        "lax.conv": fold_batch_norms(model, images),
-        "lax.conv, norms apart": model,
+        "lax.conv": fold_batch_norms(by_lax, images),
+        "lax.conv, norms apart": by_lax,
         "matrix products": compact(model, images, plan=Plan(products)),
         "best form of each layer": compact(model, images, plan=plan),
     }
