@@ -107,6 +107,12 @@ class Asserting(Small):
         return x
 
 
+class AssertingInTraining(Small):
+    def between(self, x):
+        assert self.norm.use_running_average or x.shape[-1] == 16
+        return x
+
+
 class Eights(Small):
     """Half of its filters may leave, and not a fifth."""
 

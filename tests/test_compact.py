@@ -88,6 +88,19 @@ def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
     np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_norm_of_another_axis_is_not_folded():
+    rng = np.random.default_rng(0)
+    model = nnx.Sequential(
+        nnx.Conv(3, 6, (3, 3), rngs=nnx.Rngs(0)),  # as many channels as rows
+        nnx.BatchNorm(6, axis=1, use_running_average=True, rngs=nnx.Rngs(0)),
+    )
+    fill(model.layers[1].scale, rng.normal(size=6))
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
+    folded = dynprune_jax.fold_batch_norms(model, x)
+    assert type(folded.layers[1]) is nnx.BatchNorm
+    np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
 def test_folding_by_hand():
     model = nnx.Sequential(
         nnx.Conv(1, 1, (1, 1), kernel_init=nnx.initializers.constant(3.0), rngs=nnx.Rngs(0)),

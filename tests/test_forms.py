@@ -178,6 +178,17 @@ def test_one_image_without_a_batch_axis_and_several_batch_axes():
         np.testing.assert_allclose(fast(x[0, 0]), gate(x)[0, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [Form(), Form("patches"), Form("rows", channels=True)])
+def test_what_is_asked_for_as_the_result_s_type_is_returned(form):
+    types = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32}
+    conv = nnx.Conv(6, 4, (3, 3), use_bias=False, **types, rngs=nnx.Rngs(0))
+    gate = DynamicConv(conv, channel_ratio=0.5, rngs=nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 6)).astype(jnp.bfloat16)
+    y = CompactConv(gate, form)(x)
+    assert y.dtype == gate(x).dtype == jnp.float32
+    np.testing.assert_allclose(y, gate(x), rtol=1e-5, atol=1e-5)  # rounded nowhere between
+
+
 def test_every_form_takes_no_images():
     ratios = {"channel_ratio": 0.5, "column_ratio": 0.4, "feature_ratio": 0.4}
     gate = DynamicConv(nnx.Conv(8, 5, (3, 3), rngs=nnx.Rngs(0)), **ratios, rngs=nnx.Rngs(1))

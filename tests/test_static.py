@@ -45,6 +45,7 @@ def test_filters_are_allotted_as_the_gates_that_skip_them(config, kind, name):
     [
         ("Halves", "its code counts on all of them: "),
         ("Asserting", "its code counts on all of them: AssertionError$"),
+        ("AssertingInTraining", "its code counts on all of them: AssertionError$"),
         ("Depthwise", "static pruning has no place in it: Depthwise has no filters that can"),
         ("OtherHead", "static pruning has no place in it: OtherHead has no filters that can"),
         ("Tied", "static pruning has no place in it: Tied has no filters that can"),
