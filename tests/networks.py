@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 from dynprune_jax import models
-from dynprune_jax.models import links
 from dynprune_jax.models.layers import check_image_size, classifier, scaled
 from dynprune_jax.models.mobilenet import MobileNetV2
 from dynprune_jax.models.resnet import BottleneckUnit, ResNet
@@ -67,23 +66,6 @@ def small_mobilenet(num_classes, *, in_channels, image_size, width, dtype=jnp.fl
     stages = ((1, 16, 1, 1),), ((2, 32, 2, 2),)
     options = {"in_channels": in_channels, "width": width, "dtype": dtype, "rngs": rngs}
     return MobileNetV2(1, stages, num_classes, **options)
-
-
-def links_of(model):
-    """The links of a model of this package, those of `small_mobilenet` by hand."""
-    if links.has_links(model):
-        return links.links(model)
-    first, *others = (f"blocks/{i}/layers/{j}" for i, j in ((0, 0), (1, 0), (1, 1)))
-
-    def behind(unit):
-        return f"{unit}/depthwise", f"{unit}/depthwise_norm", f"{unit}/project"
-
-    found = {
-        "stem": ("stem_norm", *behind(first)),
-        f"{first}/project": (f"{first}/project_norm", f"{others[0]}/expand"),
-    }
-    found |= {f"{unit}/expand": (f"{unit}/expand_norm", *behind(unit)) for unit in others}
-    return found | {"last": ("last_norm", "head")}
 
 
 def fill(variable, values):

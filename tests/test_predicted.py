@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import links_of, mixed_plan, run, trained
+from networks import mixed_plan, run, trained
 
 from dynprune_jax import compact, measure, models
 from dynprune_jax.build import build_dynamic, build_links, build_model
@@ -46,7 +46,7 @@ def predicted(name, ratio=0.4, column_ratio=None, block_columns=False, **options
     dynamic = predict_channels(
         model,
         ratio,
-        links_of(model),
+        links(model),
         column_ratio,
         column_blocks=blocks,
         **options,
@@ -314,7 +314,7 @@ def test_a_salience_is_taken_once_and_by_its_own_map_only():
     assert not handover.waits
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet20", "resnet50"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_columns_are_chosen_once_a_block(name):
     """All its convolutions keep and want what the first has chosen."""
     of, side, channels = NETWORKS[name]
@@ -534,7 +534,7 @@ def test_followers_are_found_where_equal_networks_share_a_program():
 def test_a_ratio_that_is_set_goes_through_a_depthwise_convolution():
     model, dynamic, images = predicted("mobilenet", 0.4)
     ratios = {"*": 0.2, "blocks/1/*": 0.7}
-    expected = predict_channels(model, ratios, links_of(model))
+    expected = predict_channels(model, ratios, links(model))
     nnx.update(expected, nnx.state(dynamic, nnx.Param))
     expected.eval()
     set_ratios(dynamic, channel_ratio=ratios)

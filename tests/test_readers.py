@@ -4,7 +4,7 @@ import numpy as np
 import own
 import pytest
 from flax import nnx
-from networks import links_of, trained
+from networks import trained
 
 import dynprune_jax
 from dynprune_jax import find_links, measure, predict_channels
@@ -27,7 +27,7 @@ IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 def test_the_links_of_our_models_are_found(name, side):
     model = trained(name, image_size=side, in_channels=3, width=0.25)
     found = find_links(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-    assert list(found.items()) == list(links_of(model).items())
+    assert list(found.items()) == list(links(model).items())
 
 
 @pytest.mark.parametrize("debugging", [jax.disable_jit, jax.checking_leaks])

@@ -3,11 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import fill, links_of, trained
+from networks import fill, trained
 from networks import run as call
 
 from dynprune_jax.build import build_model
 from dynprune_jax.experiments.static import l1
+from dynprune_jax.models.links import links
 from dynprune_jax.pruning.layers import all_modules, conv_layers
 from dynprune_jax.pruning.measure import dense_macs
 from dynprune_jax.pruning.readers import find_links
@@ -37,7 +38,7 @@ def build(name, width=0.125):
 def filters(model):
     """How many filters each convolution has that can lose some."""
     convs = conv_layers(model)
-    return {name: convs[name].out_features for name in links_of(model)}
+    return {name: convs[name].out_features for name in links(model)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -46,7 +47,7 @@ def test_removed_filters_are_filters_made_silent(name):
     model, images = build(name)
     rng = np.random.default_rng(0)
     scores = {name: rng.random(n) for name, n in filters(model).items()}
-    found = links_of(model)
+    found = links(model)
     small = remove_filters(model, found, scores, dict.fromkeys(scores, 0.4))
     layers = all_modules(model)
     for name, link in found.items():
@@ -64,7 +65,7 @@ def test_removed_filters_are_filters_made_silent(name):
 )
 def test_the_allotment_is_the_least_that_reaches_the_reduction(name, reduction):
     model, images = build(name, width=1.0)
-    found = links_of(model)
+    found = links(model)
     order = {name: -np.arange(n, dtype=float) for name, n in filters(model).items()}
 
     def reached(ratios):
@@ -101,7 +102,7 @@ def test_of_a_network_of_ones_own_leaves_what_alone_is_read(config):
 def test_a_depthwise_convolution_loses_what_it_reads():
     model, images = build("small_mobilenet")
     found = removable(model, find_links(model, images[:1]), images[:1])
-    assert list(found.items()) == list(links_of(model).items())
+    assert list(found.items()) == list(links(model).items())
     small = all_modules(remove_filters(model, found, l1(model, found), dict.fromkeys(found, 0.5)))
     conv = small["blocks/1/layers/0/depthwise"]
     assert conv.in_features == conv.out_features == conv.feature_group_count
@@ -123,13 +124,13 @@ def trained_own(config):
 def test_no_allotment_reaches_everything():
     model, images = build("resnet20", width=1.0)
     with pytest.raises(ValueError, match="no removal of filters takes 99"):
-        allot(model, links_of(model), images, 0.99, dict.fromkeys(links_of(model), 1.0))
+        allot(model, links(model), images, 0.99, dict.fromkeys(links(model), 1.0))
 
 
 def test_an_allotment_of_nothing_is_refused():
     model, images = build("resnet20")
     with pytest.raises(ValueError, match="all shares are 0"):
-        allot(model, links_of(model), images, 0.1, dict.fromkeys(links_of(model), 0.0))
+        allot(model, links(model), images, 0.1, dict.fromkeys(links(model), 0.0))
 
 
 def test_what_is_called_twice_counts_twice(config):

@@ -5,11 +5,12 @@ from typing import Any
 
 from flax import nnx
 
+from dynprune_jax.models.mobilenet import InvertedUnit, MobileNetV2
 from dynprune_jax.models.resnet import ResNet
 from dynprune_jax.models.resnet_cifar import CifarResNet
 from dynprune_jax.models.vgg import VGG, VGGUnit, flatten, global_mean
 
-_TYPES = (VGG, ResNet, CifarResNet)
+_TYPES = (VGG, ResNet, CifarResNet, MobileNetV2)
 
 
 def has_links(model: Any) -> bool:
@@ -24,17 +25,18 @@ def links(model: Any) -> dict[str, tuple[str, ...]]:
     """What `find_links` finds, of a model that `has_links`, without a trial.
 
     Of a VGG every convolution has a link; of a residual network those inside a unit, because what
-    leaves a unit is added to what entered it.
+    leaves a unit is added to what entered it, and of a MobileNetV2 those too whose map is no part
+    of a sum.
 
     Returns:
       For each convolution that has one the names of the normalization behind it and of the layer
-      that reads the result, in order.
+      that reads the result; if that is depthwise, the same two of it besides. In order.
 
     Raises:
       ValueError: for any other model.
     """
     names = _names(model, known=has_links(model))
-    return {names[id(c)]: (names[id(norm)], names[id(r)]) for c, norm, r in _links(model)}
+    return {names[id(c)]: tuple(names[id(layer)] for layer in link) for c, *link in _links(model)}
 
 
 def column_blocks(model: Any) -> list[list[tuple[str, str]]]:
@@ -77,19 +79,36 @@ def _first_of_head(model: VGG) -> Any:
 
 def _unit(unit: Any) -> list[tuple[nnx.Conv, nnx.BatchNorm]]:
     """A residual unit's convolutions behind the last that has a stride, with their norms."""
-    count = 3 if hasattr(unit, "conv3") else 2
-    pairs = [(getattr(unit, f"conv{i}"), getattr(unit, f"norm{i}")) for i in range(1, count + 1)]
+    if isinstance(unit, InvertedUnit):
+        named = [(name, f"{name}_norm") for name in ("expand", "depthwise", "project")]
+    else:
+        named = [(f"conv{i}", f"norm{i}") for i in (1, 2, 3)]
+    pairs = [
+        (getattr(unit, conv), getattr(unit, norm)) for conv, norm in named if hasattr(unit, conv)
+    ]
     strided = [i for i, (conv, _) in enumerate(pairs) if conv.strides not in (1, (1, 1))]
     return pairs[strided[-1] + 1 :] if strided else pairs
 
 
-def _links(model: Any) -> Iterator[tuple[nnx.Conv, nnx.BatchNorm, nnx.Module]]:
+def _links(model: Any) -> Iterator[tuple[nnx.Module, ...]]:
     layers = [layer for block in model.blocks for layer in block.layers]
     if isinstance(model, VGG):
         units = [unit for unit in layers if isinstance(unit, VGGUnit)]
         readers = [*(unit.conv for unit in units[1:]), _first_of_head(model)]
         for unit, reader in zip(units, readers, strict=True):
             yield unit.conv, unit.norm, reader
+    elif isinstance(model, MobileNetV2):
+        made: tuple[nnx.Module, ...] | None = (model.stem, model.stem_norm)  # or a sum
+        for unit in layers:
+            behind = (unit.depthwise, unit.depthwise_norm, unit.project)
+            if made and not unit.adds:
+                yield *made, *([unit.expand] if unit.expands else behind)
+            if unit.expands:
+                yield unit.expand, unit.expand_norm, *behind
+            made = None if unit.adds else (unit.project, unit.project_norm)
+        if made:
+            yield *made, model.last
+        yield model.last, model.last_norm, model.head
     else:
         for unit in layers:
             for i in (1, 2):
