@@ -24,7 +24,8 @@ from jaxtyping import Array, Float
 from dynprune_jax.geometry import Geometry, pair
 
 # What the call of a depthwise convolution is named in a traced program: by that it is counted.
-DEPTHWISE = "depthwise_sum"
+DEPTHWISE = "sum_of_shifted_maps"
+_MOST_TAPS = 49  # of more such a sum takes long to compile
 
 _IMAGES = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
@@ -46,7 +47,8 @@ def convolve(
     """Convolves as `lax.conv_general_dilated` does, to rounding; its options are those it has too.
 
     For `nnx.Conv(..., conv_general_dilated=convolve)`. Which way it goes is decided when it is
-    traced, by the default device: a program that is exported from there keeps it.
+    traced, by the default device: a program that is exported from there keeps it. A depthwise one
+    has no derivative in forward mode (`jax.jvp`) on a CPU.
 
     Args:
       x: maps, from `nnx.Conv` `(batch, height, width, channels)`.
@@ -86,13 +88,18 @@ def convolve(
         dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
         plain = x.ndim == 4 and numbers == _IMAGES and not dilated and out_sharding is None
         if plain and kernel.size and min(window_strides) > 0:
+            size = kernel.shape[:2]
             single = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1]
-            small = x.shape[1] < kernel.shape[0] and x.shape[2] < kernel.shape[1]
-            if single or (small and feature_group_count == 1):
-                y = jax.eval_shape(dense, x, kernel)  # refuses what it refuses
-                geometry, padded = _padded(x, kernel.shape[:2], window_strides, padding)
-                if single:
-                    return depthwise_sum(geometry, padded, kernel).astype(y.dtype)
+            single &= jnp.issubdtype(x.dtype, jnp.floating) and size[0] * size[1] <= _MOST_TAPS
+            small = x.shape[1] < size[0] and x.shape[2] < size[1] and feature_group_count == 1
+            if not single and not small:
+                return dense(x, kernel)
+            dtype = jax.eval_shape(dense, x, kernel).dtype  # refuses what it refuses
+            geometry, padded = _padded(x, size, window_strides, padding)
+            if single and dtype in (x.dtype, jnp.float32):
+                y: Any = _depthwise(geometry, padded, kernel)
+                return y.astype(dtype)
+            if small:
                 return jnp.matmul(
                     geometry.patches(padded),
                     kernel.reshape(-1, kernel.shape[-1]),
@@ -103,12 +110,12 @@ def convolve(
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that the program has its name, `DEPTHWISE`
-def depthwise_sum(
+def sum_of_shifted_maps(
     geometry: Geometry,
     padded: Float[Array, "*batch padded_height padded_width channels"],
     kernel: Float[Array, "kernel_height kernel_width 1 channels"],
 ) -> Float[Array, "*batch out_height out_width channels"]:
-    """Convolves each channel by itself: the sum of shifted maps, each times one tap of the kernel.
+    """Convolves each channel by itself: shifted maps, each times one tap of the kernel, added up.
 
     XLA makes one pass over the map of it; in float32, or in the map's dtype if that is wider.
     """
@@ -120,6 +127,44 @@ def depthwise_sum(
         for j in range(geometry.kernel[1])
     )
     return functools.reduce(jnp.add, terms)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _depthwise(geometry: Geometry, padded: Array, kernel: Array) -> Array:
+    """`sum_of_shifted_maps`, with the gradient of the kernel worked out row by row.
+
+    By itself XLA would write out a product of two maps for every tap, and keep them all.
+    """
+    return sum_of_shifted_maps(geometry, padded, kernel)
+
+
+def _forwards(geometry: Geometry, padded: Array, kernel: Array) -> tuple[Array, Any]:
+    return sum_of_shifted_maps(geometry, padded, kernel), (padded, kernel)
+
+
+def _backwards(geometry: Geometry, held: Any, dy: Array) -> tuple[Array, Array]:
+    padded, kernel = held
+    dy = lax.optimization_barrier(dy)  # it is read for every tap, and not worked out for each
+    (dx,) = jax.vjp(lambda padded: sum_of_shifted_maps(geometry, padded, kernel), padded)[1](dy)
+    height, width = geometry.kernel
+    *batch, out_height, out_width, channels = dy.shape
+
+    def add_row(row: Any, sums: list[Array]) -> list[Array]:
+        of_output = lax.dynamic_index_in_dim(dy, row, -3, keepdims=False)
+        met = []
+        for i in range(height):
+            place = row * geometry.strides[0] + i * geometry.dilation[0]
+            of_input = lax.dynamic_index_in_dim(padded, place, -3, keepdims=False).astype(dy.dtype)
+            met += [of_input[..., geometry.across(j), :] for j in range(width)]
+        return [total + x * of_output for total, x in zip(sums, met, strict=True)]
+
+    nothing = jnp.zeros((*batch, out_width, channels), dy.dtype)
+    sums = lax.fori_loop(0, out_height, add_row, [nothing] * (height * width))
+    taps = jnp.stack([jnp.sum(total, range(total.ndim - 1)) for total in sums])
+    return dx, taps.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_depthwise.defvjp(_forwards, _backwards)
 
 
 def training_options() -> dict[str, str]:

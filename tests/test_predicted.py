@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from networks import mixed_plan, run, trained
 
-from dynprune_jax import compact, measure, models
+from dynprune_jax import compact, find_links, measure, models
 from dynprune_jax.build import build_dynamic, build_links, build_model
 from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
@@ -158,18 +158,57 @@ def test_a_depthwise_convolution_hands_a_choice_on(column_ratio):
         assert depthwise.gate_operations == 0
 
 
-def test_what_a_depthwise_convolution_finds_zero_stays_zero():
-    """Left out or not; but where nothing is left out."""
-    _, dynamic, _ = predicted("mobilenet")
-    unit = dynamic.blocks[1].layers[0]
-    n = unit.depthwise.in_features
-    x = jnp.ones((1, 4, 4, n)).at[..., 3].set(0.0)
-    for ratio, expected in ((0.4, np.arange(n) != 3), (0.0, np.ones(n, bool))):
-        unit.depthwise.channel_ratio[...] = jnp.float32(ratio)
-        masks = unit.depthwise.masks(x)
-        np.testing.assert_array_equal(masks.channels[0], expected)
-        y = unit.depthwise_norm(unit.depthwise.convolve(x, masks))
-        np.testing.assert_array_equal(np.asarray(y).any(axis=(0, 1, 2)), expected)
+class Separable(nnx.Module):
+    """What a MobileNet is made of; `remat` computes each of its halves again for the gradient."""
+
+    def __init__(self, rngs, remat=False):
+        self.expand, self.norm1 = nnx.Conv(3, 8, (1, 1), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.depthwise = nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
+        self.norm2, self.project = nnx.BatchNorm(8, rngs=rngs), nnx.Conv(8, 4, (1, 1), rngs=rngs)
+        self.norm1.bias[...] = jnp.ones(8).at[2].set(-9.0)  # zero behind the relu, of any image
+        self.norm2.bias[...] = jnp.ones(8)
+        self.remat = nnx.remat if remat else lambda part: part
+
+    def __call__(self, x):
+        x = self.remat(lambda self, x: nnx.relu(self.norm1(self.expand(x))))(self, x)
+        x = self.remat(lambda self, x: nnx.relu(self.norm2(self.depthwise(x))))(self, x)
+        return self.project(x)
+
+
+SEPARABLE = {"expand": ("norm1", "depthwise", "norm2", "project")}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(("ratio", "drop_probability"), [(0.12, 1.0), (0.5, 0.0)])
+def test_what_is_zero_by_itself_is_not_left_out(mode, ratio, drop_probability):
+    """Of 8 channels a ratio of .12 prunes none, and a target that is never dropped stays."""
+    model, x = Separable(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    assert find_links(model, x) == SEPARABLE
+    dynamic = predict_channels(model, ratio, SEPARABLE, drop_probability=drop_probability)
+    for each in (model, dynamic):
+        getattr(each, mode)()
+    kept = 4 if mode == "eval" and ratio == 0.5 else 8
+    logits, usage = nnx.jit(measure)(dynamic, x)
+    assert usage.layers[1].kept_channels.tolist() == [kept, kept]
+    if kept == 8:
+        np.testing.assert_allclose(logits, nnx.jit(lambda model, x: model(x))(model, x), atol=1e-5)
+
+
+def test_a_choice_that_does_not_reach_a_depthwise_convolution_is_told():
+    model, x = Separable(nnx.Rngs(0), remat=True), jnp.ones((2, 4, 4, 3))
+    dynamic = predict_channels(model, 0.5, SEPARABLE)
+    message = "what expand leaves out does not reach the depthwise convolution behind it"
+    for call in (lambda model, x: model(x), nnx.jit(lambda model, x: model(x)), measure):
+        with pytest.raises(ValueError, match=message):
+            call(dynamic, x)
+    whole = predict_channels(model, 0.5, {"expand": SEPARABLE["expand"][:2]})  # as it says
+    assert measure(whole, x)[1].layers[1].kept_channels.tolist() == [4, 4]
+
+
+def test_a_depthwise_convolution_by_itself_keeps_what_is_there():
+    unit = predict_channels(Separable(nnx.Rngs(0)), 0.4, SEPARABLE)
+    x = jnp.ones((1, 4, 4, 8)).at[..., 3].set(0.0)
+    np.testing.assert_array_equal(unit.depthwise.masks(x).features[0], np.arange(8) != 3)
 
 
 def test_the_cut_counts_both_sides():
@@ -621,7 +660,7 @@ def test_surgery_says_what_it_cannot_do():
     both = {name: (norm, second), second: (links(model)[second][0], second)}
     with pytest.raises(ValueError, match=f"'{second}' as what reads the outputs of both"):
         predict_channels(model, 0.5, both)
-    with pytest.raises(ValueError, match=f"links goes on behind '{second}', which is not depth"):
+    with pytest.raises(ValueError, match=f"links goes on behind '{second}', which is no depth"):
         predict_channels(model, {"*": 0.5}, {name: (norm, second, *links(model)[second])})
     both[second] = (norm, links(model)[second][1])
     with pytest.raises(ValueError, match=f"{norm} is named as the normalization of several"):

@@ -175,6 +175,23 @@ def test_a_link_goes_on_behind_a_depthwise_convolution(between, features, link):
     assert kept == [[3, 3], [4, 4], [4, 4] if len(link) == 4 else [features] * 2]
 
 
+def test_a_link_ends_at_a_depthwise_convolution_of_more_than_was_made():
+    class Doubled(Chain):
+        def __init__(self):
+            super().__init__(lambda chain, y, x: chain.deep(jnp.concatenate([y, y], -1)), (16, 4))
+            self.depthwise = nnx.Conv(16, 16, (3, 3), feature_group_count=16, rngs=nnx.Rngs(0))
+            self.behind = nnx.BatchNorm(16, rngs=nnx.Rngs(0))
+
+        def deep(self, y):
+            return nnx.relu(self.behind(self.depthwise(nnx.relu(y))))
+
+    found = find_links(Doubled(), IMAGES)
+    assert found == {"conv": ("norm", "depthwise")}
+    by_hand = {"conv": ("norm", "depthwise", "behind", "reader")}
+    with pytest.raises(ValueError, match="'depthwise', which is no depthwise convolution of what"):
+        predict_channels(Doubled(), 0.5, by_hand)
+
+
 def test_a_model_with_predicted_gates_has_links_no_more():
     model = nnx.Sequential(
         nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)),

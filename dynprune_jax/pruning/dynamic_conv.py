@@ -52,9 +52,9 @@ class DynamicConv(nnx.Conv):
     They start with what a static pruning would go by: the salience of a channel is the L1 norm
     of its filter, over the layer's mean (Li et al. 2016, arXiv 1608.08710), whatever the input.
     With `wants_columns` it wants its output at the columns that it keeps of its input, and no
-    other; a `GatedNorm` sets those to zero too. With `wants_channels` it does the same of channels,
-    where each output channel is made of one of the input: so a choice goes through a depthwise
-    convolution, which alone would make something of nothing by its bias and its normalization.
+    other; a `GatedNorm` sets those to zero too. With `wants_channels` a depthwise convolution wants
+    what was chosen before it: left to itself it would make something of nothing, by its bias and
+    its normalization.
 
     The convolution that reads such outputs finds what was left out by its zeros, and skips it
     with the same ratio: `follows_features`, `follows_columns`. That is no choice of its own, and
@@ -77,8 +77,8 @@ class DynamicConv(nnx.Conv):
       follows_columns: the same of the column gate.
       wants_columns: the kept columns of the input are the wanted ones of the output, which must
         be of the same height and width.
-      wants_channels: the kept channels of the input, those that are all zero apart, are the wanted
-        ones of the output: of a depthwise convolution that follows what is wanted before it.
+      wants_channels: of a depthwise convolution that follows: what is wanted of the input is what
+        it keeps of that and wants of its output. Called by itself, it is what is not all zero.
       salience_scales: whether the wanted outputs are multiplied by their salience; if not, it only
         ranks them, and learns as if it did (the straight-through gradient).
       statistic: of a channel or a column that is its attention, a function such as those in
@@ -156,6 +156,7 @@ class DynamicConv(nnx.Conv):
         # Whose choice it follows, told by that convolution's handover; `set_ratios` sets both.
         self.channels_of: Any = nnx.static(None)
         self.columns_of: Any = nnx.static(None)
+        self.choice_of: Any = nnx.static(None)  # of the convolution before, where that goes on
         self.channel_group = channel_group
         self.column_patch = column_patch
         self.follows_features = follows_features
@@ -184,9 +185,11 @@ class DynamicConv(nnx.Conv):
         if self.wants_columns:
             masks = dataclasses.replace(masks, out_columns=self._out_columns(x, masks))
         if self.wants_channels and self.channel_ratio is not None:
-            # No more than its count: whatever else is zero may as well be left out, see
-            # `_out_columns`.
-            wanted = jnp.any(x != 0, axis=(-3, -2)) | (jnp.asarray(self.channel_ratio) == 0)
+            wanted = None
+            if self.choice_of is not None:
+                wanted = self.choice_of.take_choice((*x.shape[:-3], x.shape[-1]))
+            if wanted is None:
+                wanted = jnp.any(x != 0, axis=(-3, -2))
             return dataclasses.replace(masks, channels=wanted, features=wanted)
         if self.feature_ratio is None:
             return masks

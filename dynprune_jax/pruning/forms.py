@@ -31,7 +31,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from dynprune_jax.convolution import depthwise_sum
+from dynprune_jax.convolution import sum_of_shifted_maps
 from dynprune_jax.geometry import Geometry, pair, repeats
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.dynamic_conv import is_depthwise
@@ -285,7 +285,7 @@ def _conv(
 def _shifts(geometry: Geometry, weights: Array, x: Array, masks: Masks, **_: Any) -> Array:
     """Each channel by itself; no barrier behind the padding, which fuses with the sum."""
     del masks  # nothing is skipped
-    return depthwise_sum(geometry, jnp.pad(x, ((0, 0), *geometry.padding, (0, 0))), weights)
+    return sum_of_shifted_maps(geometry, jnp.pad(x, ((0, 0), *geometry.padding, (0, 0))), weights)
 
 
 def _native(

@@ -5,6 +5,7 @@ And what every module here that stands in for another needs: to take over all th
 
 from typing import Any
 
+import jax.extend.core
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -27,20 +28,24 @@ class Handover:
 
     Attributes:
       maker: the name of the convolution, for messages.
+      goes_on: whether a depthwise convolution behind the normalization takes the choice too.
     """
 
     def __init__(self):
         self.maker = "a convolution"
+        self.goes_on = False
         self._held: tuple[Any, Masks] | None = None
+        self._choice: tuple[Any, Any] | None = None
         self._lost = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"maker": self.maker, "_held": None, "_lost": False}  # no copy takes a map along
+    def __getstate__(self) -> dict[str, Any]:  # no copy takes a map along
+        return vars(self) | {"_held": None, "_choice": None, "_lost": False}
 
     def put(self, y: Any, masks: Masks) -> None:
         """Leaves what belongs to the map `y`, in place of what was left before."""
         self._lost |= self.waits
         self._held = (y, masks)
+        self._choice = (masks.features, _trace()) if self.goes_on else None
 
     def take(self, y: Any) -> Masks:
         """What was left for the map `y`, once; masks of nothing if nothing was left.
@@ -55,6 +60,26 @@ class Handover:
         masks, self._held = self._held[1], None
         return masks
 
+    def take_choice(self, shape: tuple[int, ...]) -> Any:
+        """The channels that were wanted in the last call, once; None if there was none.
+
+        Args:
+          shape: of what is wanted, `(*batch, channels)`.
+
+        Raises:
+          ValueError: if it is of another trace, or for other images.
+        """
+        if self._choice is None:
+            return None
+        (choice, trace), self._choice = self._choice, None
+        if trace != _trace() or choice.shape != shape:
+            raise ValueError(
+                f"what {self.maker} leaves out does not reach the depthwise convolution behind it,"
+                " which is called in another nnx.jit or nnx.remat, or with other maps: give a link"
+                " that ends there"
+            )
+        return choice
+
     def error(self) -> ValueError:
         """What is wrong where something was left and the normalization cannot take it."""
         return ValueError(
@@ -65,12 +90,17 @@ class Handover:
 
     def clear(self) -> None:
         """Forgets what was left, and whether it was taken."""
-        self._held, self._lost = None, False
+        self._held, self._choice, self._lost = None, None, False
 
     @property
     def waits(self) -> bool:
         """Whether something was left and not taken: no normalization has read that map."""
         return self._lost or self._held is not None
+
+
+def _trace() -> Any:
+    """Which trace is under way: no value of one can be used in another."""
+    return jax.extend.core.get_opaque_trace_state(convention="nnx")
 
 
 class GatedNorm(nnx.BatchNorm):

@@ -80,8 +80,7 @@ def scale_ratios(model: nnx.Module, cut: float, images: Images, *others: Any) ->
       cut: the `Usage.mac_reduction` to reach, of the whole network, in (0, 1). Whole channels and
         columns are kept, so it is exceeded by as little as they allow.
       images: a batch, as for `measure`; a few will do. Images cost the same but where a block
-        shares its columns, or channels go through a depthwise convolution: there the mean over
-        these counts.
+        shares its columns: there the mean over these counts.
       *others: what else the model is called with.
 
     Raises:

@@ -97,8 +97,8 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
         n = convs[conv].out_features
         makers = [conv]
         if is_depthwise(convs[conv]):
-            makers = [name for name, link in found.items() if link[-1] == conv]
-            if not makers:
+            makers = [m for m, link in found.items() if link[-1] == conv]
+            if not makers or convs[makers[0]].out_features != n:
                 continue
         readers = {trial.reader(norm, rng.permutation(n) % 2 == 0) for _ in range(2)}
         (reader, *more) = readers

@@ -160,18 +160,21 @@ def predict_channels(
     feature = ratio_of_each(model, list(chosen), channel_ratio, "channel_ratio")
     feature = {name: ratio for name, ratio in feature.items() if ratio is not None}
     convs, modules = conv_layers(model), all_modules(model)
-    norms, readers = {}, {}
+    norms, readers, hands_on = {}, {}, {}
     for name in feature:
         _check_kind("links", convs, name, nnx.Conv)
-        maker = name
-        for norm, reader in zip(links[name][::2], links[name][1::2], strict=True):
+        makers = (name, *links[name][1:-1:2])
+        for maker, norm, reader in zip(makers, links[name][::2], links[name][1::2], strict=True):
             if maker != name and not (maker in readers and is_depthwise(convs[maker])):
-                raise ValueError(f"links goes on behind {maker!r}, which is not depthwise")
+                raise ValueError(
+                    f"links goes on behind {maker!r}, which is no depthwise convolution of what"
+                    f" {name!r} makes"
+                )
             _check_kind("links", modules, norm, nnx.BatchNorm)
             _check_kind("links", modules, reader, nnx.Module)
             norms[maker] = norm
             conv = convs.get(reader)
-            if conv is None or conv.in_features != convs[maker].out_features:
+            if conv is None or conv.in_features != convs[name].out_features:
                 continue
             if conv.feature_group_count in (1, conv.in_features):  # whole groups would lose some
                 if reader in readers:
@@ -181,7 +184,7 @@ def predict_channels(
                         " one of them leaves out"
                     )
                 readers[reader] = name
-            maker = reader
+        hands_on |= dict(zip(makers[1:], makers, strict=False))
     column = {}
     if column_ratio is not None:
         column = ratio_of_each(model, select(model, layers), column_ratio, "column_ratio")
@@ -192,6 +195,7 @@ def predict_channels(
         feature,
         norms=norms,
         readers=readers,
+        hands_on=hands_on,
         blocks=column_blocks,
         channel_group=channel_group,
         column_patch=column_patch,
@@ -211,6 +215,7 @@ def _with_gates(
     *,
     norms: Mapping[str, str] = {},
     readers: Mapping[str, str] = {},
+    hands_on: Mapping[str, str] = {},
     blocks: Blocks = (),
     channel_group: int,
     **gate: Any,
@@ -225,6 +230,7 @@ def _with_gates(
       norms: the normalization behind each convolution that chooses its outputs, or hands a choice
         on.
       readers: of each convolution that reads such outputs, the one that chooses them.
+      hands_on: of each that hands a choice on, the convolution that it has it from.
       blocks: see `make_dynamic`.
       channel_group: see `make_dynamic`.
       **gate: what else a `DynamicConv` takes.
@@ -232,7 +238,6 @@ def _with_gates(
     ratios = itertools.chain(channel.values(), column.values(), feature.values())
     if all(ratio is None for ratio in ratios):
         raise ValueError("give channel_ratio, column_ratio or both")
-    hands_on = norms.keys() - feature.keys()
     norms = dict(norms)
     chooses: dict[str, str] = {}  # of each convolution in a block, the first in that block
     convs, modules = conv_layers(model), all_modules(model)
@@ -285,6 +290,9 @@ def _with_gates(
         new[name].channels_of = nnx.static(new[chooser].handover)
     for name, chooser in chooses.items():
         new[name].columns_of = nnx.static(new[chooser].handover)
+    for name, before in hands_on.items():
+        new[name].choice_of = nnx.static(new[before].handover)
+        new[before].handover.goes_on = True
     for name, norm in norms.items():
         if norm in new:
             raise ValueError(f"{norm} is named as the normalization of several convolutions")
