@@ -184,10 +184,11 @@ class DynamicConv(nnx.Conv):
         masks = self.choose(x.shape, *self.scores(x))
         if self.wants_columns:
             masks = dataclasses.replace(masks, out_columns=self._out_columns(x, masks))
-        if self.wants_channels and self.channel_ratio is not None:
-            wanted = None
-            if self.choice_of is not None:
-                wanted = self.choice_of.take_choice((*x.shape[:-3], x.shape[-1]))
+        if self.wants_channels:
+            of = (*x.shape[:-3], x.shape[-1])  # taken where nothing is left out too
+            wanted = None if self.choice_of is None else self.choice_of.take_choice(of)
+            if self.channel_ratio is None:
+                return masks
             if wanted is None:
                 wanted = jnp.any(x != 0, axis=(-3, -2))
             return dataclasses.replace(masks, channels=wanted, features=wanted)
