@@ -25,7 +25,7 @@ from dynprune_jax.geometry import Geometry, pair
 
 # What the call of a depthwise convolution is named in a traced program: by that it is counted.
 DEPTHWISE = "sum_of_shifted_maps"
-_MOST_TAPS = 49  # of more such a sum takes long to compile
+_MOST_TAPS = 49  # of more the gradient of such a sum takes long to compile
 
 _IMAGES = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
@@ -120,9 +120,10 @@ def sum_of_shifted_maps(
     XLA makes one pass over the map of it; in float32, or in the map's dtype if that is wider.
     """
     dtype = padded.dtype if jnp.finfo(padded.dtype).bits > 32 else jnp.float32
+    padded = padded.astype(dtype)  # as a whole: so the gradient too is rounded once
     taps = kernel.astype(dtype).reshape(*kernel.shape[:2], *[1] * (padded.ndim - 1), -1)
     terms = (
-        padded[..., geometry.down(i), geometry.across(j), :].astype(dtype) * taps[i, j]
+        padded[..., geometry.down(i), geometry.across(j), :] * taps[i, j]
         for i in range(geometry.kernel[0])
         for j in range(geometry.kernel[1])
     )
@@ -147,7 +148,6 @@ def _backwards(geometry: Geometry, held: Any, dy: Array) -> tuple[Array, Array]:
     dy = lax.optimization_barrier(dy)  # it is read for every tap, and not worked out for each
     (dx,) = jax.vjp(lambda padded: sum_of_shifted_maps(geometry, padded, kernel), padded)[1](dy)
     height, width = geometry.kernel
-    *batch, out_height, out_width, channels = dy.shape
 
     def add_row(row: Any, sums: list[Array]) -> list[Array]:
         of_output = lax.dynamic_index_in_dim(dy, row, -3, keepdims=False)
@@ -158,8 +158,10 @@ def _backwards(geometry: Geometry, held: Any, dy: Array) -> tuple[Array, Array]:
             met += [of_input[..., geometry.across(j), :] for j in range(width)]
         return [total + x * of_output for total, x in zip(sums, met, strict=True)]
 
-    nothing = jnp.zeros((*batch, out_width, channels), dy.dtype)
-    sums = lax.fori_loop(0, out_height, add_row, [nothing] * (height * width))
+    nothing = jnp.zeros_like(
+        jnp.sum(dy[..., :1, :, :], axis=-3)
+    )  # with its sharding, if it has one
+    sums = lax.fori_loop(0, geometry.out[0], add_row, [nothing] * (height * width))
     taps = jnp.stack([jnp.sum(total, range(total.ndim - 1)) for total in sums])
     return dx, taps.reshape(kernel.shape).astype(kernel.dtype)
 

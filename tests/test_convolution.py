@@ -110,6 +110,23 @@ def test_a_depthwise_convolution_is_a_sum_of_shifted_maps(dtype):
     assert primitives(x, jnp.ones((8, 8, 1, 6), dtype)) == {"conv_general_dilated"}  # many taps
 
 
+def test_in_half_precision_a_depthwise_gradient_is_rounded_once():
+    rng = np.random.default_rng(0)
+    x, kernel = (
+        jnp.asarray(rng.normal(size=of), jnp.bfloat16) for of in ((2, 6, 6, 4), (3, 3, 1, 4))
+    )
+
+    def gradients(dtype):
+        def loss(x, kernel):
+            groups = {"dimension_numbers": LAYOUT, "feature_group_count": 4}
+            return jnp.sum(convolve(x, kernel, (1, 1), "SAME", **groups).astype(jnp.float32))
+
+        return jax.grad(loss, (0, 1))(x.astype(dtype), kernel.astype(dtype))
+
+    for got, expected in zip(*map(gradients, (jnp.bfloat16, jnp.float32)), strict=True):
+        np.testing.assert_array_equal(got, expected.astype(jnp.bfloat16))
+
+
 def test_negative_padding_crops_a_small_map():
     x, kernel = jnp.arange(18.0).reshape(1, 3, 3, 2), jnp.arange(100.0).reshape(5, 5, 2, 2)
 

@@ -131,18 +131,20 @@ def test_a_depthwise_convolution_hands_a_choice_on(column_ratio):
         return nnx.relu6(jnp.where(kept[:, None, None, :], y, 0.0))
 
     def dense(gate, y, channels=None):
-        kept = Masks(channels, gate.masks(y).columns)  # columns are a choice of each gate's own
-        return nnx.Conv.__call__(gate, kept.apply(y))
+        columns = gate.choose(y.shape, *gate.scores(y)).columns  # a choice of each gate's own
+        return nnx.Conv.__call__(gate, Masks(channels, columns).apply(y))
 
     def norm(gated, y):
         return nnx.BatchNorm.__call__(gated, y)
 
-    first = dense(unit.expand, x, masks.channels)
-    first = chosen(norm(unit.expand_norm, first), masks.salience)
-    assert (np.asarray(first).any(axis=(1, 2)) == kept).all()  # none is zero by chance
-    second = chosen(norm(unit.depthwise_norm, dense(unit.depthwise, first)))
-    expected = norm(unit.project_norm, dense(unit.project, second))
-    np.testing.assert_allclose(unit(x), expected, rtol=1e-5, atol=1e-6)
+    def written_out(x):
+        first = dense(unit.expand, x, masks.channels)
+        first = chosen(norm(unit.expand_norm, first), unit.expand.salience(x))
+        second = chosen(norm(unit.depthwise_norm, dense(unit.depthwise, first)))
+        return norm(unit.project_norm, dense(unit.project, second))
+
+    for call in (lambda f: f(x), lambda f: jax.grad(lambda x: jnp.sum(f(x) ** 2))(x)):
+        np.testing.assert_allclose(call(unit), call(written_out), rtol=1e-4, atol=1e-5)
 
     _, usage = measure(unit, x)
     expand, depthwise, project = usage.layers
@@ -159,20 +161,19 @@ def test_a_depthwise_convolution_hands_a_choice_on(column_ratio):
 
 
 class Separable(nnx.Module):
-    """What a MobileNet is made of; `remat` computes each of its halves again for the gradient."""
+    """What a MobileNet is made of; each of its halves is called within `around`."""
 
-    def __init__(self, rngs, remat=False):
+    def __init__(self, rngs, around=lambda part: part):
         self.expand, self.norm1 = nnx.Conv(3, 8, (1, 1), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
         self.depthwise = nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
         self.norm2, self.project = nnx.BatchNorm(8, rngs=rngs), nnx.Conv(8, 4, (1, 1), rngs=rngs)
         self.norm1.bias[...] = jnp.ones(8).at[2].set(-9.0)  # zero behind the relu, of any image
         self.norm2.bias[...] = jnp.ones(8)
-        self.remat = nnx.remat if remat else lambda part: part
+        self.first = around(lambda self, x: nnx.relu(self.norm1(self.expand(x))))
+        self.second = around(lambda self, x: nnx.relu(self.norm2(self.depthwise(x))))
 
     def __call__(self, x):
-        x = self.remat(lambda self, x: nnx.relu(self.norm1(self.expand(x))))(self, x)
-        x = self.remat(lambda self, x: nnx.relu(self.norm2(self.depthwise(x))))(self, x)
-        return self.project(x)
+        return self.project(self.second(self, self.first(self, x)))
 
 
 SEPARABLE = {"expand": ("norm1", "depthwise", "norm2", "project")}
@@ -195,20 +196,16 @@ def test_what_is_zero_by_itself_is_not_left_out(mode, ratio, drop_probability):
 
 
 def test_a_choice_that_does_not_reach_a_depthwise_convolution_is_told():
-    model, x = Separable(nnx.Rngs(0), remat=True), jnp.ones((2, 4, 4, 3))
+    model, x = Separable(nnx.Rngs(0), around=nnx.remat), jnp.ones((2, 4, 4, 3))
     dynamic = predict_channels(model, 0.5, SEPARABLE)
     message = "what expand leaves out does not reach the depthwise convolution behind it"
-    for call in (lambda model, x: model(x), nnx.jit(lambda model, x: model(x)), measure):
-        with pytest.raises(ValueError, match=message):
-            call(dynamic, x)
+    jitted = Separable(nnx.Rngs(0), around=nnx.jit)  # what is compiled is not traced again
+    for each in (dynamic, dynamic, *[predict_channels(jitted, 0.5, SEPARABLE)] * 2):
+        for call in (lambda model, x: model(x), nnx.jit(lambda model, x: model(x)), measure):
+            with pytest.raises(ValueError, match=message):
+                call(each, x)
     whole = predict_channels(model, 0.5, {"expand": SEPARABLE["expand"][:2]})  # as it says
     assert measure(whole, x)[1].layers[1].kept_channels.tolist() == [4, 4]
-
-
-def test_a_depthwise_convolution_by_itself_keeps_what_is_there():
-    unit = predict_channels(Separable(nnx.Rngs(0)), 0.4, SEPARABLE)
-    x = jnp.ones((1, 4, 4, 8)).at[..., 3].set(0.0)
-    np.testing.assert_array_equal(unit.depthwise.masks(x).features[0], np.arange(8) != 3)
 
 
 def test_the_cut_counts_both_sides():
@@ -282,7 +279,7 @@ def test_it_starts_as_a_model_with_plain_norms_and_dead_filters():
         ("vgg", None, False, {"channel_group": 8}),
         ("vgg", 0.3, True, {"channel_group": 2, "column_patch": 2}),
         ("mobilenet", None, False, {}),
-        ("mobilenet", 0.3, False, {"channel_group": 4}),
+        ("mobilenet", 0.3, True, {"channel_group": 4}),
     ],
 )
 def test_compact_equals_masked(name, column_ratio, block_columns, sizes):
@@ -656,6 +653,8 @@ def test_surgery_says_what_it_cannot_do():
     ):
         with pytest.raises(ValueError, match=f"links names {wrong}"):
             predict_channels(model, {"*": 0.5}, link)
+    with pytest.raises(ValueError, match=f"for '{name}'; it must be a normalization and a reader"):
+        predict_channels(model, {"*": 0.5}, {name: (norm,)})
     second = "blocks/0/layers/1/conv"
     both = {name: (norm, second), second: (links(model)[second][0], second)}
     with pytest.raises(ValueError, match=f"'{second}' as what reads the outputs of both"):

@@ -56,7 +56,7 @@ class DynamicConv(nnx.Conv):
     what was chosen before it: left to itself it would make something of nothing, by its bias and
     its normalization.
 
-    The convolution that reads such outputs finds what was left out by its zeros, and skips it
+    Any other convolution that reads such outputs finds what was left out by its zeros, and skips it
     with the same ratio: `follows_features`, `follows_columns`. That is no choice of its own, and
     loses nothing.
 
@@ -78,7 +78,8 @@ class DynamicConv(nnx.Conv):
       wants_columns: the kept columns of the input are the wanted ones of the output, which must
         be of the same height and width.
       wants_channels: of a depthwise convolution that follows: what is wanted of the input is what
-        it keeps of that and wants of its output. Called by itself, it is what is not all zero.
+        it keeps of that and wants of its output. With no such convolution before it, in
+        `choice_of`, that is what is not all zero.
       salience_scales: whether the wanted outputs are multiplied by their salience; if not, it only
         ranks them, and learns as if it did (the straight-through gradient).
       statistic: of a channel or a column that is its attention, a function such as those in
@@ -179,18 +180,19 @@ class DynamicConv(nnx.Conv):
     def masks(self, x: Float[Array, "*batch height width channels"]) -> Masks:
         """What this input keeps: of each map `kept_count(ratio, n)` channels and columns.
 
-        Where the gate ranks groups or patches, `n` is their number.
+        Where the gate ranks groups or patches, `n` is their number. With `wants_channels` it is
+        what was chosen before; that is taken, so ask once for each map.
         """
         masks = self.choose(x.shape, *self.scores(x))
         if self.wants_columns:
             masks = dataclasses.replace(masks, out_columns=self._out_columns(x, masks))
         if self.wants_channels:
-            of = (*x.shape[:-3], x.shape[-1])  # taken where nothing is left out too
-            wanted = None if self.choice_of is None else self.choice_of.take_choice(of)
+            if self.choice_of is None:
+                wanted = jnp.any(x != 0, axis=(-3, -2))
+            else:  # taken where nothing is left out too
+                wanted = self.choice_of.take_choice((*x.shape[:-3], x.shape[-1]))
             if self.channel_ratio is None:
                 return masks
-            if wanted is None:
-                wanted = jnp.any(x != 0, axis=(-3, -2))
             return dataclasses.replace(masks, channels=wanted, features=wanted)
         if self.feature_ratio is None:
             return masks

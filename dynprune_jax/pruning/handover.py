@@ -23,8 +23,9 @@ class Handover:
     """Takes what is wanted of a convolution's outputs to the normalization that reads them.
 
     It holds it between two calls of one forward pass, together with the very map that it
-    belongs to, so that no other map can be taken for that one. So two threads must not trace one
-    model at a time.
+    belongs to, so that no other map can be taken for that one. What a depthwise convolution behind
+    the normalization is to know is held without a map, which a relu has changed by then. So two
+    threads must not trace one model at a time, and calls of a model and a clone take turns.
 
     Attributes:
       maker: the name of the convolution, for messages.
@@ -45,7 +46,7 @@ class Handover:
         """Leaves what belongs to the map `y`, in place of what was left before."""
         self._lost |= self.waits
         self._held = (y, masks)
-        self._choice = (masks.features, _trace()) if self.goes_on else None
+        self._choice = None
 
     def take(self, y: Any) -> Masks:
         """What was left for the map `y`, once; masks of nothing if nothing was left.
@@ -58,21 +59,20 @@ class Handover:
         if self._held[0] is not y:
             raise self.error()
         masks, self._held = self._held[1], None
+        self._choice = (masks.features, _trace()) if self.goes_on else None
         return masks
 
     def take_choice(self, shape: tuple[int, ...]) -> Any:
-        """The channels that were wanted in the last call, once; None if there was none.
+        """The channels that the normalization has taken as wanted, once.
 
         Args:
           shape: of what is wanted, `(*batch, channels)`.
 
         Raises:
-          ValueError: if it is of another trace, or for other images.
+          ValueError: if there are none, or they are of another trace, or for other images.
         """
-        if self._choice is None:
-            return None
-        (choice, trace), self._choice = self._choice, None
-        if trace != _trace() or choice.shape != shape:
+        (choice, trace), self._choice = self._choice or (None, None), None
+        if choice is None or trace != _trace() or choice.shape != shape:
             raise ValueError(
                 f"what {self.maker} leaves out does not reach the depthwise convolution behind it,"
                 " which is called in another nnx.jit or nnx.remat, or with other maps: give a link"

@@ -242,6 +242,7 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
     keys = jax.random.split(jax.random.key(0), count)
     maps = [jax.random.normal(key, shape.shape, jnp.float32).astype(shape.dtype) for key in keys]
     gate = CompactConv(conv, Form())
+    gate.choice_of = nnx.static(None)  # it is called by itself
     graph, state = nnx.split(gate)
     choose = jax.jit(lambda state, x: nnx.merge(graph, state).masks(x))
     all_masks = [choose(state, x) for x in maps]

@@ -102,7 +102,7 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
                 continue
         readers = {trial.reader(norm, rng.permutation(n) % 2 == 0) for _ in range(2)}
         (reader, *more) = readers
-        taken = {name for link in found.values() for name in link}
+        taken = {name for link in found.values() for name in link[1::2]}
         if reader and not more and reader not in taken:
             found[makers[0]] = (*found.get(makers[0], ()), norm, reader)
     if not found:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from dynprune_jax.pruning.dynamic_conv import is_depthwise
 from dynprune_jax.pruning.layers import all_modules, replaceable_layers, rewritten
 from dynprune_jax.pruning.masks import plain_kept_count
 from dynprune_jax.pruning.measure import measure
@@ -114,7 +115,7 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
     convs, layers, around = replaceable_layers(model), all_modules(model), rewritten(model)
     owners = Counter(id(part) for layer in layers.values() for part in _variables(layer))
 
-    def holds(name: str, depthwise: Collection[str]) -> str:
+    def holds(name: str, hands_on: bool) -> str:
         """What of a layer keeps filters from leaving; nothing if they can."""
         layer = layers[name]
         if any(owners[id(part)] > 1 for part in _variables(layer)):
@@ -125,14 +126,16 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
             return ""
         if name not in convs:
             return f"is {type(layer).__name__}, which is not known"
-        if layer.feature_group_count > 1 and name not in depthwise:
+        if layer.feature_group_count > 1 and not (hands_on and is_depthwise(layer)):
             return "is grouped"
         return "" if layer.mask is None else "has a mask"
 
     found, why = {}, ""
     for name, link in links.items():
-        depthwise = link[1:-1:2]
-        held = [f"{part} {what}" for part in (name, *link) if (what := holds(part, depthwise))]
+        parts = {part: part in link[1:-1:2] for part in (name, *link)}
+        held = [
+            f"{part} {what}" for part, between in parts.items() if (what := holds(part, between))
+        ]
         if held:
             why = why or f": for instance those of {name} stay, for {held[0]}"
         else:

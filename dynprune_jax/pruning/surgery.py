@@ -163,8 +163,14 @@ def predict_channels(
     norms, readers, hands_on = {}, {}, {}
     for name in feature:
         _check_kind("links", convs, name, nnx.Conv)
-        makers = (name, *links[name][1:-1:2])
-        for maker, norm, reader in zip(makers, links[name][::2], links[name][1::2], strict=True):
+        link = links[name]
+        if len(link) < 2 or len(link) % 2:
+            raise ValueError(
+                f"links has {link!r} for {name!r}; it must be a normalization and a reader, or"
+                " several such pairs"
+            )
+        makers = (name, *link[1:-1:2])
+        for maker, norm, reader in zip(makers, link[::2], link[1::2], strict=True):
             if maker != name and not (maker in readers and is_depthwise(convs[maker])):
                 raise ValueError(
                     f"links goes on behind {maker!r}, which is no depthwise convolution of what"
@@ -184,7 +190,7 @@ def predict_channels(
                         " one of them leaves out"
                     )
                 readers[reader] = name
-        hands_on |= dict(zip(makers[1:], makers, strict=False))
+        hands_on |= {after: before for before, after in itertools.pairwise(makers)}
     column = {}
     if column_ratio is not None:
         column = ratio_of_each(model, select(model, layers), column_ratio, "column_ratio")
