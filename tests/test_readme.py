@@ -121,6 +121,8 @@ IN_SHORT = [
     ("small VGG, CIFAR-10 at 16²", SMALL, 0.75, "predicted", "l1", (SMALL, "distillation", "")),
     ("small VGG, CIFAR-100 at 16²", "cifar100_vgg_small", 0.65, "predicted", "l1",
      ("cifar100_vgg_small", "attention", " ³")),
+    ("MobileNetV2, 0.35 as wide, CIFAR-10 at 16²", "cifar10_mobilenet_small", 0.5, "predicted",
+     "l1", None),
 ]  # fmt: skip
 
 
@@ -422,6 +424,7 @@ def test_the_price_of_choosing_anew_is_what_was_measured():
         ("cifar10_vgg16_first", 3),
         ("cifar10_vgg_small_control", 2),
         ("cifar100_vgg_small", 2),
+        ("cifar10_mobilenet_small", 2),
         ("cascade", 2),
         ("digits_kinds", 2),
         ("imagenette_resnet18_small", 3),
@@ -872,6 +875,48 @@ def test_the_claims_on_cifar100_are_what_its_runs_say():
         f"by attention lose {lost['attention']:.1f}.",
         f"trained on for as long, gains {-lost['trained_on']:.1f} points, and with a teacher"
         f" {-lost['trained_on+distillation']:.1f}:",
+    ):
+        assert claim in PAGES, claim
+
+
+def test_the_claims_on_mobilenet_are_what_was_measured():
+    name = "cifar10_mobilenet_small"
+    dense, gates, filters = (
+        accuracies(name, method, cut)
+        for method, cut in (
+            ("dense", 0.0),
+            ("predicted+distillation", 0.5),
+            ("l1+distillation", 0.5),
+        )
+    )
+    assert list(dense) == list(gates) == list(filters) == [0, 1, 2]
+    lost = [
+        statistics.mean(dense.values()) - statistics.mean(of.values()) for of in (gates, filters)
+    ]
+    behind = [filters[seed] - gates[seed] for seed in gates]
+    shared = accuracies(name, "predicted+distillation", 0.5, "shared").values()
+    alone, eight = speed("depthwise/imagenet_mobilenet_v2")[1]
+    assert (alone["batch_size"], eight["batch_size"]) == (1, 8)
+    other = alone["other_runtimes_ms"]
+    torch = min(other["PyTorch"], other["PyTorch channels last"])
+    for claim in (
+        "Predicted gates lose {:.1f} points and filters removed by L1 norms {:.1f}: here".format(
+            *lost
+        ),
+        "**static pruning is ahead**, by {:.2f}, {:.2f} and {:.2f} points.".format(*behind),
+        "they lose {:.1f} points where static pruning loses {:.1f} (".format(*lost),
+        f"leaves the gates at {statistics.mean(shared):.2f} %. The schedule",
+        f"takes {alone['dense_ms']['lax.conv']:.1f} ms an image by `lax.conv`",
+        f"dense network takes {alone['fastest_dense_ms']:.1f} ms, where PyTorch takes {torch:.1f},"
+        f" OpenVINO {other['OpenVINO']:.1f} and ONNX Runtime {other['ONNX Runtime']:.1f} (",
+        f"At a cut of {alone['mac_reduction']:.1%} predicted gates take {alone['compact_ms']:.1f}"
+        f" ms ({alone['speedup']:.2f}×) at batch 1 and {eight['compact_ms']:.1f}"
+        f" ({eight['speedup']:.2f}×, dense {eight['fastest_dense_ms']:.1f}) at batch 8,",
+        f"as many MACs {alone['static_ms']:.1f} and {eight['static_ms']:.1f}.",
+        f"at a cut of {alone['mac_reduction']:.1%} predicted ones take"
+        f" {alone['compact_ms'] / alone['fastest_dense_ms']:.1f} times as long",
+        f"the dense network's: {alone['fastest_dense_ms']:.1f} ms, where XLA's convolutions take"
+        f" {alone['dense_ms']['lax.conv']:.1f}.",
     ):
         assert claim in PAGES, claim
 
