@@ -238,5 +238,5 @@ def test_an_error_of_ones_own_code_says_whose_it_is(config, model, told):
 
 def test_what_is_known_of_our_models_alone_is_not_guessed(config, tmp_path):
     config.gate.column_ratio, config.gate.block_columns = (0.5, 0.5), True
-    with pytest.raises(UserError, match="Own is none of VGG, ResNet, CifarResNet, of"):
+    with pytest.raises(UserError, match="Own is none of VGG, ResNet, CifarResNet, MobileNetV2, of"):
         Run.open(config, tmp_path)
