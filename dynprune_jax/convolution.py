@@ -91,15 +91,14 @@ def convolve(
             size = kernel.shape[:2]
             single = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1]
             single &= jnp.issubdtype(x.dtype, jnp.floating) and size[0] * size[1] <= _MOST_TAPS
+            single &= preferred_element_type in (None, x.dtype, jnp.float32)
             small = x.shape[1] < size[0] and x.shape[2] < size[1] and feature_group_count == 1
-            if not single and not small:
-                return dense(x, kernel)
-            dtype = jax.eval_shape(dense, x, kernel).dtype  # refuses what it refuses
-            geometry, padded = _padded(x, size, window_strides, padding)
-            if single and dtype in (x.dtype, jnp.float32):
-                y: Any = _depthwise(geometry, padded, kernel)
-                return y.astype(dtype)
-            if small:
+            if single or small:
+                dtype = jax.eval_shape(dense, x, kernel).dtype  # refuses what it refuses
+                geometry, padded = _padded(x, size, window_strides, padding)
+                if single:
+                    y: Any = _depthwise(geometry, padded, kernel)
+                    return y.astype(dtype)
                 return jnp.matmul(
                     geometry.patches(padded),
                     kernel.reshape(-1, kernel.shape[-1]),
@@ -117,7 +116,15 @@ def sum_of_shifted_maps(
 ) -> Float[Array, "*batch out_height out_width channels"]:
     """Convolves each channel by itself: shifted maps, each times one tap of the kernel, added up.
 
-    XLA makes one pass over the map of it; in float32, or in the map's dtype if that is wider.
+    XLA makes one pass over the map of it.
+
+    Args:
+      geometry: of the convolution, on the map without its padding.
+      padded: the map with zeros around it.
+      kernel: its taps, one for each channel.
+
+    Returns:
+      The map, in float32, or in the dtype of `padded` if that is wider.
     """
     dtype = padded.dtype if jnp.finfo(padded.dtype).bits > 32 else jnp.float32
     padded = padded.astype(dtype)  # as a whole: so the gradient too is rounded once
@@ -158,9 +165,8 @@ def _backwards(geometry: Geometry, held: Any, dy: Array) -> tuple[Array, Array]:
             met += [of_input[..., geometry.across(j), :] for j in range(width)]
         return [total + x * of_output for total, x in zip(sums, met, strict=True)]
 
-    nothing = jnp.zeros_like(
-        jnp.sum(dy[..., :1, :, :], axis=-3)
-    )  # with its sharding, if it has one
+    # A row, of the same sharding if it has one.
+    nothing = jnp.zeros_like(jnp.sum(dy[..., :1, :, :], axis=-3))
     sums = lax.fori_loop(0, geometry.out[0], add_row, [nothing] * (height * width))
     taps = jnp.stack([jnp.sum(total, range(total.ndim - 1)) for total in sums])
     return dx, taps.reshape(kernel.shape).astype(kernel.dtype)

@@ -202,6 +202,7 @@ def test_more_maps_than_images_is_refused(images):
         ("resnet56", 32, 10, False, 125.5),
         ("vgg16_imagenet", 224, 100, True, 15_350),
         ("mobilenet_v2", 224, 1000, False, 300.8),
+        ("mobilenet_v2_cifar", 32, 10, False, 88.0),  # of our docstring
         ("resnet18", 224, 1000, False, 1_814),
         ("resnet50", 224, 1000, False, 4_089),
     ],

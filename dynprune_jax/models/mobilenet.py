@@ -181,6 +181,8 @@ def mobilenet_v2_cifar(
 ) -> MobileNetV2:
     """Builds MobileNetV2 for small images, without its first two strides.
 
+    Dense cost at 32x32 and 10 classes: 88.0 M MACs per image, with 2.24 M parameters.
+
     Args:
       num_classes: width of the logits.
       in_channels: channels of the image.
