@@ -1,11 +1,13 @@
 """`lax.conv_general_dilated`, the same function, where XLA for CPUs is slow to train it.
 
-Three things can take most of the time of a step on a CPU (docs/speed.md has what that costs):
+Four things can take most of the time of a step on a CPU (docs/speed.md has what that costs):
 
 - A map that is smaller than the kernel falls out of XLA's fast convolutions. VGG16 spent three
   quarters of its time on the maps of 2x2 columns in its last block, 9 % of its MACs.
 - A depthwise convolution goes through one value at a time. MobileNetV2 spent nine tenths of its
   time on a tenth of its MACs, forwards alone.
+- A grouped convolution goes through one value at a time too, and its gradients through more than
+  there are. Its groups one after the other are ordinary convolutions.
 - The gradient of a kernel reads the convolution's input again. XLA would rather work that input
   out anew than read it where it is kept, and of a residual network it is the sum of every unit
   before it: the deeper the network, the longer each of those sums.
@@ -26,6 +28,7 @@ from dynprune_jax.geometry import Geometry, pair
 # What the call of a depthwise convolution is named in a traced program: by that it is counted.
 DEPTHWISE = "sum_of_shifted_maps"
 _MOST_TAPS = 49  # of more the gradient of such a sum takes long to compile
+MOST_GROUPS = 64  # of more the convolutions, one for each, take long to compile
 
 _IMAGES = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
@@ -85,20 +88,23 @@ def convolve(
         # Where `training_options` hold, what is in front of this is not worked out anew.
         x = lax.optimization_barrier(x)
         numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
-        dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
-        plain = x.ndim == 4 and numbers == _IMAGES and not dilated and out_sharding is None
-        if plain and kernel.size and min(window_strides) > 0:
+        if x.ndim == 4 and numbers == _IMAGES and out_sharding is None and kernel.size:
+            dtype = jax.eval_shape(dense, x, kernel).dtype  # refuses what it refuses
             size = kernel.shape[:2]
-            single = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1]
+            dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
+            single = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1] and not dilated
             single &= jnp.issubdtype(x.dtype, jnp.floating) and size[0] * size[1] <= _MOST_TAPS
             single &= preferred_element_type in (None, x.dtype, jnp.float32)
-            small = x.shape[1] < size[0] and x.shape[2] < size[1] and feature_group_count == 1
-            if single or small:
-                dtype = jax.eval_shape(dense, x, kernel).dtype  # refuses what it refuses
+            if single:
+                y: Any = _depthwise(*_padded(x, size, window_strides, padding), kernel)
+                return y.astype(dtype)
+            if 1 < feature_group_count <= MOST_GROUPS:
+                of_group = functools.partial(dense, feature_group_count=1)
+                parts = (jnp.split(a, feature_group_count, axis=-1) for a in (x, kernel))
+                return jnp.concatenate(list(map(of_group, *parts)), axis=-1)
+            small = x.shape[1] < size[0] and x.shape[2] < size[1] and not dilated
+            if small and feature_group_count == 1:
                 geometry, padded = _padded(x, size, window_strides, padding)
-                if single:
-                    y: Any = _depthwise(geometry, padded, kernel)
-                    return y.astype(dtype)
                 return jnp.matmul(
                     geometry.patches(padded),
                     kernel.reshape(-1, kernel.shape[-1]),

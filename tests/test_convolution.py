@@ -110,6 +110,28 @@ def test_a_depthwise_convolution_is_a_sum_of_shifted_maps(dtype):
     assert primitives(x, jnp.ones((8, 8, 1, 6), dtype)) == {"conv_general_dilated"}  # many taps
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_groups_of_a_convolution_are_convolved_one_after_the_other(dtype):
+    def groups_of_each(channels, groups, **more):
+        x = jnp.ones((2, 8, 8, channels), dtype)
+        kernel = jnp.ones((3, 3, channels // groups, 2 * channels), dtype)
+
+        def ours(x):
+            given = {"dimension_numbers": LAYOUT, "feature_group_count": groups, **more}
+            return convolve(x, kernel, (1, 2), "SAME", **given)
+
+        closed = jax.make_jaxpr(ours)(x)
+        assert closed.out_avals[0].shape == (2, 8, 4, 2 * channels)
+        assert closed.out_avals[0].dtype == more.get("preferred_element_type", dtype)
+        calls = [eqn for eqn in closed.eqns if eqn.primitive.name == "conv_general_dilated"]
+        return [eqn.params["feature_group_count"] for eqn in calls]
+
+    assert groups_of_each(6, 3) == groups_of_each(9, 3) == [1, 1, 1]
+    assert groups_of_each(6, 3, preferred_element_type=jnp.float32) == [1, 1, 1]
+    assert groups_of_each(130, 65) == [65]  # many would take long to compile
+    assert groups_of_each(6, 3, rhs_dilation=(2, 2)) == [1, 1, 1]
+
+
 def test_in_half_precision_a_depthwise_gradient_is_rounded_once():
     rng = np.random.default_rng(0)
     x, kernel = (

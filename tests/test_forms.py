@@ -13,6 +13,7 @@ from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, candidates, possible
+from dynprune_jax.pruning.masks import Masks
 
 
 def drawn(seed, *shape):
@@ -33,13 +34,17 @@ def cases(draw):
     # A map that the kernel fits into, whatever the padding.
     height, width = (draw(st.integers(span, span + 5)) for span in spans)
     channels, features = draw(st.integers(1, 9)), draw(st.integers(1, 6))
-    depthwise = draw(st.sampled_from([False, False, False, channels > 1]))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, channels]))
+    if groups == channels:
+        features = channels  # depthwise
+    elif groups > 1:
+        channels, features = channels * groups, features * groups
     seed = draw(st.integers(0, 99))
     conv = nnx.Conv(
         channels,
-        channels if depthwise else features,
+        features,
         kernel,
-        feature_group_count=channels if depthwise else 1,
+        feature_group_count=groups,
         strides=draw(st.sampled_from([1, 2, (2, 1), (1, 2)])),
         padding=padding,
         kernel_dilation=dilation,
@@ -53,7 +58,7 @@ def cases(draw):
         conv,
         channel_ratio=draw(ratios),
         column_ratio=draw(ratios),
-        feature_ratio=None if depthwise else draw(ratios),
+        feature_ratio=None if groups > 1 else draw(ratios),
         channel_group=draw(st.integers(1, 3)),
         column_patch=draw(st.integers(1, 3)),
         rngs=nnx.Rngs(0),
@@ -164,6 +169,18 @@ def test_a_depthwise_convolution_is_measured_in_two_forms():
         assert list(found) == [Form(), Form("shifts")]
 
 
+def test_a_grouped_convolution_is_compiled_group_by_group(monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda: None)
+
+    def forms(groups):
+        conv = nnx.Conv(130, 260, (3, 3), feature_group_count=groups, rngs=nnx.Rngs(0))
+        return list(candidates(conv, 8, group_size=130 // groups, columns=True, platform="cpu"))
+
+    compiled = [Form("native"), Form("native", channels=True, columns=True)]
+    assert forms(2) == forms(26) == [Form(), *compiled]
+    assert forms(65) == forms(130) == [Form()]  # a call for each would be too many
+
+
 def test_one_image_without_a_batch_axis_and_several_batch_axes():
     gate = DynamicConv(
         nnx.Conv(6, 4, (3, 3), rngs=nnx.Rngs(0)),
@@ -207,13 +224,25 @@ def test_a_kernel_mask_stays():
     np.testing.assert_allclose(CompactConv(base, Form("rows"))(x), base(x), rtol=1e-4, atol=1e-6)
 
 
-def test_grouped_and_dilated_inputs_are_left_to_xla():
-    for options in ({"feature_group_count": 2}, {"input_dilation": 2, "padding": 1}):
-        base = nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0), **options)
-        gate = DynamicConv(base, channel_ratio=0.5, rngs=nnx.Rngs(1))
-        x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
-        assert all_forms(gate, x) == {Form()}
-        np.testing.assert_array_equal(CompactConv(gate, Form())(x), gate(x))
+def test_dilated_inputs_are_left_to_xla():
+    base = nnx.Conv(4, 4, (3, 3), input_dilation=2, padding=1, rngs=nnx.Rngs(0))
+    gate = DynamicConv(base, channel_ratio=0.5, rngs=nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+    assert all_forms(gate, x) == {Form()}
+    np.testing.assert_array_equal(CompactConv(gate, Form())(x), gate(x))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="there is no compiler")
+def test_groups_that_an_image_leaves_out_are_not_multiplied():
+    conv = nnx.Conv(6, 9, (3, 3), feature_group_count=3, use_bias=False, rngs=nnx.Rngs(0))
+    layer = CompactConv(
+        DynamicConv(conv, channel_ratio=0.3, rngs=nnx.Rngs(1)), Form("native", channels=True)
+    )
+    kept = jnp.array([[True, True, False, False, True, True]])
+    x = jnp.where(kept[:, None, None], jnp.ones((1, 4, 4, 6)), jnp.nan)  # NaN times 0 is NaN
+    y = layer.convolve(x, Masks(kept))
+    np.testing.assert_array_equal(y[..., 3:6], 0.0)
+    np.testing.assert_allclose(y, conv(jnp.where(kept[:, None, None], x, 0.0)), rtol=1e-5)
 
 
 def test_random_selection_works_in_every_form():

@@ -65,7 +65,7 @@ class CompactConv(DynamicConv):
         if form != Form():
             kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
             (kernel,) = conv.promote_dtype((kernel,), dtype=conv.dtype)  # once, not in every call
-            self.weights = nnx.Param(layout(form, kernel))
+            self.weights = nnx.Param(layout(form, kernel, self.feature_group_count))
             # A model may ask for its shape and dtype; nobody reads its values, or it is not here.
             self.kernel: Any = nnx.static(
                 jax.ShapeDtypeStruct(conv.kernel.shape, conv.kernel.dtype)

@@ -9,7 +9,8 @@ channels, for each image its own). Outputs that are not wanted are computed all 
 out of the product too: of the kernel only the columns of the wanted ones are collected.
 
 A depthwise convolution is no such product: it is a sum of shifted maps, each times one tap of the
-kernel (`shifts`), of which nothing is left out.
+kernel (`shifts`), of which nothing is left out. Any other grouped convolution is a product for each
+group.
 
 Three products are not XLA's: `native` and `pairs`, compiled C++ for CPUs, and `pallas`, for GPUs.
 They read what is kept of the map and of the kernel in place; `pairs` is `native` with a kernel laid
@@ -31,7 +32,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from dynprune_jax.convolution import sum_of_shifted_maps
+from dynprune_jax.convolution import MOST_GROUPS, sum_of_shifted_maps
 from dynprune_jax.geometry import Geometry, pair, repeats
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.dynamic_conv import is_depthwise
@@ -75,15 +76,25 @@ class Form:
         return " ".join(filter(None, parts))
 
 
-def layout(form: Form, kernel: Float[Array, "kh kw channels features"]) -> Float[Array, "..."]:
+def layout(
+    form: Form, kernel: Float[Array, "kh kw channels features"], groups: int = 1
+) -> Float[Array, "..."]:
     """Lays a kernel out as the form multiplies it: once, when a network is made compact.
 
+    Args:
+      form: how.
+      kernel: of the convolution.
+      groups: of its channels.
+
     Returns:
-      For `conv`, `shifts` and `pallas` the kernel itself, for `native` panels of 32 features, for
-      `pairs` `(features, channels, taps)`. Else `(taps of the input, channels, taps of the output *
-      features)`.
+      For `conv`, `shifts` and `pallas` the kernel itself, for `native` panels of 32 features, of
+      several groups those of each, for `pairs` `(features, channels, taps)`. Else `(taps of the
+      input, channels, taps of the output * features)`.
     """
-    return _PRODUCTS[form.product].layout(kernel)
+    lay = _PRODUCTS[form.product].layout
+    if form.product == "native" and groups > 1:
+        return jnp.stack([lay(part) for part in jnp.split(kernel, groups, axis=-1)])
+    return lay(kernel)
 
 
 def execute(
@@ -291,8 +302,25 @@ def _shifts(geometry: Geometry, weights: Array, x: Array, masks: Masks, **_: Any
 def _native(
     geometry: Geometry, weights: Array, x: Array, masks: Masks, *, features: int, **_: Any
 ) -> Array:
-    """Our C++, which reads in place what the masks keep."""
-    return kept_conv(x, weights, masks, geometry, features=features)
+    """Our C++, which reads in place what the masks keep; several groups one after the other."""
+    if weights.ndim < 5:
+        return kept_conv(x, weights, masks, geometry, features=features)
+    groups = len(weights)
+    kept = [None] * groups
+    if masks.channels is not None:
+        kept = jnp.split(masks.channels, groups, axis=-1)
+    each = zip(jnp.split(x, groups, axis=-1), weights, kept, strict=True)
+    parts = [
+        kept_conv(
+            part,
+            panels,
+            Masks(channels, masks.columns, out_columns=masks.out_columns),
+            geometry,
+            features=features // groups,
+        )
+        for part, panels, channels in each
+    ]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _pallas(
@@ -434,15 +462,17 @@ def possible(
     crops = not isinstance(conv.padding, str) and min(jax.tree.leaves(conv.padding)) < 0
     if pair(conv.input_dilation) != (1, 1) or crops:
         return [Form()]
+    if is_depthwise(conv):
+        return [Form(), Form("shifts")]
+    columns = columns and not repeats(conv)
+    # Kept channels are each image's own: of small maps that keep most, all at once is faster.
+    compiled = dict.fromkeys((Form("native"), Form("native", channels=channels, columns=columns)))
     if conv.feature_group_count > 1:
-        return [Form(), Form("shifts")] if is_depthwise(conv) else [Form()]
+        return [Form(), *compiled] if conv.feature_group_count <= MOST_GROUPS else [Form()]
     products = ["patches"]
     if pair(conv.strides)[0] == 1 and pair(conv.kernel_size)[0] > 1:
         products.append("rows")
-    columns = columns and not repeats(conv)
-    forms = [Form(), *map(Form, products)]
-    # Kept channels are each image's own: of small maps that keep most, all at once is faster.
-    forms += dict.fromkeys((Form("native"), Form("native", channels=channels, columns=columns)))
+    forms = [Form(), *map(Form, products), *compiled]
     if channels:
         forms += [Form(product, channels=True) for product in ("conv", *products)]
         plain = pair(conv.strides) == pair(conv.kernel_dilation) == (1, 1)
