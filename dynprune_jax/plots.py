@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from dynprune_jax.writers import write_bytes
 
@@ -369,8 +369,8 @@ def cascade_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Draws the accuracy of cascades over their MACs, and over their time for each batch size.
 
     Args:
-      rows: of cascade.json, each with "batch_size", "share", "accuracy", "dense_accuracy",
-        "mac_reduction", "compact_ms" and "fastest_dense_ms".
+      rows: of cascade.json, each with "network", "image_size", "dtype", "batch_size", "share",
+        "accuracy", "dense_accuracy", "mac_reduction", "compact_ms" and "fastest_dense_ms".
 
     Returns:
       The figure; None if there is no row.
@@ -378,7 +378,8 @@ def cascade_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not rows:
         return None
     sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
-    figure = Figure(figsize=(1.0 + 3.5 * (1 + len(sizes)), 4), layout="constrained")
+    figure = Figure(figsize=(1.0 + 3.5 * (1 + len(sizes)), 4.2), layout="constrained")
+    figure.suptitle(_network(rows[0]), fontsize=11)
     panels = figure.subplots(1, 1 + len(sizes), sharey=True, squeeze=False)[0]
     for i, axes in enumerate(panels):
         shown = [row for row in rows if row["batch_size"] == sizes[max(i - 1, 0)]]
@@ -410,6 +411,7 @@ def cascade_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         else:
             axes.set_xlabel("milliseconds an image")
             axes.set_xlim(0, 1.25 * max(whole, *places))
+            axes.xaxis.set_major_locator(MaxNLocator(4))  # neighbours' ends would run together
             axes.set_title(f"batches of {sizes[i - 1]}", fontsize=10)
             axes.grid(color="0.9")
     return figure
@@ -448,12 +450,15 @@ def _block_name(row: Mapping[str, Any]) -> str:
     return f"block {row['block']}, {row['axis'].removesuffix('_ratio')}s"
 
 
-def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure | None:
+def curves_figure(
+    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], title: str = ""
+) -> Figure | None:
     """Draws accuracy over MAC reduction for some methods of a study, mean and spread over seeds.
 
     Args:
       rows: of a study, each with "method", "cut", "mac_reduction", "accuracy".
       labels: of the methods to show, what each is called.
+      title: what the study is of.
 
     Returns:
       The figure; the dense network is a line across. None if there is no method to show.
@@ -491,6 +496,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
             label=labels[name],
             zorder=4 if i == 0 else 3,
         )
+    axes.set_title(title, fontsize=10)
     axes.set_ylabel("test accuracy")
     axes.xaxis.set_major_locator(MultipleLocator(0.05))
     _accuracy_over_macs(axes)
@@ -499,7 +505,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) 
 
 
 def ablations_figure(
-    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], cut: float
+    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], cut: float, title: str = ""
 ) -> Figure | None:
     """Draws the accuracy of each method of a study at one cut.
 
@@ -507,6 +513,7 @@ def ablations_figure(
       rows: of a study, each with "method", "cut", "accuracy".
       labels: what each method is called.
       cut: where they are compared.
+      title: what the study is of.
 
     Returns:
       The figure: a bar for each method, in the order of the labels, a dot for each seed. None if
@@ -547,6 +554,7 @@ def ablations_figure(
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel(f"test accuracy with {cut:.0%} of the MACs removed")
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -575,14 +583,17 @@ def speedup_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         )
         colour, marker = _STYLES[i % len(_STYLES)]
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=f"batch {batch}")
-    first = rows[0]
-    axes.set_title(f"{first['network']}, {first['image_size']}², {first['dtype']}")
+    axes.set_title(_network(rows[0]))
     axes.set_xlabel("MACs removed (of the whole network)")
     axes.set_ylabel("speedup over the fastest dense network")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(color="0.9")
     axes.legend(loc="upper left", frameon=False)
     return figure
+
+
+def _network(row: Mapping[str, Any]) -> str:
+    return f"{row['network']}, {row['image_size']}², {row['dtype']}"
 
 
 def layer_times_figure(dense: Mapping[str, float], compact: Mapping[str, float]) -> Figure | None:

@@ -246,6 +246,9 @@ def test_sensitivity_draws_a_line_for_each_block_and_axis(tmp_path):
 def test_cascades_are_drawn_over_macs_and_over_the_time_of_each_batch_size(tmp_path):
     rows = [
         {
+            "network": "vgg16",
+            "image_size": 32,
+            "dtype": "float32",
             "batch_size": size,
             "share": share,
             "accuracy": 0.8 + share / 2,
@@ -263,6 +266,7 @@ def test_cascades_are_drawn_over_macs_and_over_the_time_of_each_batch_size(tmp_p
     for line, (x, y) in zip(macs.lines, expected, strict=True):
         np.testing.assert_allclose(line.get_xdata(), x)
         np.testing.assert_allclose(line.get_ydata(), y)
+    assert figure.get_suptitle() == "vgg16, 32², float32"
     assert [axes.get_title() for axes in times] == ["batches of 1", "batches of 8"]
     for axes in times:  # an image's share of a batch
         np.testing.assert_allclose(axes.lines[0].get_xdata(), [1.0, 1.2])

@@ -256,7 +256,19 @@ def row(method, cut, seed, accuracy, untrained=0.1):
         "accuracy_untrained": untrained,
         "executed_mac_reduction": cut,
         "accuracy_by_other_criteria": {"random": accuracy / 2, "inverse": 0.1},
+        "config": {"model": "vgg16", "data.image_size": 32},
+        "data": {"classes": 10, "train_examples": 50000},
     }
+
+
+def test_pictures_say_what_they_are_of():
+    rows = [row(name, cut, seed, 0.9) for seed in (0, 1) for name, cut in (("dense", 0), ("l1", 1))]
+    rows += [row("attention", cut, 0, 0.9) for cut in (0.5, 0.7)]
+    curves, ablations = (study_lib.figures(rows)[name] for name in ("curves", "ablations"))
+    title = "vgg16, 32², 10 classes, 50,000 training images, 2 seeds"
+    assert curves.axes[0].get_title() == ablations.get_suptitle() == title
+    (alone,) = study_lib.figures(rows[-2:])["curves"].axes
+    assert alone.get_title().endswith(" images, 1 seed")
 
 
 def test_the_tables_by_hand():

@@ -109,7 +109,8 @@ METHODS = {
     ),
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
-_NEEDED = {"method", "cut", "seed", "accuracy", "mac_reduction"}  # of a result
+# Of a result.
+_NEEDED = {"method", "cut", "seed", "accuracy", "mac_reduction", "config", "data"}
 _NOT_MEASURED = "not measured"
 _EXECUTED = "executed_mac_reduction"
 # Of gates, what tells how many filters of each block they would leave.
@@ -239,11 +240,24 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure | None]:
     """A study as pictures: `curves` of the first table of `tables`, `ablations` of the second."""
-    names, (curves, one) = labels(rows), _arranged(rows)
+    names, (curves, one), title = labels(rows), _arranged(rows), _title(rows)
+    shown = {name: names[name] for name in ("dense", *curves)}
     return {
-        "curves": plots.curves_figure(rows, {name: names[name] for name in ("dense", *curves)}),
-        "ablations": None if one is None else plots.ablations_figure(rows, names, one),
+        "curves": plots.curves_figure(rows, shown, title),
+        "ablations": None if one is None else plots.ablations_figure(rows, names, one, title),
     }
+
+
+def _title(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a study is of, in a line."""
+    if not rows:
+        return ""
+    config, data = rows[0]["config"], rows[0]["data"]
+    size, seeds = config["data.image_size"], len({row["seed"] for row in rows})
+    return (
+        f"{config['model']}, {size}², {data['classes']} classes,"
+        f" {data['train_examples']:,} training images, {seeds} seed{'s' * (seeds > 1)}"
+    )
 
 
 def _arranged(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], float | None]:
