@@ -44,7 +44,7 @@ from dynprune_jax.experiments.study import study
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.flags import parse
 from dynprune_jax.processes import joined
-from dynprune_jax.report import versions
+from dynprune_jax.provenance import commit
 from dynprune_jax.stopping import Stopped, send_again, stop
 from dynprune_jax.train import evaluate_workdir, train_and_evaluate
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         config, workdir, mode = parse(argv, MODES)
-        versions()  # before hours pass, in which the checkout may change
+        commit()  # before hours pass, in which the checkout may change
         with joined():
             MODES[mode](config, workdir)
     except UserError as error:

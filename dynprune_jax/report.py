@@ -1,14 +1,7 @@
 """The end of a run: its evaluation as report.json, as pictures and as one table."""
 
-import functools
 import json
-import platform
-import shlex
-import subprocess
-import sys
 import time
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,14 +15,14 @@ from dynprune_jax.build import evaluation_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.data.augment import center_crop
 from dynprune_jax.evaluate import Evaluation, cascaded
+from dynprune_jax.provenance import provenance
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.run import Run
 from dynprune_jax.train_step import Network, Values
-from dynprune_jax.writers import progress_bar, read_metrics, screen, write_json
+from dynprune_jax.writers import progress_bar, read_metrics, say, screen, write_json
 
-_PACKAGES = ("dynprune_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 _PICTURED_IMAGES = 6
 
 
@@ -101,74 +94,6 @@ def write_report(
     write_json(run.workdir / "report.json", report)
     _print_table(report, run)
     return report
-
-
-def provenance(run: Run) -> dict[str, Any]:
-    """What a report says of where its figures are from."""
-    return {
-        "command": _command(),
-        "seed": run.config.seed,
-        "data": {
-            "name": run.config.data.name,
-            "classes": run.dataset.num_classes,
-            "train_examples": len(run.dataset.train),
-            "test_examples": len(run.dataset.test),
-            "held_out": run.config.data.held_out,  # not 0: these are no test examples
-        },
-        # Not 0: batch statistics were made anew before each evaluation of a network with gates.
-        "recalibration_images": run.config.prune.recalibration_images,
-        "versions": versions(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
-
-
-def _command() -> str | None:
-    """The command line that makes this report; None when it is not this program's."""
-    program = Path(sys.argv[0])
-    if program.name != "main.py" or program.parent.name != "dynprune_jax":
-        return None
-    return shlex.join(["python", "-m", "dynprune_jax.main", *sys.argv[1:]])
-
-
-def versions() -> dict[str, str]:
-    """What a result was made with: Python, packages and, in a checkout, the commit.
-
-    The commit is that of the process's first call: what is committed later, it does not run.
-    """
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            found[name] = "not installed"
-    commit = _commit()
-    return found if commit is None else found | {"commit": commit}
-
-
-@functools.cache
-def _commit() -> str | None:
-    return checkout(Path(__file__).parent.parent)
-
-
-def checkout(folder: Path) -> str | None:
-    """The commit that is checked out in a folder, with a + if files differ; None if none is."""
-    if not (folder / ".git").exists():  # git itself would look in the folders around it too
-        return None
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--dirty=+",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):  # without git, or it may not read the folder
-        return None
-    return done.stdout.strip()
 
 
 def _told_of_training(run: Run) -> dict[str, Any]:
@@ -262,15 +187,13 @@ def _print_table(report: dict[str, Any], run: Run) -> None:
             f"{row['mac_reduction']:.1%}",
             *(f"{executed[part] / 1e6:.2f}" for part in ("mean", "min", "max")),
         )
-    console = screen()
-    console.print(table)
+    screen().print(table)
     gates = (report["pruned"] or {}).get("gate_operations_per_image")
     if gates:
-        console.print(f"The gates themselves cost {gates / 1e6:.3f} M operations.")
+        say(f"The gates themselves cost {gates / 1e6:.3f} M operations.")
     for name, timing in report["phases"].items():
-        console.print(
+        say(
             f"{name}: {timing['images_per_second']:,.0f} images/s,"
-            f" {timing['share_outside_step']:.1%} of the time outside the compiled step",
-            highlight=False,
+            f" {timing['share_outside_step']:.1%} of the time outside the compiled step"
         )
-    console.print(f"1 MAC = 2 FLOPs. Report, pictures and checkpoints: {run.workdir}")
+    say(f"1 MAC = 2 FLOPs. Report, pictures and checkpoints: {run.workdir}")

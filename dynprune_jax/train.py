@@ -26,7 +26,7 @@ from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 from dynprune_jax.stopping import Stopped, StopSignals
 from dynprune_jax.train_step import Network, TrainState, Values
-from dynprune_jax.writers import Screen, Writers, read_metrics, resident_memory_mb
+from dynprune_jax.writers import PhaseBar, Writers, read_metrics, resident_memory_mb
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -154,10 +154,10 @@ def run_phase(
         if not phase.done:
             with (
                 Writers(run.workdir, name, phase.row) as writers,
-                Screen(name, phase.step, phase.total) as screen,
+                PhaseBar(name, phase.step, phase.total) as bar,
                 StopSignals() as signals,
             ):
-                stopped_by = phase.go_on(writers, screen, signals)
+                stopped_by = phase.go_on(writers, bar, signals)
                 # A signal may also have come during the last save, or with nothing left to do.
                 if stopped_by := stopped_by or processes.agree(signals.received or 0):
                     checkpoints.wait()
@@ -227,24 +227,24 @@ class _Phase:
     def _due(self, what: str) -> bool:
         return self.step > 0 and (self.step % self._every[what] == 0 or self.step == self.total)
 
-    def go_on(self, writers: Writers, screen: Screen, signals: StopSignals) -> int:
+    def go_on(self, writers: Writers, bar: PhaseBar, signals: StopSignals) -> int:
         """Trains up to the end, or the step that a signal ends; gives its number, or 0."""
         if self._owed:
-            self._evaluate(writers, screen, signals)
+            self._evaluate(writers, bar, signals)
         stopped_by = 0
         self._clock = time.perf_counter()
         while self.step < self.total and not stopped_by:
             count, metrics = self._advance()
             if not np.isfinite(metrics["loss"]):
                 raise self._diverged(f"the loss is {metrics['loss']}")
-            screen.advance(count, self._run.config.batch_size, metrics)
+            bar.advance(count, self._run.config.batch_size, metrics)
             if self._due("log"):
                 writers.write(self.row, self._averages())
                 self._recent = []
             if self._due("evaluate"):
                 self._lap("outside_step")
                 with contextlib.suppress(Stopped):  # save first; the resumed run evaluates
-                    self._evaluate(writers, screen, signals)
+                    self._evaluate(writers, bar, signals)
                 self._lap("evaluation")
             stopped_by = processes.agree(signals.received or 0)
             if self._due("checkpoint") or stopped_by:
@@ -280,7 +280,7 @@ class _Phase:
         setattr(self.timing, part, getattr(self.timing, part) + now - self._clock)
         self._clock = now
 
-    def _evaluate(self, writers: Writers, screen: Screen, signals: StopSignals) -> None:
+    def _evaluate(self, writers: Writers, bar: PhaseBar, signals: StopSignals) -> None:
         ratios = self._schedule(jnp.asarray(self.step - 1))
         # Of many processes none may leave the others in the middle.
         alone = jax.process_count() == 1
@@ -291,7 +291,7 @@ class _Phase:
         size, now, began = self._run.config.batch_size, self.timing, self._began
         seconds = now.in_step + now.outside_step - began.in_step - began.outside_step
         rate = (now.images - began.images) / size / seconds if seconds else 0.0
-        screen.say(self.step, self._run.steps_per_epoch, accuracy, _mean(ratios), rate, size)
+        bar.say(self.step, self._run.steps_per_epoch, accuracy, _mean(ratios), rate, size)
 
     def _averages(self) -> dict[str, Any]:
         """A row of metrics: what was learnt since the last, and how."""

@@ -111,8 +111,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     if not processes.leads():
         return
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes may share a folder
-    part.write_bytes(data)
-    os.replace(part, path)
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def resident_memory_mb() -> float | None:
@@ -129,6 +132,11 @@ def screen() -> rich.console.Console:
     return rich.console.Console(quiet=not processes.leads())
 
 
+def say(text: str) -> None:
+    """Prints a line, or several, as they are: no word of it is a colour, and no line is broken."""
+    screen().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Shows a bar, rate and time left on a terminal while something is done; elsewhere one line.
@@ -138,7 +146,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     console = screen()
     began = time.perf_counter()
     if not console.is_terminal:
-        console.print(f"{description} ...", highlight=False, markup=False, soft_wrap=True)
+        say(f"{description} ...")
     with rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -158,7 +166,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-class Screen:
+class PhaseBar:
     """A progress bar with rate and time left on a terminal; plain lines elsewhere.
 
     Args:
@@ -186,7 +194,7 @@ class Screen:
         self._last = time.perf_counter()
         self._total = total
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> "PhaseBar":
         self._bar.start()
         return self
 

@@ -1,4 +1,5 @@
 import copy
+import errno
 import functools
 import json
 import pickle
@@ -11,6 +12,7 @@ from flax import nnx
 from networks import fill, mixed_plan, run, trained
 
 import dynprune_jax
+from dynprune_jax.convolution import convolve
 from dynprune_jax.models.links import links
 from dynprune_jax.pruning import native, pallas_conv
 from dynprune_jax.pruning import plan as plan_lib
@@ -286,6 +288,22 @@ def test_mistakes_in_plans_are_told(small, tmp_path):
         dynprune_jax.compact(dynamic, x, plan=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to keep the plan in"):
         dynprune_jax.compact(dynamic, x, plan=tmp_path / "nowhere" / "plan.json")
+
+
+def test_a_plan_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    plan, path = Plan({"layers/0": Form("rows")}), tmp_path / "plan.json"
+    plan.save(path)
+
+    def half(path, text, **_):
+        with open(path, "w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", half)
+    with pytest.raises(OSError, match="No space left on device"):
+        Plan({"layers/0": Form("patches")}).save(path)
+    assert Plan.load(path).forms == plan.forms
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def signed(maps, kernel, *args, **kwargs):
@@ -618,6 +636,7 @@ def test_layers_that_differ_are_measured_apart():
     options = [{}, {"strides": 2}, {"padding": "VALID"}, {"kernel_dilation": 2}]
     options += [{"input_dilation": 2}, {"feature_group_count": 2}, {"precision": "highest"}]
     options += [{"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}]
+    options += [{"conv_general_dilated": convolve}]
     convs = [nnx.Conv(8, 8, (3, 3), **given, rngs=nnx.Rngs(0)) for given in options]
     gates = [{}, {"channel_ratio": 0.5}, {"column_ratio": 0.5}]
     gates += [{"channel_ratio": 0.5, "channel_group": 2}, {"column_ratio": 0.5, "column_patch": 2}]

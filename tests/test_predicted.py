@@ -195,6 +195,39 @@ def test_what_is_zero_by_itself_is_not_left_out(mode, ratio, drop_probability):
         np.testing.assert_allclose(logits, nnx.jit(lambda model, x: model(x))(model, x), atol=1e-5)
 
 
+class TwiceSeparable(nnx.Module):
+    """Two depthwise convolutions one behind the other."""
+
+    def __init__(self, rngs):
+        self.expand, self.norm1 = nnx.Conv(3, 8, (1, 1), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.depthwise1, self.depthwise2 = (
+            nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs) for _ in range(2)
+        )
+        self.norm2, self.norm3 = (nnx.BatchNorm(8, rngs=rngs) for _ in range(2))
+        self.project = nnx.Conv(8, 4, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm1(self.expand(x)))
+        x = nnx.relu(self.norm2(self.depthwise1(x)))
+        return self.project(nnx.relu(self.norm3(self.depthwise2(x))))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.0])
+def test_a_choice_goes_through_several_depthwise_convolutions(ratio):
+    """Compact too, where a gate that prunes nothing has no mask of its own."""
+    model, x = TwiceSeparable(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
+    found = find_links(model, x)
+    assert found == {"expand": ("norm1", "depthwise1", "norm2", "depthwise2", "norm3", "project")}
+    dynamic = predict_channels(model, ratio, found)
+    dynamic.eval()
+    logits, usage = nnx.jit(measure)(dynamic, x)
+    kept = [layer.kept_channels.tolist() for layer in usage.layers]
+    assert kept == [[3, 3], *[[8 - int(ratio * 8)] * 2] * 3]
+    plan = Plan(dict.fromkeys(["depthwise1", "depthwise2"], Form("shifts")))
+    fast = compact(dynamic, x, plan=plan)
+    np.testing.assert_allclose(nnx.jit(fast)(x), logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_choice_that_does_not_reach_a_depthwise_convolution_is_told():
     model, x = Separable(nnx.Rngs(0), around=nnx.remat), jnp.ones((2, 4, 4, 3))
     dynamic = predict_channels(model, 0.5, SEPARABLE)
@@ -413,7 +446,7 @@ def test_columns_of_a_block_need_one_ratio_and_one_resolution():
     with pytest.raises(ValueError, match="column_ratio differs between blocks/1/layers/0/conv,"):
         make_dynamic(model, column_ratio=ratios, column_blocks=column_blocks(model))
     conv = nnx.Conv(4, 4, (3, 3), strides=2, rngs=nnx.Rngs(0))
-    gate = DynamicConv(conv, column_ratio=0.5, wants_columns=True, rngs=nnx.Rngs(0))
+    gate = DynamicConv(conv, column_ratio=0.5, columns_of=Handover(), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="makes a map of 2x2 of one of 4x4"):
         gate(jnp.ones((1, 4, 4, 4)))
     for block, message in {
@@ -433,8 +466,7 @@ def test_a_follower_wants_nothing_that_was_left_out():
     gate = DynamicConv(
         conv,
         column_ratio=0.5,
-        follows_columns=True,
-        wants_columns=True,
+        columns_of=Handover(),
         drop_probability=0.5,
         rngs=nnx.Rngs(1),
     )
@@ -670,8 +702,8 @@ def test_surgery_says_what_it_cannot_do():
     conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a grouped convolution cannot choose"):
         DynamicConv(conv, feature_ratio=0.5, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="only a depthwise convolution that follows can want"):
-        DynamicConv(conv, follows_features=True, wants_channels=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="only a depthwise convolution can hand"):
+        DynamicConv(conv, choice_of=Handover(), rngs=nnx.Rngs(0))
     assert not any(isinstance(m, GatedNorm) for _, m in nnx.iter_modules(model))
 
 

@@ -83,14 +83,20 @@ def test_the_memory_held_is_told():
 
 
 def test_a_line_of_training_tells_the_rate_and_the_time_that_is_left(capfd):
-    screen = writers.Screen("prune", 0, 10)
+    bar = writers.PhaseBar("prune", 0, 10)
     ratios = {"channel_ratio": 0.25, "column_ratio": None}
     for step, rate in ((5, 0.0), (5, 2.0), (10, 2.0)):
-        screen.say(step, 5, 0.5, ratios, rate, 16)
+        bar.say(step, 5, 0.5, ratios, rate, 16)
     first, second, last = capfd.readouterr().out.splitlines()
     assert first == "prune  epoch 1 of 2: test accuracy 0.5000, pruning 0.25 of the channels"
     assert second == f"{first} (32 images/s, 0:00:02 of training left)"
     assert last == f"{first.replace('epoch 1', 'epoch 2')} (32 images/s)"
+
+
+def test_a_line_is_printed_as_it_is(capfd):
+    text = "[/usr/lib/no.so] not found in [a] :warning: " + 100 * "x"
+    writers.say(text)
+    assert capfd.readouterr().out == f"{text}\n"
 
 
 def test_where_there_is_no_terminal_a_line_tells_what_is_done(capfd):
@@ -122,3 +128,4 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left on device"):
         writers.write_json(path, {"accuracy": 0.75})
     assert json.loads(path.read_text()) == {"accuracy": 0.5}
+    assert [*tmp_path.iterdir()] == [path]

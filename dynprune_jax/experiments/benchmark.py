@@ -38,7 +38,7 @@ from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.removal import allot, remove_filters
 from dynprune_jax.run import Run
 from dynprune_jax.workdir import folder_of, make_folder, refuse_study
-from dynprune_jax.writers import screen, write_json
+from dynprune_jax.writers import say, screen, write_json
 
 # Of fresh weights, for data sets that need not be at hand: (classes, channels).
 _SETS = {
@@ -92,7 +92,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     try:
         removable = find_removable(config, model, channels, links)
     except UserError as error:  # a network of somebody's own
-        _left_out(error)
+        say(f"static network left out: {error}")
         removable = {}
     if removable:
         shares(config, removable)
@@ -107,11 +107,6 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     plots.save(plots.speedup_figure(rows), folder / "speedup.png")
     _print_tables(rows)
     return rows
-
-
-def _left_out(error: Exception) -> None:
-    text = f"static network left out: {error}"
-    screen().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _at(config: Config, ratio: float) -> Config:
@@ -209,17 +204,17 @@ class _Bench:
             ratios = allot(model, links, self._images[:1], mac_reduction, allotted)
             check_removal(self._config, model, links, ratios, self._images[:1])
         except (ValueError, UserError) as error:  # a residual network keeps what its units hand on
-            _left_out(error)
+            say(f"static network left out: {error}")
             return None
         return remove_filters(model, links, l1(model, links), ratios)
 
     def _others(self) -> Mapping[str, Callable[[], Any]]:
         if self._config.dtype != "float32":
-            screen().print("other runtimes left out: they are timed in float32 only")
+            say("other runtimes left out: they are timed in float32 only")
             return {}
         functions, notes = other_runtimes(self._model, np.asarray(self._images))
         for note in notes:
-            screen().print(note)
+            say(note)
         return functions
 
 

@@ -15,7 +15,7 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.exported import export_model
 from dynprune_jax.run import Run
-from dynprune_jax.writers import progress_bar, screen, write_bytes
+from dynprune_jax.writers import progress_bar, say, write_bytes
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -70,7 +70,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
                 f"batches of {size}, compact, on {jax.devices()[0].device_kind}",
             )
         )
-    screen().print("dynprune_jax.load_exported(BYTES_OF_A_FILE) is a function of uint8 images")
+    say("dynprune_jax.load_exported(BYTES_OF_A_FILE) is a function of uint8 images")
     return written
 
 
@@ -89,5 +89,5 @@ def _compact(run: Run, model: nnx.Module, size: int) -> nnx.Module:
 
 def _write(path: Path, data: bytes, what: str) -> Path:
     write_bytes(path, data)
-    screen().print(f"{path}: {len(data) / 2**20:.1f} MB; {what}", soft_wrap=True, markup=False)
+    say(f"{path}: {len(data) / 2**20:.1f} MB; {what}")
     return path

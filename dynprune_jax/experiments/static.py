@@ -24,16 +24,16 @@ from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
 from dynprune_jax.models.links import has_links
+from dynprune_jax.provenance import provenance
 from dynprune_jax.pruning.calls import intercept
 from dynprune_jax.pruning.layers import all_modules, conv_layers
 from dynprune_jax.pruning.measure import dense_macs
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.removal import Scores, allot, removable, remove_filters, try_removal
-from dynprune_jax.report import provenance
 from dynprune_jax.run import Run
 from dynprune_jax.train import run_phase, train_dense
 from dynprune_jax.train_step import Network, Values
-from dynprune_jax.writers import screen, write_json
+from dynprune_jax.writers import say, write_json
 
 _TAYLOR_BATCHES = 8
 
@@ -171,13 +171,11 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
             all_of_it = report["dense"][f"{part}macs_per_image"]["mean"]
             report[name][f"{part}mac_reduction"] = 1.0 - left / all_of_it
     write_json(run.workdir / "report.json", report)
-    screen().print(
+    say(
         f"{config.model} on {config.data.name}, filters by {config.static.criterion}: accuracy"
         f" {report['dense']['accuracy']:.4f} dense, {report['pruned']['accuracy']:.4f} with"
         f" {report['pruned']['mac_reduction']:.1%} of the MACs removed"
-        f" ({report['pruned_without_training']['accuracy']:.4f} before training)",
-        highlight=False,
-        soft_wrap=True,
+        f" ({report['pruned_without_training']['accuracy']:.4f} before training)"
     )
     return report
 
@@ -231,7 +229,7 @@ def find_removable(config: Config, model: nnx.Module, channels: int, links: Link
             f"config.model is {config.model!r}; static pruning has no place in it: {error}"
         ) from error
     told = f"filters can leave {len(found)} of {len(conv_layers(model))} convolutions"
-    screen().print(f"{told}: {', '.join(found)}", highlight=False, markup=False, soft_wrap=True)
+    say(f"{told}: {', '.join(found)}")
     return found
 
 

@@ -40,7 +40,7 @@ from dynprune_jax.workdir import (
     keep_config,
     make_folder,
 )
-from dynprune_jax.writers import screen, write_json, write_text
+from dynprune_jax.writers import say, write_json, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,12 +202,12 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     names = [name for runs in runs_of.values() for name in runs]
     missing = {name for name in names if not (folder / f"{name}.json").exists()}
     told = f"{len(names)} runs, of which {len(names) - len(missing)} are done"
-    screen().print(told, highlight=False)
+    say(told)
     failed: dict[str, UserError] = {}
 
     def fails(run: str, error: UserError) -> None:  # of one method, cut or seed
         failed[run] = error
-        screen().print(f"{run}: {error}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{run}: {error}")
 
     for point, error in _impossible(
         config, (p for p in grid if any(_run_name(p, seed) in missing for seed in runs_of))
@@ -219,8 +219,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                 continue
             try:
                 if not (folder / f"{run}.json").exists():  # another process may have done it
-                    place = f"run {names.index(run) + 1} of {len(names)}: {run}"
-                    screen().print(place, highlight=False, markup=False)
+                    say(f"run {names.index(run) + 1} of {len(names)}: {run}")
                     write_json(folder / f"{run}.json", call())
             except UserError as error:  # the others can be had
                 fails(run, error)
@@ -231,7 +230,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     write_text(folder / "table.md", text)
     for name, figure in figures(rows).items():
         plots.save(figure, folder / f"{name}.png")
-    screen().print(text, highlight=False, soft_wrap=True)
+    say(text)
     if failed:
         run, error = next(iter(failed.items()))
         raise UserError(f"not done: {', '.join(failed)}; {run}: {error}")

@@ -12,13 +12,13 @@ from flax import nnx
 
 from dynprune_jax.config import Config
 from dynprune_jax.experiments.other_runtimes import available_cores
+from dynprune_jax.provenance import versions
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import replaceable_layers
 from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
-from dynprune_jax.report import versions
-from dynprune_jax.writers import progress_bar, screen
+from dynprune_jax.writers import progress_bar, say
 
 _TURN = 0.03  # seconds that a way is called again and again before the next has its turn
 _HOPELESS = 2.0  # times the fastest dense way: what is slower is timed three times only
@@ -66,7 +66,7 @@ def planned(
             progress=progress,
         )
     plan.save(folder / f"plan_batch_{batch}_{name}.json")
-    screen().print(
+    say(
         f"batch {batch}, {name}: planned {len(plan.forms)} layers in"
         f" {time.perf_counter() - began:.0f} s"
     )

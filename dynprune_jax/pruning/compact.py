@@ -1,7 +1,6 @@
 """Compact execution: from a dynamic model to one that skips what its gates leave out."""
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from dynprune_jax.pruning.calls import Images, all_handed_over, as_function, bat
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import fold
 from dynprune_jax.pruning.layers import Model, replaceable_layers, replaced
-from dynprune_jax.pruning.plan import Plan, circumstances, measure_plan
+from dynprune_jax.pruning.plan import Plan, kept_plan, measure_plan
 
 
 def compact(
@@ -59,31 +58,11 @@ def compact(
     with all_handed_over(folded):
         jax.eval_shape(function, *arrays)
     cure = ""
-    if not isinstance(plan, Plan):
-        path = None if plan is None else Path(plan)
-        if path is not None and path.is_dir():
-            raise ValueError(f"plan is {path}, which is a folder; give a file in it")
-        if path is not None and path.exists():
-            plan = Plan.load(path)
-            now, there = circumstances(folded, images), plan.measured_on
-            circumstance = ("device", "images", "ratios", "layers", "native")
-            other = [what for what in circumstance if there.get(what, now[what]) != now[what]]
-            if "ratios" in other and "layers" in other:
-                other.remove("layers")  # a layer has its ratios
-            for what in other:
-                warnings.warn(
-                    f"the plan in {path} was measured for other {what} ({there[what]}, here"
-                    f" {now[what]}): the answers are the same, but other forms may be faster;"
-                    " delete it to have a plan measured anew",
-                    stacklevel=2,
-                )
-            cure = f" (to have a plan measured anew, delete {path})"
-        else:
-            if path is not None and not path.parent.is_dir():
-                raise FileNotFoundError(f"there is no folder {path.parent} to keep the plan in")
-            plan = measure_plan(folded, images, *others, progress=progress)
-            if path is not None:
-                plan.save(path)
+    if plan is None:
+        plan = measure_plan(folded, images, *others, progress=progress)
+    elif not isinstance(plan, Plan):
+        cure = f" (to have a plan measured anew, delete {os.fspath(plan)})"
+        plan = kept_plan(Path(plan), folded, images, *others, progress=progress)
     convs = replaceable_layers(folded)
     for name in plan.forms:
         if name not in convs:

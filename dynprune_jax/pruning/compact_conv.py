@@ -13,10 +13,11 @@ from dynprune_jax.pruning import masks as masks_lib
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.attention import attention
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
-from dynprune_jax.pruning.forms import Form, execute, layout, possible
+from dynprune_jax.pruning.forms import Form, possible
 from dynprune_jax.pruning.handover import take_over
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.native import kernel_panels
+from dynprune_jax.pruning.products import execute, layout
 
 # Of up to so many scores, over a batch, `top_k` is the fastest way to choose (on 2 CPU cores).
 _FEW = 8192

@@ -51,14 +51,12 @@ class DynamicConv(nnx.Conv):
     to zero. Its parameters, `salience_kernel` and `salience_bias`, are trained with the network.
     They start with what a static pruning would go by: the salience of a channel is the L1 norm
     of its filter, over the layer's mean (Li et al. 2016, arXiv 1608.08710), whatever the input.
-    With `wants_columns` it wants its output at the columns that it keeps of its input, and no
-    other; a `GatedNorm` sets those to zero too. With `wants_channels` a depthwise convolution wants
-    what was chosen before it: left to itself it would make something of nothing, by its bias and
-    its normalization.
-
-    Any other convolution that reads such outputs finds what was left out by its zeros, and skips it
-    with the same ratio: `follows_features`, `follows_columns`. That is no choice of its own, and
-    loses nothing.
+    What one convolution has chosen others take up, told by its `Handover`. One that reads such
+    outputs finds what was left out by its zeros, and skips it with the same ratio (`channels_of`):
+    that is no choice of its own, and loses nothing. With `columns_of` it wants its output at the
+    columns that it keeps of its input, and no other; a `GatedNorm` sets those to zero too. With
+    `choice_of` a depthwise convolution wants the very channels that were wanted before it: left to
+    itself it would make something of nothing, by its bias and its normalization.
 
     Its mode, `deterministic`, is set with `model.train()` and `model.eval()`: True (the default,
     and evaluation) drops every target, False (training) each with `drop_probability`.
@@ -72,14 +70,12 @@ class DynamicConv(nnx.Conv):
         the channels up to that is taken. A grouped convolution has its own.
       column_patch: side of a patch of columns; of a map that it does not divide, the largest
         side up to that which does.
-      follows_features: the channel gate keeps what the gate in front of the map has wanted, with
-        its ratio; no statistic and no criterion applies to it.
-      follows_columns: the same of the column gate.
-      wants_columns: the kept columns of the input are the wanted ones of the output, which must
-        be of the same height and width.
-      wants_channels: of a depthwise convolution that follows: what is wanted of the input is what
-        it keeps of that and wants of its output. With no such convolution before it, in
-        `choice_of`, that is what is not all zero.
+      handover: takes what it wants of its outputs to the normalization behind it.
+      channels_of: the handover of the convolution whose choice the channel gate follows, with its
+        ratio; no statistic and no criterion applies to it.
+      columns_of: the same of the column gate; its own handover where it chooses for others. The
+        kept columns are the wanted ones of the output, which must be of the same size.
+      choice_of: of a depthwise convolution, the handover of the one before it, which `goes_on`.
       salience_scales: whether the wanted outputs are multiplied by their salience; if not, it only
         ranks them, and learns as if it did (the straight-through gradient).
       statistic: of a channel or a column that is its attention, a function such as those in
@@ -93,8 +89,8 @@ class DynamicConv(nnx.Conv):
     Raises:
       ValueError: for a ratio, a probability, a group or a patch out of its range, a statistic or
         criterion that is no function, or another kind of layer; for a `feature_ratio` of a grouped
-        convolution, or `wants_channels` of one that is not depthwise or follows nothing; when it
-        is called with `wants_columns`, for an output of another size than the input.
+        convolution, or `choice_of` of one that is not depthwise; when it is called with
+        `columns_of`, for an output of another size than the input.
     """
 
     def __init__(
@@ -106,10 +102,10 @@ class DynamicConv(nnx.Conv):
         feature_ratio: Ratio | None = None,
         channel_group: int = 1,
         column_patch: int = 1,
-        follows_features: bool = False,
-        follows_columns: bool = False,
-        wants_columns: bool = False,
-        wants_channels: bool = False,
+        handover: Handover | None = None,
+        channels_of: Handover | None = None,
+        columns_of: Handover | None = None,
+        choice_of: Handover | None = None,
         salience_scales: bool = True,
         statistic: Statistic = mean,
         criterion: Criterion = attention,
@@ -132,10 +128,8 @@ class DynamicConv(nnx.Conv):
                     f"{name} is {function!r}; it must be a function, such as one of"
                     " dynprune_jax.pruning.attention"
                 )
-        if wants_channels and not (is_depthwise(conv) and follows_features):
-            raise ValueError(
-                "only a depthwise convolution that follows can want the channels that it keeps"
-            )
+        if choice_of is not None and not is_depthwise(conv):
+            raise ValueError("only a depthwise convolution can hand a choice of channels on")
         take_over(self, conv)
         self.channel_ratio = nnx.data(prune_ratio(channel_ratio, "channel_ratio"))
         self.column_ratio = nnx.data(prune_ratio(column_ratio, "column_ratio"))
@@ -152,18 +146,14 @@ class DynamicConv(nnx.Conv):
             start[0, 0] = 1e-30
             self.salience_kernel = nnx.Param(jnp.asarray(start))
             self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(conv.kernel[...])))
-        if feature_ratio is not None or wants_columns or wants_channels:
-            self.handover = nnx.static(Handover())
-        # Whose choice it follows, told by that convolution's handover; `set_ratios` sets both.
-        self.channels_of: Any = nnx.static(None)
-        self.columns_of: Any = nnx.static(None)
-        self.choice_of: Any = nnx.static(None)  # of the convolution before, where that goes on
+        if feature_ratio is not None and handover is None:
+            handover = Handover()
+        self.handover: Any = nnx.static(handover)
+        self.channels_of: Any = nnx.static(channels_of)
+        self.columns_of: Any = nnx.static(columns_of)
+        self.choice_of: Any = nnx.static(choice_of)
         self.channel_group = channel_group
         self.column_patch = column_patch
-        self.follows_features = follows_features
-        self.follows_columns = follows_columns
-        self.wants_columns = wants_columns
-        self.wants_channels = wants_channels
         self.salience_scales = salience_scales
         self.statistic = statistic
         self.criterion = criterion
@@ -180,19 +170,14 @@ class DynamicConv(nnx.Conv):
     def masks(self, x: Float[Array, "*batch height width channels"]) -> Masks:
         """What this input keeps: of each map `kept_count(ratio, n)` channels and columns.
 
-        Where the gate ranks groups or patches, `n` is their number. With `wants_channels` it is
+        Where the gate ranks groups or patches, `n` is their number. With `choice_of` it is
         what was chosen before; that is taken, so ask once for each map.
         """
         masks = self.choose(x.shape, *self.scores(x))
-        if self.wants_columns:
+        if self.columns_of is not None:
             masks = dataclasses.replace(masks, out_columns=self._out_columns(x, masks))
-        if self.wants_channels:
-            if self.choice_of is None:
-                wanted = jnp.any(x != 0, axis=(-3, -2))
-            else:  # taken where nothing is left out too
-                wanted = self.choice_of.take_choice((*x.shape[:-3], x.shape[-1]))
-            if self.channel_ratio is None:
-                return masks
+        if self.choice_of is not None:
+            wanted = self.choice_of.take_choice((*x.shape[:-3], x.shape[-1]))
             return dataclasses.replace(masks, channels=wanted, features=wanted)
         if self.feature_ratio is None:
             return masks
@@ -283,8 +268,18 @@ class DynamicConv(nnx.Conv):
         return tuple(count for ranks, count in counts if ranks)
 
     @property
+    def follows_features(self) -> bool:
+        """Whether the channels it keeps are those that a convolution before it has chosen."""
+        return self.channels_of is not None
+
+    @property
+    def follows_columns(self) -> bool:
+        """Whether the columns it keeps are those that a convolution before it has chosen."""
+        return self.columns_of is not None and self.columns_of is not self.handover
+
+    @property
     def _ranks_channels(self) -> bool:
-        return self.channel_ratio is not None and not self.wants_channels
+        return self.channel_ratio is not None and self.choice_of is None
 
     def group_size(self, channels: int) -> int:
         """How many neighbouring channels are kept or skipped together."""
@@ -331,8 +326,8 @@ class DynamicConv(nnx.Conv):
         """Whether any of its outputs may not be wanted."""
         return (
             self.feature_ratio is not None
-            or (self.wants_channels and self.channel_ratio is not None)
-            or (self.wants_columns and self.column_ratio is not None)
+            or self.choice_of is not None
+            or (self.columns_of is not None and self.column_ratio is not None)
         )
 
     def kept_count(self, ratio: Any, n: int) -> int | Int[Array, ""]:

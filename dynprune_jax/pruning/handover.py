@@ -27,14 +27,14 @@ class Handover:
     the normalization is to know is held without a map, which a relu has changed by then. So two
     threads must not trace one model at a time, and calls of a model and a clone take turns.
 
-    Attributes:
+    Args:
       maker: the name of the convolution, for messages.
       goes_on: whether a depthwise convolution behind the normalization takes the choice too.
     """
 
-    def __init__(self):
-        self.maker = "a convolution"
-        self.goes_on = False
+    def __init__(self, maker: str = "a convolution", goes_on: bool = False):
+        self.maker = maker
+        self.goes_on = goes_on
         self._held: tuple[Any, Masks] | None = None
         self._choice: tuple[Any, Any] | None = None
         self._lost = False

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynprune_jax.convolution import convolve
 from dynprune_jax.pruning import native
 from dynprune_jax.pruning.calls import Images, as_function, batch_of, intercept
 from dynprune_jax.pruning.compact_conv import CompactConv, plain_ratio
@@ -61,7 +62,7 @@ class Plan:
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the plan as JSON."""
+        """Writes the plan as JSON, whole or not at all."""
         layers = {
             name: {
                 "form": dataclasses.asdict(form),
@@ -75,7 +76,12 @@ class Plan:
             for name, form in self.forms.items()
         }
         text = json.dumps({"measured_on": self.measured_on, "layers": layers}, indent=1)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
+        try:
+            part.write_text(text + "\n", encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
@@ -95,8 +101,56 @@ class Plan:
                     taken = float(form.pop("milliseconds"))
                     times[Form(**form)] = taken
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not a plan: {error}") from error
+            raise ValueError(
+                f"{path} is not a plan; to have one measured there, delete it ({error})"
+            ) from error
         return plan
+
+
+def kept_plan(
+    path: Path,
+    model: nnx.Module,
+    images: Images,
+    *others: Any,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """The plan in a file; if there is none, one is measured now, and kept there.
+
+    A warning tells of one that was measured for something else, see `compact`.
+
+    Args:
+      path: of the file.
+      model: as it will run.
+      images: a batch, or its shape and dtype.
+      *others: what else the model is called with.
+      progress: see `measure_plan`.
+
+    Raises:
+      ValueError: if the file is not a plan, or a folder.
+      OSError: if there is no folder for the file; before anything is measured.
+    """
+    if path.is_dir():
+        raise ValueError(f"plan is {path}, which is a folder; give a file in it")
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} to keep the plan in")
+        plan = measure_plan(model, images, *others, progress=progress)
+        plan.save(path)
+        return plan
+    plan = Plan.load(path)
+    now, there = circumstances(model, images), plan.measured_on
+    compared = ("device", "images", "ratios", "layers", "native")  # JAX's version changes often
+    other = [what for what in compared if there.get(what, now[what]) != now[what]]
+    if "ratios" in other and "layers" in other:
+        other.remove("layers")  # a layer has its ratios
+    for what in other:
+        warnings.warn(
+            f"the plan in {path} was measured for other {what} ({there[what]}, here"
+            f" {now[what]}): the answers are the same, but other forms may be faster;"
+            " delete it to have a plan measured anew",
+            stacklevel=3,  # where `compact` is called
+        )
+    return plan
 
 
 def interleaved(
@@ -226,12 +280,13 @@ def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
     if isinstance(conv, DynamicConv):
         wanted = None if conv.feature_ratio is None else float(conv.feature_ratio[...])
         gates = (plain_ratio(conv.channel_ratio), plain_ratio(conv.column_ratio), wanted)
-        gates += (conv.channel_group, conv.column_patch, conv.wants_columns)
+        gates += (conv.channel_group, conv.column_patch, conv.columns_of is not None)
     return (
         (shape.shape, str(shape.dtype), str(conv.dtype)),
         (conv.kernel[...].shape, str(conv.kernel[...].dtype)),
         (str(conv.strides), str(conv.padding), str(conv.kernel_dilation)),
         (str(conv.input_dilation), conv.feature_group_count, str(conv.precision)),
+        conv.conv_general_dilated is convolve,
         gates,
     )
 

@@ -158,7 +158,7 @@ def _choices(gates: Mapping[str, DynamicConv], axis: str) -> dict[str, list[Any]
             ratio = ratio if gate.feature_ratio is None else gate.feature_ratio
         if ratio is not None:
             followers = [g for g in gates.values() if getattr(g, of) is not None and g is not gate]
-            followers = [g for g in followers if getattr(g, of) is getattr(gate, "handover", None)]
+            followers = [g for g in followers if getattr(g, of) is gate.handover]
             found[name] = [ratio, *(getattr(g, axis) for g in followers)]
     return found
 

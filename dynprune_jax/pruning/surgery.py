@@ -8,7 +8,7 @@ from flax import nnx
 
 from dynprune_jax.pruning.attention import Criterion, Statistic, attention, mean
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, Ratio, is_depthwise
-from dynprune_jax.pruning.handover import GatedNorm
+from dynprune_jax.pruning.handover import GatedNorm, Handover
 from dynprune_jax.pruning.layers import (
     Layers,
     Model,
@@ -266,12 +266,13 @@ def _with_gates(
             )
         chooses |= {name: members[0][0] for name, _ in members}
         norms |= dict(members)
+    handovers = {name: Handover(name, name in hands_on.values()) for name in norms}
     new: dict[str, Any] = {}
     for name, conv in convs.items():
         ratios = [of.get(name) for of in (channel, column, feature)]
         if any(ratio is not None for ratio in ratios):
             if isinstance(conv, DynamicConv) and (
-                conv.feature_ratio is not None or conv.follows_features or conv.wants_columns
+                conv.feature_ratio is not None or conv.channels_of or conv.columns_of
             ):
                 raise ValueError(
                     f"{name} has a predicted gate, or reads what one has chosen, or shares a choice"
@@ -282,23 +283,14 @@ def _with_gates(
                 channel_ratio=ratios[0],
                 column_ratio=ratios[1],
                 feature_ratio=ratios[2],
-                follows_features=name in readers,
-                follows_columns=chooses.get(name, name) != name,
-                wants_columns=name in chooses,
-                wants_channels=name in hands_on,
+                handover=handovers.get(name),
+                channels_of=handovers.get(readers.get(name, "")),
+                columns_of=handovers.get(chooses.get(name, "")),
+                choice_of=handovers.get(hands_on.get(name, "")),
                 channel_group=channel_group,
                 **gate,
             )
-            if new[name].chooses_outputs:
-                new[name].handover.maker = name
     _check_groups(channel_group, new.values())
-    for name, chooser in readers.items():
-        new[name].channels_of = nnx.static(new[chooser].handover)
-    for name, chooser in chooses.items():
-        new[name].columns_of = nnx.static(new[chooser].handover)
-    for name, before in hands_on.items():
-        new[name].choice_of = nnx.static(new[before].handover)
-        new[before].handover.goes_on = True
     for name, norm in norms.items():
         if norm in new:
             raise ValueError(f"{norm} is named as the normalization of several convolutions")

@@ -2,9 +2,9 @@ import subprocess
 
 from conftest import CONFIGS
 
-from dynprune_jax import report
+from dynprune_jax import provenance
 from dynprune_jax.main import MODES, main
-from dynprune_jax.report import checkout
+from dynprune_jax.provenance import checkout
 
 
 def test_the_commit_of_a_checkout_is_told_and_whether_files_differ(tmp_path):
@@ -33,15 +33,15 @@ def test_the_commit_of_a_checkout_is_told_and_whether_files_differ(tmp_path):
 
 def test_a_report_tells_the_commit_that_its_program_began_with(monkeypatch):
     def commit_and_see(*_):
-        monkeypatch.setattr(report, "checkout", lambda _: "later")
-        told.append(report.versions()["commit"])
+        monkeypatch.setattr(provenance, "checkout", lambda _: "later")
+        told.append(provenance.versions()["commit"])
 
     told = []
     monkeypatch.setitem(MODES, "train", commit_and_see)
-    monkeypatch.setattr(report, "checkout", lambda _: "at first")
-    report._commit.cache_clear()
+    monkeypatch.setattr(provenance, "checkout", lambda _: "at first")
+    provenance.commit.cache_clear()
     try:
         assert main(["main", f"--config={CONFIGS / 'digits_vgg.py'}", "--workdir=none"]) == 0
     finally:
-        report._commit.cache_clear()
+        provenance.commit.cache_clear()
     assert told == ["at first"]
