@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, UInt8
 from dynprune_jax import models
 from dynprune_jax.config import Config, is_own
 from dynprune_jax.data import augment
-from dynprune_jax.data.batches import check_batch_size
 from dynprune_jax.data.sources import Dataset, load_dataset
 from dynprune_jax.errors import UserError
 from dynprune_jax.models import links as known_links
@@ -44,7 +43,11 @@ def build_dataset(config: Config) -> Dataset:
         test_examples=data.test_examples,
         held_out=data.held_out,
     )
-    check_batch_size(config.batch_size, len(dataset.train))
+    if config.batch_size > len(dataset.train):
+        raise UserError(
+            f"config.batch_size is {config.batch_size}; it must be at most the number of training"
+            f" examples, {len(dataset.train)}"
+        )
     if dataset.num_classes < 2:
         raise UserError(f"config.data.name is {data.name!r}; it has one class, and two are needed")
     for field in ("mean", "std"):

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from dynprune_jax.network import Network, Values
 from dynprune_jax.pruning.cascade import margin
 from dynprune_jax.pruning.macs import Usage
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.measure import measure
-from dynprune_jax.train_step import Network, Values
 
 # A compiled evaluation of one batch:
 # (values, uint8 images, labels, draw) -> (correct, margins, usage).

@@ -12,10 +12,11 @@ from dynprune_jax.build import training_images
 from dynprune_jax.convolution import training_options
 from dynprune_jax.data.batches import device_batch, stream_batches
 from dynprune_jax.errors import UserError
+from dynprune_jax.network import Network, Values
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.schedules import elastic
 from dynprune_jax.run import Run
-from dynprune_jax.train_step import Network, TrainState, Values, train_step
+from dynprune_jax.train_step import TrainState, train_step
 
 
 class Feed:

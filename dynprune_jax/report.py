@@ -15,12 +15,12 @@ from dynprune_jax.build import evaluation_images
 from dynprune_jax.checkpoint import tree_digest
 from dynprune_jax.data.augment import center_crop
 from dynprune_jax.evaluate import Evaluation, cascaded
+from dynprune_jax.network import Network, Values
 from dynprune_jax.provenance import provenance
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.run import Run
-from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import progress_bar, read_metrics, say, screen, write_json
 
 _PICTURED_IMAGES = 6

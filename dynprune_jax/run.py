@@ -36,13 +36,14 @@ from dynprune_jax.data.batches import eval_batches
 from dynprune_jax.data.sources import Dataset
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, Evaluator, evaluate, make_evaluator
+from dynprune_jax.network import Network, Values
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.layers import by_name
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.recalibrate import batch_statistics, mean_of
 from dynprune_jax.pruning.schedules import RatioSchedule, ratio_ascent
-from dynprune_jax.train_step import Network, TrainState, Values
+from dynprune_jax.train_step import TrainState
 from dynprune_jax.workdir import (
     FREE_FIELDS,
     PLACES,

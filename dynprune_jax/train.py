@@ -21,11 +21,12 @@ from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.feed import Feed, ratio_schedule
+from dynprune_jax.network import Network, Values
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 from dynprune_jax.stopping import Stopped, StopSignals
-from dynprune_jax.train_step import Network, TrainState, Values
+from dynprune_jax.train_step import TrainState
 from dynprune_jax.writers import PhaseBar, Writers, read_metrics, resident_memory_mb
 
 

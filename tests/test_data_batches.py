@@ -90,16 +90,6 @@ def test_device_order_is_unbiased():
     assert counts.max() < 470
 
 
-@pytest.mark.parametrize("size", [0, 11])
-def test_a_batch_that_does_not_fit_is_refused(size):
-    images, labels = map(jnp.asarray, numbered_arrays(10))
-    phrase = rf"config\.batch_size={size}: it must be between 1 and .* 10"
-    with pytest.raises(UserError, match=phrase):
-        device_batch(jax.random.key(0), 0, images, labels, size)
-    with pytest.raises(UserError, match=phrase):
-        stream_batches(numbered_split(10), size, seed=0)
-
-
 # ---------------------------------------------------------------- stream_batches
 
 

@@ -8,10 +8,10 @@ from dynprune_jax.build import evaluation_images
 from dynprune_jax.data.batches import eval_batches
 from dynprune_jax.evaluate import evaluate, make_evaluator
 from dynprune_jax.models import vgg_digits
+from dynprune_jax.network import Network
 from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.run import Run
-from dynprune_jax.train_step import Network
 
 
 def test_every_example_counts_once_however_the_batches_fall():

@@ -234,7 +234,10 @@ MISTAKES = {
     "empty class": (lambda p: folders_of(p, empty_class), "dog"),
     "corrupt image": (lambda p: folders_of(p, corrupt), r"dog/3\.png"),
     "truncated image": (lambda p: folders_of(p, truncated), r"cat/0\.png"),
-    "batch larger than the set": (["--config.batch_size=4096"], "config.batch_size=4096"),
+    "batch larger than the set": (
+        ["--config.batch_size=4096"],
+        "batch_size is 4096; .* at most .* 1347",
+    ),
     "more examples than there are": (
         ["--config.data.train_examples=9999"],
         "config.data.train_examples=9999",

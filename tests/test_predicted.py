@@ -11,6 +11,7 @@ from dynprune_jax import compact, find_links, measure, models
 from dynprune_jax.build import build_dynamic, build_links, build_model
 from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
+from dynprune_jax.network import Network
 from dynprune_jax.pruning import plan as plan_lib
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
@@ -23,7 +24,6 @@ from dynprune_jax.pruning.ratios import set_ratios
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
 from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
-from dynprune_jax.train_step import Network
 
 NETWORKS = {
     "vgg": ("vgg_digits", 8, 1),

@@ -28,6 +28,7 @@ from dynprune_jax.experiments.sensitivity import sensitivity
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.feed import Feed, ratio_schedule
+from dynprune_jax.network import Network
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
@@ -38,7 +39,7 @@ from dynprune_jax.run import Run
 from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
 from dynprune_jax.train import evaluate_workdir, run_phase, train_and_evaluate
-from dynprune_jax.train_step import Network, TrainState
+from dynprune_jax.train_step import TrainState
 from dynprune_jax.workdir import check_workdir, keep_config, make_folder
 from dynprune_jax.writers import read_metrics
 

@@ -11,12 +11,13 @@ from networks import run, small_vgg
 
 from dynprune_jax import make_dynamic
 from dynprune_jax.models.links import links
+from dynprune_jax.network import Network
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.attention import random
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.layers import path_name
 from dynprune_jax.pruning.surgery import predict_channels
-from dynprune_jax.train_step import Network, TrainState, train_step
+from dynprune_jax.train_step import TrainState, train_step
 
 
 def model():

@@ -11,18 +11,8 @@ from jaxtyping import Array, Bool, Int, Int32, Key, UInt8
 
 from dynprune_jax.data.records import chunks
 from dynprune_jax.data.sources import Split
-from dynprune_jax.errors import UserError
 
 _ALL = slice(None)
-
-
-def check_batch_size(batch_size: int, examples: int) -> None:
-    """Raises UserError unless a batch of that size can be drawn from that many examples."""
-    if not 1 <= batch_size <= examples:
-        raise UserError(
-            f"config.batch_size={batch_size}: it must be between 1 and the number of training "
-            f"examples, {examples}"
-        )
 
 
 def device_batch(
@@ -43,13 +33,9 @@ def device_batch(
         step: counted from 0; may be traced.
         images: all training images.
         labels: their labels.
-        batch_size: number of examples to draw.
-
-    Raises:
-        UserError: the batch is larger than the set.
+        batch_size: number of examples to draw, at most all.
     """
     count = images.shape[0]
-    check_batch_size(batch_size, count)
     per_epoch = count // batch_size
     step = jnp.asarray(step, jnp.int32)
     epoch_key = jax.random.fold_in(key, step // per_epoch)
@@ -72,7 +58,7 @@ def stream_batches(
 
     Args:
         split: where the examples come from.
-        batch_size: number of examples in each batch.
+        batch_size: number of examples in each batch, at most all.
         seed: of the orders.
         threads: how many batches are decoded at the same time; 0 decodes when asked. As many
             are kept ready.
@@ -83,9 +69,8 @@ def stream_batches(
         An iterator of `{"image": uint8 (batch, side, side, channels), "label": int32 (batch,)}`.
 
     Raises:
-        UserError: the batch is larger than the split; while iterating, as `Split.read`.
+        UserError: while iterating, as `Split.read`.
     """
-    check_batch_size(batch_size, len(split))
 
     def read(
         indices: Int[np.ndarray, " batch"],

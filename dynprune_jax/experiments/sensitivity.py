@@ -8,10 +8,10 @@ import rich.table
 from dynprune_jax import plots
 from dynprune_jax.config import Config
 from dynprune_jax.evaluate import Evaluation
+from dynprune_jax.network import Network
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import set_ratios
 from dynprune_jax.run import Run
-from dynprune_jax.train_step import Network
 from dynprune_jax.writers import progress_bar, screen, write_json
 
 _AXES = ("channel_ratio", "column_ratio")

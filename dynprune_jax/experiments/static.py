@@ -24,6 +24,7 @@ from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import cascaded
 from dynprune_jax.models.links import has_links
+from dynprune_jax.network import Network, Values
 from dynprune_jax.provenance import provenance
 from dynprune_jax.pruning.calls import intercept
 from dynprune_jax.pruning.layers import all_modules, conv_layers
@@ -32,7 +33,6 @@ from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.removal import Scores, allot, removable, remove_filters, try_removal
 from dynprune_jax.run import Run
 from dynprune_jax.train import run_phase, train_dense
-from dynprune_jax.train_step import Network, Values
 from dynprune_jax.writers import say, write_json
 
 _TAYLOR_BATCHES = 8
