@@ -8,7 +8,7 @@ from flax import nnx
 from dynprune_jax import config as config_lib
 from dynprune_jax.build import build_dynamic, build_links, build_model
 from dynprune_jax.config import with_fields
-from dynprune_jax.experiments.study import find_method
+from dynprune_jax.experiments.methods import find_method
 from dynprune_jax.pruning.layers import dynamic_layers
 
 FILES = sorted(CONFIGS.glob("*.py"))

@@ -14,8 +14,9 @@ from networks import trained
 
 import dynprune_jax
 from dynprune_jax.config import check, flatten, with_fields
+from dynprune_jax.experiments.methods import find_method
 from dynprune_jax.experiments.static import block_of, l1
-from dynprune_jax.experiments.study import find_method, read_rows, tables
+from dynprune_jax.experiments.study_tables import read_rows, tables
 from dynprune_jax.flags import parse
 from dynprune_jax.main import MODES
 from dynprune_jax.models.links import links

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import shlex
 import sys
@@ -9,7 +8,9 @@ from PIL import Image
 from dynprune_jax import config as config_lib
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import study as study_lib
-from dynprune_jax.experiments.study import METHODS, at_cut, find_method, study, tables
+from dynprune_jax.experiments.methods import METHODS, find_method
+from dynprune_jax.experiments.study import at_cut, study
+from dynprune_jax.experiments.study_tables import figures, read_rows, tables
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.run import Run
 from dynprune_jax.train import train_and_evaluate
@@ -112,7 +113,7 @@ def test_what_no_training_can_make_is_said_before_it(small, tmp_path, monkeypatc
     assert "attention-99: config.study: no factor" in lines
     assert "l1+as_gates-99: config.study: no factor" in lines
     assert "l1+as_gates-60: config.static.allotment is 'gate', and the gates skip 60." in lines
-    points = {(row["method"], row["cut"]) for row in study_lib.read_rows(tmp_path)}
+    points = {(row["method"], row["cut"]) for row in read_rows(tmp_path)}
     assert points == {
         ("dense", 0.0),
         ("attention", 0.2),
@@ -167,7 +168,7 @@ def test_a_study_goes_on_past_what_fails(small, tmp_path, capfd):
     assert "l1-99: config.study: no factor" in lines
     assert "run 1 of 3: dense-seed3\n" in lines
     assert "run 3 of 3: l1-20-seed3\n" in lines
-    points = {(row["method"], row["cut"]) for row in study_lib.read_rows(tmp_path)}
+    points = {(row["method"], row["cut"]) for row in read_rows(tmp_path)}
     assert points == {("dense", 0.0), ("l1", 0.2)}
     assert "| static, L1 norm |" in (tmp_path / "table.md").read_text("utf-8")
     with pytest.raises(UserError, match="is a study's; give a run a folder of its own"):
@@ -264,10 +265,10 @@ def row(method, cut, seed, accuracy, untrained=0.1):
 def test_pictures_say_what_they_are_of():
     rows = [row(name, cut, seed, 0.9) for seed in (0, 1) for name, cut in (("dense", 0), ("l1", 1))]
     rows += [row("attention", cut, 0, 0.9) for cut in (0.5, 0.7)]
-    curves, ablations = (study_lib.figures(rows)[name] for name in ("curves", "ablations"))
+    curves, ablations = (figures(rows)[name] for name in ("curves", "ablations"))
     title = "vgg16, 32², 10 classes, 50,000 training images, 2 seeds"
     assert curves.axes[0].get_title() == ablations.get_suptitle() == title
-    (alone,) = study_lib.figures(rows[-2:])["curves"].axes
+    (alone,) = figures(rows[-2:])["curves"].axes
     assert alone.get_title().endswith(" images, 1 seed")
 
 
@@ -367,9 +368,13 @@ def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
 def test_methods_join(config):
     joined = find_method("l1+distillation")
     assert joined.label == "static, L1 norm, distilled from the dense network"
-    assert joined.run is METHODS["l1"].run
+    assert joined.is_static
+    assert joined.removes
     assert joined.fields == {"static.criterion": "l1", "prune.distillation": 0.7}
-    assert find_method("predicted+distillation").run is METHODS["predicted"].run
+    assert not find_method("predicted+distillation").is_static
+    trained_on = find_method("trained_on+distillation")
+    assert trained_on.is_static
+    assert not trained_on.removes
     with pytest.raises(UserError, match=r"l1\+taylor contradict each other in config.static"):
         find_method("l1+taylor")
     with pytest.raises(UserError, match=r"as_gates needs one that removes filters, such as l1\+as"):
@@ -419,10 +424,8 @@ def test_a_row_tells_what_the_report_of_its_run_does(config, tmp_path, monkeypat
         **dict.fromkeys(("dense_macs_per_image", "device", "versions", "data", "seconds"), 1),
     }
     monkeypatch.setattr(study_lib, "_at_point", lambda config, *_: config)
-    method = dataclasses.replace(METHODS[name], run=lambda *_: report)
-    monkeypatch.setattr(study_lib, "find_method", lambda _: method)
-    if name == "l1":
-        monkeypatch.setattr(study_lib, "static", method.run)
+    trains = {"attention": "train_and_evaluate", "l1": "static"}[name]
+    monkeypatch.setattr(study_lib, trains, lambda *_: report)
     row = study_lib._pruned(config, name, 0.5, 3, tmp_path / "dense", tmp_path / "run")
     assert (row["accuracy"], row["accuracy_untrained"]) == (0.8, 0.3)
     assert row["accuracy_by_other_criteria"] == {"random": 0.2}

@@ -6,27 +6,23 @@ stopped, and several processes may share one over their seeds. Its folder keeps 
 refused to another.
 """
 
-import contextlib
 import copy
-import dataclasses
 import functools
-import json
 import os
 import shlex
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
 from dynprune_jax.config import Config, with_fields
 from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.methods import METHODS, find_method
 from dynprune_jax.experiments.static import find_removable, removed, static
+from dynprune_jax.experiments.study_tables import figures, read_rows, tables
 from dynprune_jax.flags import spelled_out
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.ratios import least_factor, scaled
@@ -42,111 +38,7 @@ from dynprune_jax.workdir import (
 )
 from dynprune_jax.writers import say, write_json, write_text
 
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One row of a study.
-
-    Attributes:
-      label: in tables and figures.
-      fields: of the config that differ. A single number for a tuple of ratios is one for each
-        block.
-      run: what trains and evaluates it.
-    """
-
-    label: str
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    run: Callable[[Config, Any], dict[str, Any]] = train_and_evaluate
-
-    @property
-    def removes(self) -> bool:
-        """Whether it removes filters."""
-        return self.run is static and self.fields.get("static.criterion") != "none"
-
-
-# A study names any of these, or several joined by a plus: "predicted+distillation".
-METHODS = {
-    "attention": Method("dynamic, by attention"),
-    # The patterns of a config are those of the convolutions with a gate in front.
-    "predicted": Method("dynamic, predicted", {"gate.kind": "predicted", "gate.layers": ("*",)}),
-    "unscaled": Method("whose salience only ranks", {"gate.salience_scales": False}),
-    "groups": Method("channels in groups of 8", {"gate.channel_group": 8}),
-    "l1": Method("static, L1 norm", {"static.criterion": "l1"}, static),
-    "geometric_median": Method(
-        "static, geometric median", {"static.criterion": "geometric_median"}, static
-    ),
-    "taylor": Method("static, Taylor", {"static.criterion": "taylor"}, static),
-    # With a criterion: "l1+as_predicted". Gates by attention need higher ratios for a cut, up to
-    # the highest there are, so that filters allotted as these are more alike in all blocks.
-    "as_gates": Method("allotted as gates by attention", {"static.allotment": "gate"}),
-    "as_predicted": Method(
-        "allotted as predicted gates",
-        {"static.allotment": "gate", "gate.kind": "predicted", "gate.layers": ("*",)},
-    ),
-    "random_filters": Method("static, random", {"static.criterion": "random"}, static),
-    # Whatever the cut: what more training, or a teacher, does without any pruning.
-    "trained_on": Method("dense, trained on", {"static.criterion": "none"}, static),
-    "random": Method("random selection", {"gate.criterion": "random"}),
-    "inverse": Method("inverse selection", {"gate.criterion": "inverse"}),
-    "shared": Method("one choice for all inputs of a batch", {"gate.criterion": "shared"}),
-    "max": Method("attention by maximum", {"gate.statistic": "max"}),
-    "l2": Method("attention by L2 norm", {"gate.statistic": "l2"}),
-    "channels": Method("channels only", {"gate.column_ratio": ()}),
-    "columns": Method("columns only", {"gate.channel_ratio": (), "gate.column_ratio": 0.5}),
-    "both": Method("channels and columns", {"gate.column_ratio": 0.5}),
-    "block_columns": Method(
-        "columns chosen once a block",
-        {"gate.column_ratio": 0.3, "gate.block_columns": True},
-    ),
-    "all_layers": Method("gates on every convolution", {"gate.layers": ("*",)}),
-    "no_dropout": Method("trained as long without dropout", {"gate.drop_probability": 0.0}),
-    "stochastic": Method("targets dropped with probability .5", {"gate.drop_probability": 0.5}),
-    "no_ascent": Method("no ascent of the ratios", {"ascent.warmup": 0.99}),
-    # At the cut; --mode=sweep in the run's folder has the other ratios.
-    "elastic": Method(
-        "one network for all ratios up to it, batch statistics made anew",
-        {"ascent.lowest_fraction": 0.0, "prune.recalibration_images": 2000},
-    ),
-    "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
-}
-# Of a result.
-_NEEDED = {"method", "cut", "seed", "accuracy", "mac_reduction", "config", "data"}
-_NOT_MEASURED = "not measured"
-_EXECUTED = "executed_mac_reduction"
-# Of gates, what tells how many filters of each block they would leave.
-_ALLOTTING = tuple(
-    f"gate.{field}"
-    for field in ("kind", "layers", "channel_ratio", "column_ratio", "block_columns")
-)
 _PATHS = (*PLACES, "data.archive", "data.data_dir")  # of one machine
-
-
-def find_method(name: str) -> Method:
-    """One of `METHODS`, or what several of them joined by a plus make together.
-
-    Raises:
-      KeyError: for a name that is none of them.
-      UserError: for methods that contradict each other, allot filters and remove none, or change
-        gates that are not there because filters are removed.
-    """
-    parts = [METHODS[part] for part in name.split("+")]
-    fields: dict[str, Any] = {}
-    for part in parts:
-        for field in fields.keys() & part.fields.keys():
-            if fields[field] != part.fields[field]:
-                raise UserError(f"the methods {name} contradict each other in config.{field}")
-        fields.update(part.fields)
-    run = next((part.run for part in parts if part.run is static), train_and_evaluate)
-    if "static.allotment" in fields and fields.get("static.criterion", "none") == "none":
-        raise UserError(f"the method {name} needs one that removes filters, such as l1+{name}")
-    allotting = _ALLOTTING if "static.allotment" in fields else ()
-    of_gates = [field for field in fields if field.startswith(("gate.", "ascent."))]
-    of_gates = [field for field in of_gates if field not in allotting]
-    if run is static and of_gates:
-        raise UserError(
-            f"the method {name} removes filters and has no gates; config.{of_gates[0]} is theirs"
-        )
-    return Method(", ".join(part.label for part in parts), fields, run)
 
 
 def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -237,69 +129,6 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure | None]:
-    """A study as pictures: `curves` of the first table of `tables`, `ablations` of the second."""
-    names, (curves, one), title = labels(rows), _arranged(rows), _title(rows)
-    shown = {name: names[name] for name in ("dense", *curves)}
-    return {
-        "curves": plots.curves_figure(rows, shown, title),
-        "ablations": None if one is None else plots.ablations_figure(rows, names, one, title),
-    }
-
-
-def _title(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What a study is of, in a line."""
-    if not rows:
-        return ""
-    config, data = rows[0]["config"], rows[0]["data"]
-    size, seeds = config["data.image_size"], len({row["seed"] for row in rows})
-    return (
-        f"{config['model']}, {size}², {data['classes']} classes,"
-        f" {data['train_examples']:,} training images, {seeds} seed{'s' * (seeds > 1)}"
-    )
-
-
-def _arranged(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], float | None]:
-    """Which methods are shown over their cuts, and the one cut at which all are compared."""
-    names = [name for name in labels(rows) if name != "dense"]
-    cuts_of = {name: {r["cut"] for r in rows if r["method"] == name} for name in names}
-    ones = [min(cuts) for cuts in cuts_of.values() if len(cuts) == 1]
-    one = statistics.mode(ones) if ones else None
-    return [name for name in names if cuts_of[name] - {one}], one
-
-
-def labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What each method of some rows is called in tables and figures, in the order of `METHODS`.
-
-    Rows of a method that is not there any more have no label, and are shown nowhere.
-    """
-    order = {name: i for i, name in enumerate(METHODS)}
-    names = {row["method"] for row in rows} - {"dense"}
-    found = {"dense": "dense"}
-    for name in sorted(names, key=lambda name: [order.get(part, -1) for part in name.split("+")]):
-        with contextlib.suppress(KeyError, UserError):
-            found[name] = find_method(name).label
-    return found
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The results in a study's folder, one for each run.
-
-    Raises:
-      UserError: for a file that is none.
-    """
-    rows = []
-    for path in sorted(folder.glob("*-seed*.json")):
-        try:
-            row = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not row.keys() >= _NEEDED:
-            raise UserError(f"{path} is no result of a study; delete it or move it away")
-        rows.append(row)
-    return rows
-
-
 def at_cut(config: Config, cut: float) -> Config:
     """The config with its gates' ratios scaled to a conventional MAC reduction.
 
@@ -334,147 +163,6 @@ def at_cut(config: Config, cut: float) -> Config:
 
 def _reaches(run: Run, targets: Mapping[str, float], cut: float, factor: float) -> bool:
     return run.mac_reduction({name: scaled(r, factor) for name, r in targets.items()}) >= cut
-
-
-def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A study as Markdown: accuracy by method and cut; all at one cut; controls; cascades.
-
-    The one cut is that of most methods that were run at a single one; all that were run elsewhere
-    are in the first table. The controls are the same weights with others chosen than the gates
-    would choose: of what the first table has, or if there is none the second, but for what was
-    distilled. Of the same methods, what the dense network adds to them where they are not sure,
-    with the cut that is left in brackets.
-
-    A cell is the mean over seeds, with the standard deviation where there are several, and the
-    reduction that was reached where that is another than the cut, by half a percent or more: a
-    column less, or a filter, is the least that a network can lose. A row may
-    lack all but its accuracy and MAC reduction, as of a run that was cut off before its report.
-    """
-    names, (curves, one) = labels(rows), _arranged(rows)
-    own = curves or [*names]
-    return [
-        *_over_cuts(rows, {name: names[name] for name in curves}),
-        *(() if one is None else _at_one_cut(rows, names, curves, one)),
-        *_controls(rows, {name: names[name] for name in own}),
-        *_cascades(rows, {name: names[name] for name in own}),
-    ]
-
-
-def _over_cuts(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
-    """A table of accuracy by method and cut."""
-    cuts = sorted({row["cut"] for row in rows if row["method"] != "dense"})
-    dense = _cell(_accuracies(rows, "dense", 0.0))
-    lines = []
-    for name, label in names.items():
-        cells = [_cell(_accuracies(rows, name, cut)) + _reached(rows, name, cut) for cut in cuts]
-        lines.append([label, dense, *cells])
-    return _markdown(["method", "dense", *(f"{cut:.0%} cut" for cut in cuts)], lines)
-
-
-def _at_one_cut(
-    rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], curves: Sequence[str], cut: float
-) -> list[str]:
-    """A table of all methods at one cut, those with curves first, else the dense network."""
-    shown = [name for name in curves if _accuracies(rows, name, cut)] if curves else ["dense"]
-    shown += [name for name in names if name not in (*curves, "dense")]
-    lines = []
-    for name in shown:
-        at = 0.0 if name == "dense" else cut
-        chosen = [row for row in rows if _is(row, name, at)]
-        executed = [row[_EXECUTED] for row in chosen if _EXECUTED in row]
-        untrained = [row["accuracy_untrained"] for row in chosen if "accuracy_untrained" in row]
-        lines.append(
-            [
-                names[name],
-                _cell(_accuracies(rows, name, at)) + _reached(rows, name, at),
-                "" if name == "dense" else _cell(untrained),
-                f"{statistics.mean(executed):.1%}" if executed else _NOT_MEASURED,
-            ]
-        )
-    header = [f"at a cut of {cut:.0%}", "accuracy", "without training for it", "executed cut"]
-    return _markdown(header, lines)
-
-
-def _controls(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
-    """A table of what the same weights do with other choices than their gates'."""
-    lines = []
-    for name, label in names.items():
-        if {"dense", "distillation"} & {*name.split("+")} or find_method(name).run is static:
-            continue
-        for cut in sorted({row["cut"] for row in rows if row["method"] == name}):
-            others = [
-                row.get("accuracy_by_other_criteria", {}) for row in rows if _is(row, name, cut)
-            ]
-            cells = [
-                _cell([other[control] for other in others if control in other])
-                for control in ("shared", "random", "inverse")
-            ]
-            lines.append([label, f"{cut:.0%}", _cell(_accuracies(rows, name, cut)), *cells])
-    header = [
-        "weights trained for",
-        "cut",
-        "its own choice",
-        "one for a batch",
-        "random",
-        "inverse",
-    ]
-    return _markdown(header, lines)
-
-
-def _cascades(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
-    """A table of what methods do if the dense network sees what they are least sure of again."""
-    having = [(row, row.get("cascade", ())) for row in rows if row["method"] in names]
-    # Two digits: what came out is the share that was asked for but for a part of an image.
-    shares = sorted({round(found["share"], 2) for _, cascade in having for found in cascade})
-    lines = []
-    for name, label in names.items():
-        cuts = {row["cut"] for row, cascade in having if cascade and row["method"] == name}
-        for cut in sorted(cuts):
-            alone = [row["accuracy"] for row, found in having if found and _is(row, name, cut)]
-            cells = [_cell(alone)]
-            for share in shares:
-                chosen = [
-                    found
-                    for row, cascade in having
-                    for found in cascade
-                    if _is(row, name, cut) and round(found["share"], 2) == share
-                ]
-                reached = [found["mac_reduction"] for found in chosen]
-                told = f" ({statistics.mean(reached):.1%})" if chosen else ""
-                cells.append(_cell([found["accuracy"] for found in chosen]) + told)
-            lines.append([label, f"{cut:.0%}", *cells])
-    told = [f"the least sure {share:.0%}" for share in shares]
-    return _markdown(["the dense network sees again", "cut", "none", *told], lines)
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """A table; none where it would have no line."""
-    if not lines:
-        return []
-    rows = [f"| {' | '.join(cells)} |" for cells in (header, *lines)]
-    return ["\n".join([rows[0], "|" + "---|" * len(header), *rows[1:]])]
-
-
-def _is(row: Mapping[str, Any], name: str, cut: float) -> bool:
-    return (row["method"], row["cut"]) == (name, cut)
-
-
-def _accuracies(rows: Sequence[Mapping[str, Any]], name: str, cut: float) -> list[float]:
-    return [row["accuracy"] for row in rows if _is(row, name, cut)]
-
-
-def _reached(rows: Sequence[Mapping[str, Any]], name: str, cut: float) -> str:
-    """The reduction that a method's rows have at a cut, in brackets, where it is another."""
-    found = [row["mac_reduction"] for row in rows if _is(row, name, cut)]
-    mean = statistics.mean(found) if found else cut
-    return f" ({mean:.1%})" if abs(mean - cut) >= 0.005 else ""
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return _NOT_MEASURED
-    mean = f"{100 * statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
 
 def _runs(
@@ -513,7 +201,7 @@ def _impossible(
             changed = _at_point(config, name, cut, {})
             with tempfile.TemporaryDirectory() as nobodys:
                 run = Run.open(changed, nobodys)
-            if find_method(name).run is static:
+            if find_method(name).is_static:
                 removed(run)
             else:
                 run.check_ascent()
@@ -528,7 +216,7 @@ def _at_point(config: Config, name: str, cut: float, start: Mapping[str, Any]) -
     """The config of a method at a cut; what leaves the network whole makes none."""
     method = find_method(name)
     changed = with_fields(config, {**start, **method.fields})
-    return changed if method.run is static and not method.removes else at_cut(changed, cut)
+    return changed if method.is_static and not method.removes else at_cut(changed, cut)
 
 
 def _dense(config: Config, seed: int, workdir: Path) -> dict[str, Any]:
@@ -543,8 +231,10 @@ def _pruned(
     method = find_method(name)
     start = {"seed": seed, "prune.start": "checkpoint", "prune.checkpoint": str(dense)}
     changed = _at_point(config, name, cut, start)
-    report = method.run(changed, workdir)
-    kind = "training" if method.run is static else "targeted_dropout"
+    run, kind = train_and_evaluate, "targeted_dropout"
+    if method.is_static:
+        run, kind = static, "training"
+    report = run(changed, workdir)
     untrained = report[f"pruned_without_{kind}"]
     row = _row(name, cut, changed, report, report["pruned"], untrained)
     others = report.get("pruned_by_other_criteria", {})
@@ -562,7 +252,7 @@ def _row(
     result: Mapping[str, Any],
     untrained: Mapping[str, Any],
 ) -> dict[str, Any]:
-    kept = ("accuracy", "mac_reduction", _EXECUTED, "macs_per_image")
+    kept = ("accuracy", "mac_reduction", "executed_mac_reduction", "macs_per_image")
     kept += ("gate_operations_per_image", "executed_macs_per_image")
     told = ("dense_macs_per_image", "device", "versions", "data", "seconds")
     fields = config_lib.flatten(config)
