@@ -31,7 +31,7 @@ class Own(nnx.Module):
                 b, h, w, c = x.shape
                 x = x.reshape(b, h // 2, 2, w // 2, 2, self.fixed or c)
                 x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, -1)
-            told = {"mask": None} if conv is self.stem else {}
+            told = {"mask": jnp.bool_(True)} if conv is self.stem else {}  # so it is no link
             x = nnx.relu(norm(conv(x), **told))
         return self.head(x.reshape(len(x), -1))
 

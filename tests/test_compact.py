@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from networks import fill, mixed_plan, run, trained
 
 import dynprune_jax
@@ -311,14 +312,28 @@ def signed(maps, kernel, *args, **kwargs):
     return jax.lax.conv_general_dilated(maps, jnp.sign(kernel), *args, **kwargs)
 
 
+def standardised(arrays, **options):
+    """What `nnx.Conv` promotes, its kernel with a mean of 0 and a deviation of 1."""
+    x, kernel, *rest = promote_dtype(arrays, **options)
+    axes = (0, 1, 2)
+    kernel = (kernel - kernel.mean(axes, keepdims=True)) / kernel.std(axes, keepdims=True)
+    return x, kernel, *rest
+
+
 @pytest.mark.parametrize(
     "conv",
     [
         lambda rngs: nnx.Conv(8, 8, (3, 3), padding=[1, (2, 0)], rngs=rngs),
+        lambda rngs: nnx.Conv(8, 8, (3, 3), promote_dtype=standardised, rngs=rngs),
         lambda rngs: nnx.Conv(8, 8, (3, 3), conv_general_dilated=signed, rngs=rngs),
         lambda rngs: nnx.WeightNorm(nnx.Conv(8, 8, (3, 3), rngs=rngs), rngs=rngs),
     ],
-    ids=["padding in a list", "a function of its own", "a kernel that a module around it rewrites"],
+    ids=[
+        "padding in a list",
+        "a kernel of its own",
+        "a function of its own",
+        "a kernel that a module around it rewrites",
+    ],
 )
 def test_unusual_convolutions_answer_as_before(conv):
     model = nnx.Sequential(conv(nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0)))
@@ -358,6 +373,11 @@ class Penalized(Conv):
         return super().__call__(x), jnp.sum(self.conv.kernel[...] ** 2)
 
 
+class Slimmed(Conv):
+    def __call__(self, x):
+        return super().__call__(x), jnp.sum(jnp.abs(self.norm.scale[...]))
+
+
 class Tied(Conv):
     def __call__(self, x):
         y = nnx.remat(Conv.__call__)(self, x)
@@ -394,6 +414,39 @@ def test_a_convolution_whose_kernel_is_read_elsewhere_stays_as_it_is(kind):
     fast = dynprune_jax.compact(model, x, plan=Plan({"conv": Form("patches")}))
     assert type(fast.conv) is nnx.Conv
     jax.tree.map(np.testing.assert_array_equal, fast(x), model(x))
+
+
+def test_a_norm_whose_scale_is_read_elsewhere_is_not_folded():
+    model, x = Slimmed(), jnp.ones((2, 6, 6, 8))
+    fast = dynprune_jax.compact(model, x, plan=Plan({"conv": Form("patches")}))
+    assert type(fast.norm) is nnx.BatchNorm
+    assert isinstance(fast.conv, CompactConv)
+    for got, expected in zip(fast(x), model(x), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"use_running_average": True}, {"mask": None}])
+def test_a_norm_that_is_told_to_take_what_is_stored_is_folded(given):
+    class Told(Conv):
+        def __call__(self, x):
+            return self.norm(self.conv(x), **given)
+
+    model, x = Told(), jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+    folded = dynprune_jax.fold_batch_norms(model, x)
+    assert isinstance(folded.norm, FoldedNorm)
+    np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given", [{"use_running_average": False}, {"mask": jnp.ones((2, 6, 6, 8))}]
+)
+def test_a_norm_that_is_told_to_take_the_batch_is_not_folded(given):
+    class Told(Conv):
+        def __call__(self, x):
+            return self.norm(self.conv(x), **given)
+
+    folded = dynprune_jax.fold_batch_norms(Told(), jnp.ones((2, 6, 6, 8)))
+    assert type(folded.norm) is nnx.BatchNorm
 
 
 def test_a_transformation_that_hands_a_kernel_on_does_not_read_it():
@@ -474,16 +527,22 @@ def test_a_model_that_looks_at_shapes_and_dtypes_finds_them():
     class Equalized(nnx.Module):
         def __init__(self, rngs):
             self.conv = nnx.Conv(8, 40, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(40, rngs=rngs)
 
         def __call__(self, x):
-            fan_in = np.sqrt(np.prod(self.conv.kernel.shape[:-1]))
-            return self.conv(x).astype(self.conv.kernel.dtype) / fan_in
+            kernel, n = self.conv.kernel, self.norm.mean.shape[0]
+            x = x.astype(kernel[...].dtype).astype(kernel.get_value().dtype)
+            fan_in = np.sqrt(np.prod(kernel.shape[:-1]))
+            y = self.norm(self.conv(x)).astype(kernel.dtype) / fan_in
+            return y.reshape(len(x), -1, n) + jnp.zeros((), self.norm.scale[...].dtype)
 
     model = dynprune_jax.make_dynamic(Equalized(nnx.Rngs(0)), 0.5)
+    model.eval()
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 8))
     for form in possible(model.conv, channels=True, columns=False, features=False):
         if form.product != "pallas" and not (form.compiled and native.why_not()):
             fast = dynprune_jax.compact(model, x, plan=Plan({"conv": form}))
+            assert isinstance(fast.norm, FoldedNorm)
             np.testing.assert_allclose(run(fast, x), run(model, x), atol=1e-5)
 
 

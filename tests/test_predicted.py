@@ -599,6 +599,24 @@ def test_followers_are_found_where_equal_networks_share_a_program():
     assert float(networks[0].reader.channel_ratio[...]) == 0.5
 
 
+def test_parameters_of_a_normalization_stay_of_their_kind():
+    class NoDecay(nnx.Param):
+        pass
+
+    model = Separable(nnx.Rngs(0))
+    model.norm1.scale = nnx.Param(jnp.full(8, 2.0, jnp.bfloat16), group="norms")
+    model.norm1.bias = NoDecay(jnp.ones(8, jnp.bfloat16))
+    with jax.numpy_dtype_promotion("standard"):
+        dynamic = predict_channels(model, 0.5, {"expand": SEPARABLE["expand"][:2]})
+    scale, bias = dynamic.norm1.scale, dynamic.norm1.bias
+    assert type(bias) is NoDecay
+    assert scale.get_metadata()["group"] == "norms"
+    assert scale.dtype == bias.dtype == jnp.bfloat16
+    start = dynamic.expand.salience_bias[...]
+    for new, old in ((scale, 2.0), (bias, 1.0)):
+        np.testing.assert_allclose(new[...].astype(jnp.float32), old / start, rtol=2**-8)
+
+
 def test_a_ratio_that_is_set_goes_through_a_depthwise_convolution():
     model, dynamic, images = predicted("mobilenet", 0.4)
     ratios = {"*": 0.2, "blocks/1/*": 0.7}

@@ -59,6 +59,12 @@ class Chain(nnx.Module):
         return self.reader(self.between(self, self.norm(self.conv(x)), x))
 
 
+class Told(Chain):
+    def __call__(self, x, train=False):
+        y = self.norm(self.conv(x), use_running_average=not train)
+        return self.reader(self.between(self, y, x))
+
+
 class Branches(Chain):
     def __call__(self, x):
         y = nnx.relu(self.norm(self.conv(x)))
@@ -73,6 +79,7 @@ def pooled(y):
     "model",
     [
         Chain(lambda _, y, x: nnx.relu(y)),
+        Told(lambda _, y, x: nnx.relu(y)),
         Chain(lambda _, y, x: nnx.silu(pooled(y))),
         Chain(lambda _, y, x: nnx.leaky_relu(nnx.max_pool(y, (3, 3)))),
         Chain(lambda chain, y, x: chain.dropout(nnx.gelu(y))),

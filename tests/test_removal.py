@@ -121,6 +121,21 @@ def trained_own(config):
     return model, jnp.asarray(rng.normal(size=(2, 8, 8, 1)), jnp.float32)
 
 
+@pytest.mark.parametrize("answers", [lambda y: (y, y.mean()), lambda y: {"a": y, "b": y[:, 0]}])
+def test_filters_leave_a_model_of_several_answers(answers):
+    class Several(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.norm = nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.second = nnx.Conv(8, 4, (3, 3), rngs=rngs)
+
+        def __call__(self, images):
+            return answers(self.second(nnx.relu(self.norm(self.first(images["image"])))))
+
+    model, images = Several(nnx.Rngs(0)), {"image": jnp.ones((1, 6, 6, 3))}
+    links = {"first": ("norm", "second")}
+    assert find_links(model, images) == removable(model, links, images) == links
+
+
 def test_no_allotment_reaches_everything():
     model, images = build("resnet20", width=1.0)
     with pytest.raises(ValueError, match="no removal of filters takes 99"):

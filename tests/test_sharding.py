@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import dynprune_jax
 from dynprune_jax import models
 from dynprune_jax.feed import Feed
 from dynprune_jax.run import Run
@@ -87,6 +89,31 @@ def test_the_page_on_scaling_counts_what_the_networks_have():
         sent = 4 * (params + 3 * stats // 2 + 2)
         row = f"| {label} | {params / 1e6:.2f} M | {stats // 2:,} | {sent / 1e6:.1f} MB |"
         assert row in SCALING, row
+
+
+@pytest.mark.parametrize("kind", ["channels", "columns", "predicted"])
+def test_gates_choose_on_a_mesh_with_explicit_shardings(kind):
+    """As `jax.make_mesh` makes it, and `jax.set_mesh` sets it for a user's own loop."""
+    rngs = nnx.Rngs(0)
+    first, second = (nnx.Conv(8, 8, (3, 3), rngs=rngs) for _ in range(2))
+    model = nnx.Sequential(first, nnx.BatchNorm(8, rngs=rngs), nnx.relu, second)
+    if kind == "predicted":
+        links = {"layers/0": ("layers/1", "layers/3")}
+        dynamic = dynprune_jax.predict_channels(model, 0.4, links)
+    else:
+        ratios = {"channels": (0.4, None), "columns": (None, 0.4)}[kind]
+        dynamic = dynprune_jax.make_dynamic(model, *ratios)
+    dynamic.eval()
+    x = jax.random.normal(jax.random.key(0), (8, 6, 5, 8))
+
+    run = nnx.jit(lambda model, x: dynprune_jax.measure(model, x))
+    expected, usage = run(dynamic, x)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        got, alike = run(dynamic, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
+        assert got.sharding.spec[0] == "data"
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(alike.executed_macs, usage.executed_macs)
 
 
 def test_rows_are_placed_and_arrays_copied():

@@ -26,11 +26,11 @@ def compact(
 
     Batch norms are folded into convolutions, and every convolution is executed in the form that
     is the fastest on this device: compact where that pays, masked where it does not. One with a
-    `conv_general_dilated` of its own (`convolve` is none), or within `nnx.WeightNorm` or
-    `nnx.SpectralNorm`, stays as it is, and so does one whose kernel is read by more than
-    convolutions. A model without gates becomes the fastest dense one. Ratios are fixed, but those
-    of layers that stay or that a plan does not name: to change them, set them on the dynamic model
-    and make it compact again. Compile it: `nnx.jit(fast)(images)`.
+    `conv_general_dilated` (`convolve` is none) or a `promote_dtype` of its own, or within
+    `nnx.WeightNorm` or `nnx.SpectralNorm`, stays as it is, and so does one whose parameters are
+    read by more than its calls. A model without gates becomes the fastest dense one. Ratios are
+    fixed, but those of layers that stay or that a plan does not name: to change them, set them on
+    the dynamic model and make it compact again. Compile it: `nnx.jit(fast)(images)`.
 
     Roundings of bfloat16 decide which of two columns of nearly the same attention is kept: with
     gates on columns folding alone changes some, and with them the answers by more than rounding.

@@ -14,7 +14,7 @@ from dynprune_jax.pruning import native
 from dynprune_jax.pruning.attention import attention
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.forms import Form, possible
-from dynprune_jax.pruning.handover import take_over
+from dynprune_jax.pruning.handover import absent, take_over
 from dynprune_jax.pruning.masks import Masks
 from dynprune_jax.pruning.native import kernel_panels
 from dynprune_jax.pruning.products import execute, layout
@@ -67,10 +67,7 @@ class CompactConv(DynamicConv):
             kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
             (kernel,) = conv.promote_dtype((kernel,), dtype=conv.dtype)  # once, not in every call
             self.weights = nnx.Param(layout(form, kernel, self.feature_group_count))
-            # A model may ask for its shape and dtype; nobody reads its values, or it is not here.
-            self.kernel: Any = nnx.static(
-                jax.ShapeDtypeStruct(conv.kernel.shape, conv.kernel.dtype)
-            )
+            self.kernel: Any = absent(conv.kernel)
         if self.feature_ratio is not None and native.why_not() is None:
             self.salience_kernel = nnx.Param(kernel_panels(self.salience_kernel[...][None, None]))
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.calls import Images, as_function, bodies, intercept
-from dynprune_jax.pruning.handover import GatedNorm, take_over
+from dynprune_jax.pruning.handover import GatedNorm, absent, take_over
 from dynprune_jax.pruning.layers import Model, all_modules, replaceable_layers, replaced
 
 # What the calls of layers are named in a traced program: the mark, then the layer's name.
@@ -20,14 +20,16 @@ _CONV, _NORM = "conv layer ", "norm layer "
 class FoldedNorm(nnx.BatchNorm):
     """Where a batch normalization was: its convolution has done its work already.
 
-    It still is one, for a model that looks at its layers; its parameters and statistics are None.
+    It still is one, for a model that looks at its layers; of its parameters and statistics there
+    are shapes and dtypes.
     """
 
     def __init__(self, norm: nnx.BatchNorm):
         take_over(self, norm)
         parts = [norm.mean, norm.var, norm.scale, norm.bias]
         self.dtypes = tuple(part.dtype for part in parts if part is not None)
-        self.mean = self.var = self.scale = self.bias = None
+        for name in ("mean", "var", "scale", "bias"):
+            setattr(self, name, absent(getattr(norm, name)))
         self.handover = nnx.static(getattr(norm, "handover", None))
 
     def __call__(
@@ -50,7 +52,7 @@ def fold_batch_norms(model: Model, images: Images, *others: Any) -> Model:
     kernel and shift the bias instead (Jacob et al. 2017, arXiv 1712.05877, section 3.2). Which
     norm follows which convolution is read from the traced program: a norm is folded if the
     convolution's output goes to it and nowhere else, each of the two is called once, and nothing
-    but convolutions reads the kernel and the bias (tied weights and penalties do).
+    but calls of layers reads their parameters (tied weights and penalties do).
 
     Args:
       model: it is left as it is.
@@ -61,7 +63,7 @@ def fold_batch_norms(model: Model, images: Images, *others: Any) -> Model:
 
 
 def fold(model: Model, *inputs: Any) -> tuple[Model, set[str]]:
-    """The model of `fold_batch_norms`, and whose parameters more than convolutions read."""
+    """The model of `fold_batch_norms`, and the layers whose parameters more than calls read."""
     model = nnx.clone(model)
     model.eval()
     modules = all_modules(model)
@@ -80,9 +82,9 @@ def _folded(conv: nnx.Conv, norm: nnx.BatchNorm) -> nnx.Conv:
     parts = [conv.kernel, conv.bias, norm.mean, norm.var, norm.scale, norm.bias]
     values = [None if part is None else part[...] for part in parts]
     kernel, shift = _affine(*values, epsilon=float(norm.epsilon))
-    folded = nnx.clone(conv)
-    folded.kernel = nnx.Param(kernel)
-    folded.bias = nnx.data(nnx.Param(shift))
+    folded: Any = nnx.clone(conv)
+    folded.kernel = conv.kernel.replace(kernel)
+    folded.bias = nnx.data(nnx.Param(shift) if conv.bias is None else conv.bias.replace(shift))
     folded.use_bias = True
     return folded
 
@@ -114,7 +116,7 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
 
     Returns:
       pairs: the names of each convolution and the norm that it can be folded with.
-      read: the convolutions whose kernel or bias is read by more than calls of convolutions.
+      read: the layers whose parameters are read by more than such calls.
     """
     convs = replaceable_layers(model)
     norms = {k for k, v in all_modules(model).items() if type(v) in (nnx.BatchNorm, GatedNorm)}
@@ -132,11 +134,13 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
         if name not in norms:  # it may compute something else
             return call(x, *args, **kwargs)
         # A salience is of no matter either.
-        if args or kwargs or not layer.use_running_average or layer.axis not in (-1, x.ndim - 1):
+        stored = layer.use_running_average if args in ((), (None,)) else args[0]
+        masked = kwargs.get("mask") is not None
+        if stored is not True or masked or layer.axis not in (-1, x.ndim - 1):
             return nnx.BatchNorm.__call__(layer, x, *args, **kwargs)
 
         def norm(x: Any) -> Any:
-            return nnx.BatchNorm.__call__(layer, x)
+            return nnx.BatchNorm.__call__(layer, x, True)
 
         norm.__name__ = _NORM + name
         return jax.jit(norm)(x)
@@ -153,8 +157,8 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
         places.setdefault(id(array), set()).add(id(var))
     layers, returned = all_modules(marked), len(jax.tree.leaves(outputs))
     read_elsewhere = set()
-    for name in convs:
-        values = jax.tree.leaves(nnx.state(layers[name], nnx.Param))
+    for name in (*convs, *norms):
+        values = jax.tree.leaves(nnx.state(layers[name], nnx.Any(nnx.Param, nnx.BatchStat)))
         own = set[int]().union(*(places[id(value)] for value in values))
         read, out = _follow(jaxpr, own)
         # What is written goes back to where it was: a transformation hands on all that it gets.
@@ -163,7 +167,7 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
     return [
         (conv, norm)
         for conv, norm in pairs
-        if calls[conv] == calls[norm] == 1 and conv not in read_elsewhere
+        if calls[conv] == calls[norm] == 1 and not {conv, norm} & read_elsewhere
     ], read_elsewhere
 
 
@@ -171,12 +175,12 @@ def _follow(jaxpr: Any, own: set[int]) -> tuple[bool, list[int]]:
     """Follows variables, given by their ids, through a program that may hand them on.
 
     Returns:
-      read: whether anything but a marked convolution reads one, or it is not clear.
+      read: whether anything but the marked layers reads one, or it is not clear.
       out: which of the program's outputs are one of them, as it came in.
     """
     for eqn in jaxpr.eqns:
         places = [i for i, read in enumerate(eqn.invars) if id(read) in own]
-        if not places or str(eqn.params.get("name", "")).startswith(_CONV):
+        if not places or str(eqn.params.get("name", "")).startswith((_CONV, _NORM)):
             continue
         within = bodies(eqn)
         before = 1 if eqn.primitive.name == "cond" else 0  # which branch to take

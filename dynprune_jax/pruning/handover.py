@@ -5,6 +5,7 @@ And what every module here that stands in for another needs: to take over all th
 
 from typing import Any
 
+import jax
 import jax.extend.core
 from flax import nnx
 from jaxtyping import Array, Float
@@ -17,6 +18,31 @@ def take_over(new: nnx.Module, old: nnx.Module) -> None:
     for name, value in vars(old).items():
         if not name.startswith("_"):  # names with an underscore belong to NNX's own machinery
             setattr(new, name, value)
+
+
+class Absent(jax.ShapeDtypeStruct):
+    """Where a parameter was of which nobody reads more than its shape and dtype."""
+
+    @property
+    def value(self) -> "Absent":
+        """For code that asks what is behind it."""
+        return self
+
+    def get_value(self) -> "Absent":
+        """The same."""
+        return self
+
+    def __getitem__(self, index: Any) -> "Absent":
+        if index is not ...:
+            raise TypeError("a part of a parameter that is not there any more was asked for")
+        return self
+
+
+def absent(parameter: Any) -> Any:
+    """What takes the place of a parameter."""
+    if parameter is None:
+        return None
+    return nnx.static(Absent(parameter.shape, parameter.dtype))
 
 
 class Handover:
@@ -125,10 +151,12 @@ class GatedNorm(nnx.BatchNorm):
         take_over(self, norm)
         self.handover = nnx.static(handover)
         if start is not None:
-            scale = 1.0 if self.scale is None else self.scale[...]
-            self.scale = nnx.data(nnx.Param(scale / start))
+            if self.scale is None:
+                self.scale = nnx.data(nnx.Param(1.0 / start))
+            else:
+                self.scale = _divided(self.scale, start)
             if self.bias is not None:
-                self.bias = nnx.Param(self.bias[...] / start)
+                self.bias = _divided(self.bias, start)
 
     def __call__(
         self,
@@ -144,3 +172,8 @@ class GatedNorm(nnx.BatchNorm):
         """
         wanted = self.handover.take(x)
         return wanted.apply_to_output(super().__call__(x, use_running_average, mask=mask))
+
+
+def _divided(parameter: Any, start: Float[Array, " features"]) -> Any:
+    """A parameter like another, of its kind and dtype."""
+    return parameter.replace((parameter[...] / start).astype(parameter.dtype))

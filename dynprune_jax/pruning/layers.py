@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from dynprune_jax.convolution import convolve
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
@@ -63,13 +64,14 @@ def conv_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
 def replaceable_layers(model: nnx.Module) -> dict[str, nnx.Conv]:
     """The convolutions that another execution may take the place of, by name, in order.
 
-    Not those that compute with a function of their own, nor those that are `rewritten`.
+    Not those that compute or promote with a function of their own, nor those `rewritten`.
     """
     around = rewritten(model)
     return {
         name: conv
         for name, conv in conv_layers(model).items()
         if conv.conv_general_dilated in (jax.lax.conv_general_dilated, convolve)
+        and conv.promote_dtype is promote_dtype
         and not name.startswith(around)
     }
 

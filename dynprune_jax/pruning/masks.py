@@ -166,7 +166,7 @@ def _threshold_by_search(
         reach_higher = jnp.sum(keys >= higher[..., None], axis=-1, dtype=jnp.int32)
         return jnp.where(reach_higher >= count, higher, threshold)
 
-    return jax.lax.fori_loop(0, 32, settle_one_bit, jnp.zeros(keys.shape[:-1], jnp.uint32))
+    return jax.lax.fori_loop(0, 32, settle_one_bit, jnp.zeros_like(keys[..., 0]))  # sharded alike
 
 
 def _threshold_by_sort(

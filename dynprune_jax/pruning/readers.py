@@ -56,8 +56,7 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
     Of each normalization two halves are tried, in evaluation.
 
     Args:
-      model: any NNX model without gates, whose normalizations are called with their map alone; it
-        is left as it is.
+      model: any NNX model without gates; it is left as it is.
       images: a batch, `(batch, height, width, channels)`, or its shape and dtype, or a pytree that
         holds one; a small one will do.
       *others: what else the model is called with.

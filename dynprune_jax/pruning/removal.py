@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from dynprune_jax.pruning.calls import batch_of
 from dynprune_jax.pruning.dynamic_conv import is_depthwise
 from dynprune_jax.pruning.layers import all_modules, replaceable_layers, rewritten
 from dynprune_jax.pruning.masks import plain_kept_count
@@ -104,7 +105,7 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
     Args:
       model: any NNX model without gates, called with images alone.
       links: from `find_links`.
-      image: a batch of one, or its shape and dtype.
+      image: a batch of one, or its shape and dtype, or a pytree that holds one.
 
     Returns:
       Those links, as they are.
@@ -165,7 +166,7 @@ def try_removal(model: nnx.Module, links: Links, ratios: Mapping[str, float], im
       model: any NNX model without gates, called with images alone; it is left as it is.
       links: from `removable`.
       ratios: by convolution, as for `remove_filters`.
-      image: a batch of one, or its shape and dtype.
+      image: a batch of one, or its shape and dtype, or a pytree that holds one.
 
     Raises:
       ValueError: if it does not.
@@ -180,8 +181,8 @@ def try_removal(model: nnx.Module, links: Links, ratios: Mapping[str, float], im
     for layer in layers.values():  # the fewer roundings, the less is hidden by them
         if getattr(layer, "dtype", None) is not None:
             layer.dtype = jnp.float32
-    close = 1e-3 if image.dtype == jnp.float32 else 1e-2  # code around the layers may round
-    image = drawn(rng, image, weight=False)
+    close = 1e-3 if batch_of(image).dtype == jnp.float32 else 1e-2  # code around layers may round
+    image = jax.tree.map(lambda part: drawn(rng, part, weight=False), image)
     call = nnx.jit(lambda model, image: model(image))
     for _ in range(_TRIALS):
         scores = {name: rng.random(layers[name].out_features) for name in links}
@@ -197,9 +198,16 @@ def try_removal(model: nnx.Module, links: Links, ratios: Mapping[str, float], im
         except Exception as error:  # whatever code of somebody else's raises
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(f"{said}: {reason}") from error
-        atol = close * np.max(np.abs(expected))
-        if not np.allclose(found, expected, rtol=0, atol=atol, equal_nan=True):
+        answers = [jax.tree.leaves(outputs) for outputs in (found, expected)]
+        if not all(_near(one, other, close) for one, other in zip(*answers, strict=True)):
             raise ValueError(f"{said}: without them it answers as another model")
+
+
+def _near(found: Any, expected: Any, close: float) -> bool:
+    if found.shape != expected.shape:
+        return False
+    atol = close * np.max(np.abs(expected), initial=0)
+    return np.allclose(found, expected, rtol=0, atol=atol, equal_nan=True)
 
 
 def _variables(layer: Any) -> list[Any]:
