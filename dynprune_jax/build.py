@@ -18,6 +18,8 @@ from dynprune_jax.data.sources import Dataset, load_dataset
 from dynprune_jax.errors import UserError
 from dynprune_jax.models import links as known_links
 from dynprune_jax.pruning.attention import CRITERIA, STATISTICS
+from dynprune_jax.pruning.layers import dynamic_layers
+from dynprune_jax.pruning.masks import plain_kept_count
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.readers import Links, find_links
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
@@ -27,7 +29,7 @@ def build_dataset(config: Config) -> Dataset:
     """Opens the data set, and prepares it if need be; no image is read yet.
 
     Raises:
-      UserError: if it cannot be had, or the batch, the mean or the deviation does not fit it.
+      UserError: if it cannot be had, or the batch does not fit it.
     """
     data = config.data
     dataset = load_dataset(
@@ -50,12 +52,6 @@ def build_dataset(config: Config) -> Dataset:
         )
     if dataset.num_classes < 2:
         raise UserError(f"config.data.name is {data.name!r}; it has one class, and two are needed")
-    for field in ("mean", "std"):
-        if len(data[field]) not in (1, dataset.channels):
-            raise UserError(
-                f"config.data.{field} has {len(data[field])} values; {data.name} has"
-                f" {dataset.channels} channels: give one value, or one for each"
-            )
     return dataset
 
 
@@ -68,9 +64,16 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
       channels: of the images.
 
     Raises:
-      UserError: if there is no such model, it cannot take images of this size, or it is one of
-        somebody's own that is not called or does not answer as ours are, or cannot be counted.
+      UserError: if there is no such model, it cannot take images of this size, the mean or the
+        deviation does not fit their channels, or it is one of somebody's own that is not called or
+        does not answer as ours are, or cannot be counted.
     """
+    for field in ("mean", "std"):
+        if len(config.data[field]) not in (1, channels):
+            raise UserError(
+                f"config.data.{field} has {len(config.data[field])} values; {config.data.name} has"
+                f" {channels} channels: give one value, or one for each"
+            )
     options = {
         "in_channels": channels,
         "image_size": config.data.image_size,
@@ -150,8 +153,11 @@ def own_factory(name: str) -> Callable[..., Any]:
             f"{said}there is no module {error.name!r} in the current folder, in PYTHONPATH or"
             " among what is installed"
         ) from error
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(said + str(error)) from error
+    except Exception as error:  # of code that is not ours its traceback says more than a line
+        error.add_note(f"{said}{module} raised this when it was imported")
+        raise
     if not callable(factory):
         raise UserError(f"{said}it is of type {type(factory).__name__}, and must be a function")
     return factory
@@ -215,7 +221,7 @@ def build_dynamic(config: Config, model: nnx.Module, links: Links) -> nnx.Module
         if given and len(given) != blocks:
             raise UserError(
                 f"config.gate.{field} is {given}; {config.model} has {blocks} blocks:"
-                f" give a tuple of {blocks} ratios in [0, 1), or ()"
+                f" give a tuple of {blocks} ratios, or ()"
             )
         # A ratio of 0 needs no gate, and a gate not there costs nothing.
         ratios[field] = [ratio or None for ratio in given] if any(given) else None
@@ -242,6 +248,33 @@ def build_dynamic(config: Config, model: nnx.Module, links: Links) -> nnx.Module
         )
     except ValueError as error:
         raise UserError(f"config.gate: {error}") from error
+
+
+def check_gates(config: Config, dynamic: nnx.Module | None, channels: int) -> None:
+    """Raises UserError where a model has gates, and none of them skips anything at its ratio.
+
+    Args:
+      config: that it was built from.
+      dynamic: from `build_dynamic`, with numbers; None: there is none.
+      channels: of the images.
+    """
+    if dynamic is None:
+        return
+    gates = dynamic_layers(dynamic).values()
+    counted = [(g.channel_ratio, g.in_features // g.group_size(g.in_features)) for g in gates]
+    counted += [(g.feature_ratio, g.out_features // g.feature_group) for g in gates]
+    if any(r is not None and plain_kept_count(float(r[...]), n) < n for r, n in counted):
+        return
+    evaluated = nnx.clone(dynamic)  # of columns the maps tell how many there are
+    evaluated.eval()
+    _, usage = nnx.jit(measure)(evaluated, one_image(config, channels))
+    if usage.mac_reduction == 0.0:
+        raise UserError(
+            f"config.gate.channel_ratio is {config.gate.channel_ratio} and config.gate.column_ratio"
+            f" is {config.gate.column_ratio}; no map has enough channels or columns (in groups of"
+            f" {config.gate.channel_group} and patches of {config.gate.column_patch}) to skip any:"
+            " give higher ratios"
+        )
 
 
 def one_image(config: Config, channels: int) -> Float[Array, "1 side side channels"]:

@@ -254,9 +254,10 @@ def is_own(model: str) -> bool:
 
 
 _SEED = (lambda value: 0 <= value < 2**31, "it must be in [0, 2**31)")
+_RATIO = (lambda value: 0 <= value <= 0.999, "it must be in [0, 0.999]")  # in float32 below 1
 _FRACTION = (lambda value: 0 <= value <= 1, "it must be in [0, 1]")
 _PART = (lambda value: 0 < value < 1, "it must be in (0, 1)")
-_METHOD = (bool, "it must be a name of experiments/study.py")
+_METHOD = (bool, "it must be a name of experiments/methods.py")
 _PATH = (lambda value: not os.path.expanduser(value).startswith("~"), "there is no such user")
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": _SEED,
@@ -272,7 +273,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"choose one of {', '.join(sorted(models.__all__))}, or a factory of your own as"
         " MODULE:NAME",
     ),
-    "width": _above(0.0, 1000.0),
+    "width": _in(0.01, 1000.0),
     "data.name": (bool, "it must name a data set, such as digits"),
     "data.path": _PATH,
     "data.archive": _PATH,
@@ -288,16 +289,18 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.cutout": _at_least(0),
     "data.memory_limit_mb": _at_least(0),
     "data.threads": _in(0, 1025),
-    "gate.channel_ratio": _each(_in(0.0, 1.0)),
-    "gate.column_ratio": _each(_in(0.0, 1.0)),
+    "gate.channel_ratio": _each(_RATIO),
+    "gate.column_ratio": _each(_RATIO),
     "gate.layers": _each((bool, "it must be a pattern of layer names"), str),
     "gate.kind": _one_of("attention", "predicted"),
+    "gate.channel_group": _at_least(1),
+    "gate.column_patch": _at_least(1),
     "gate.statistic": _one_of(*STATISTICS),
     "gate.criterion": _one_of(*CRITERIA),
     "gate.salience_rate": _above(0.0, 1000.0),
     "gate.drop_probability": _FRACTION,
     "ascent.warmup": _in(0.0, 1.0),
-    "ascent.increment": _at_least(1e-6),
+    "ascent.increment": (lambda value: 1e-6 <= value <= 1, "it must be in [1e-6, 1]"),
     "ascent.interval_epochs": _above(0.0, 100_000.0),
     "ascent.lowest_fraction": _FRACTION,
     "dense.epochs": _in(0, 100_000),
@@ -309,14 +312,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prune.start": _one_of("dense", "checkpoint", "scratch"),
     "prune.checkpoint": _PATH,
     "prune.distillation": _FRACTION,
-    "prune.temperature": _above(0.0, 1000.0),
+    "prune.temperature": _in(0.01, 1000.0),
     "prune.recalibration_images": _at_least(0),
     "optim.momentum": _in(0.0, 1.0),
-    "optim.weight_decay": _at_least(0.0),
+    "optim.weight_decay": _in(0.0, 1000.0),
     "optim.label_smoothing": _in(0.0, 1.0),
     "cascade.shares": _each(_PART),
     "sweep.fractions": _each(_FRACTION),
-    "sensitivity.ratios": _each(_in(0.0, 1.0)),
+    "sensitivity.ratios": _each(_RATIO),
     "study.seeds": _each(_SEED, int),
     "study.cuts": _each(_PART),
     "study.methods": _each(_METHOD, str),
@@ -324,11 +327,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "study.ablation_cut": _PART,
     "static.criterion": _one_of(*FILTER_CRITERIA),
     "static.allotment": _one_of("uniform", "gate"),
-    "gate.channel_group": _at_least(1),
-    "gate.column_patch": _at_least(1),
     "benchmark.repeats": _at_least(3),
-    "benchmark.batch_sizes": _each(_at_least(1), int),
-    "benchmark.ratios": _each(_in(0.0, 1.0)),
+    "benchmark.batch_sizes": _each(_in(1, 2**20), int),
+    "benchmark.ratios": _each(_RATIO),
 }
 
 

@@ -66,7 +66,7 @@ _MACHINE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ESTALE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
-_NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # what XLA's messages say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,13 +96,14 @@ def main(argv: Sequence[str]) -> int:
             raise
         return _say(f"{error}; mend that, and the same command goes on", 2)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and _NO_MEMORY not in str(error):
+        told = isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY)
+        if not told:
             raise
         said = f" ({str(error).splitlines()[0]:.200})" if str(error) else ""
         return _say(
             f"out of memory{said}; lower config.eval_batch_size, or in a new workdir"
             " config.batch_size, config.data.memory_limit_mb, config.data.image_size or"
-            " config.width",
+            " config.width, and of what is timed config.benchmark.batch_sizes",
             2,
         )
     except Stopped as stopped:

@@ -29,7 +29,7 @@ def provenance(run: Run) -> dict[str, Any]:
             "held_out": run.config.data.held_out,  # not 0: these are no test examples
         },
         # Not 0: batch statistics were made anew before each evaluation of a network with gates.
-        "recalibration_images": run.config.prune.recalibration_images,
+        "recalibration_images": run.recalibration_images,
         "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

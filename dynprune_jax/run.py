@@ -25,6 +25,7 @@ from dynprune_jax.build import (
     build_dynamic,
     build_links,
     build_model,
+    check_gates,
     evaluation_images,
     one_image,
     own_factory,
@@ -88,7 +89,7 @@ class Run:
     def open(cls, config: Config, workdir: str | os.PathLike) -> "Run":
         """Checks what can be checked before anything is written to the work directory.
 
-        But not how fast the ratios rise, see `check_ascent`: not all that has a config trains.
+        But not how fast the ratios rise, for evaluation and timing do without: `check_ascent`.
 
         Raises:
           UserError: for any mistake in the config, the data or the work directory.
@@ -106,6 +107,7 @@ class Run:
         dataset = build_dataset(config)
         model, dynamic_model, links = _build_both(config, dataset.num_classes, dataset.channels)
         dynamic = Network(dynamic_model) if dynamic_model is not None else None
+        check_gates(config, dynamic_model, dataset.channels)
         mesh = sharding.data_mesh()
         return cls(config, folder, mesh, dataset, model, Network(model), dynamic, links)
 
@@ -296,11 +298,16 @@ class Run:
     def _statistics(self) -> dict[Network, Callable[..., Values]]:
         return {}  # compiled once for each network
 
+    @property
+    def recalibration_images(self) -> int:
+        """How many training images `recalibrated` takes, of those that there are."""
+        return min(self.config.prune.recalibration_images, len(self.dataset.train))
+
     @functools.cached_property
     def _recalibration_batches(self) -> list[Any]:
         """Training images as they are stored."""
         split = self.dataset.train
-        images = min(self.config.prune.recalibration_images, len(split))
+        images = self.recalibration_images
         size = min(self.config.eval_batch_size, images)
         order = np.random.default_rng(0).permutation(len(split))
         starts = range(0, images - size + 1, size)
@@ -414,8 +421,13 @@ class Run:
         """
         folder = _folder(self.workdir, "dense")
         own = any(path.name.isdecimal() for path in folder.glob("*"))  # not one half saved
-        source = self.workdir if own else Path(self.config.prune.checkpoint).expanduser()
-        return self._read(source, "dense")
+        if own:
+            return self._read(self.workdir, "dense")
+        checkpoint = self.config.prune.checkpoint
+        try:
+            return self._read(Path(checkpoint).expanduser(), "dense")
+        except (UserError, OSError) as error:  # a name too long, for one
+            raise UserError(f"config.prune.checkpoint is {checkpoint!r}: {error}") from error
 
     def _read(self, workdir: Path, phase: str) -> TrainState:
         folder = _folder(workdir, phase)

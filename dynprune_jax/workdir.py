@@ -93,10 +93,11 @@ def check_workdir(config: Config, workdir: Path, free: Collection[str] = FREE_FI
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"--workdir={workdir} is a file; give a folder")
         if not path.exists():
-            if (workdir / "checkpoints").exists():
-                raise UserError(
-                    f"--workdir={workdir} holds checkpoints and no config.json; give another"
-                )
+            for name in ("checkpoints", "metrics.jsonl"):
+                if (workdir / name).exists():
+                    raise UserError(
+                        f"--workdir={workdir} holds {name} and no config.json; give another"
+                    )
             return
     except (OSError, ValueError) as error:  # a name too long, or one that no file can have
         raise UserError(f"--workdir={str(workdir)!r} cannot be a folder: {error}") from error

@@ -171,6 +171,7 @@ def test_it_is_the_factory_that_draws_the_weights(config):
         ("no_such_module:own", "there is no module 'no_such_module' in the current folder, in PY"),
         ("test_build.py:own", "there is no module 'test_build.py' in the current"),
         ("broken:own", r"'broken:own'; broken cannot be imported: No module named 'numpyy'"),
+        ("unfinished:own", r"'unfinished:own'; .*\(unfinished.py, line 1\)"),
         ("test_build:nothing", "config.model is 'test_build:nothing'; .*no attribute 'nothing'"),
         ("test_build:TEXT", "'test_build:TEXT'; it is of type str, and must be a function"),
         (
@@ -194,6 +195,7 @@ def test_it_is_the_factory_that_draws_the_weights(config):
 )
 def test_what_is_wrong_with_it_is_said(config, tmp_path, monkeypatch, model, message):
     (tmp_path / "broken.py").write_text("import numpyy")
+    (tmp_path / "unfinished.py").write_text("def own(:")
     monkeypatch.syspath_prepend(tmp_path)
     config.model = model
     with pytest.raises(UserError, match=message):
@@ -234,6 +236,15 @@ def test_an_error_of_ones_own_code_says_whose_it_is(config, model, told):
     with pytest.raises((RuntimeError, TypeError)) as error:
         build_model(config, 10, 1)
     assert told in error.value.__notes__[-1]
+
+
+def test_an_error_of_ones_own_module_says_whose_it_is(config, tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text("raise RuntimeError('oh no')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config.model = "failing:own"
+    with pytest.raises(RuntimeError, match="oh no") as error:
+        build_model(config, 10, 1)
+    assert error.value.__notes__[-1].endswith("failing raised this when it was imported")
 
 
 def test_what_is_known_of_our_models_alone_is_not_guessed(config, tmp_path):

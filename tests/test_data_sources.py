@@ -338,6 +338,8 @@ MISTAKES = [
     (lambda root: truncate(root / "test/cat/3.png"), "test/cat/3.png: not a readable image"),
     (lambda root: (root / "test/cat/x.png").symlink_to("nowhere"), "test/cat/x.png: cannot be"),
     (lambda root: (root / "test/cat/x.png").mkdir(), "test/cat/x.png: not a readable image"),
+    (lambda root: os.mkfifo(root / "test/cat/0.png"), "test/cat/0.png: not a readable image: it"),
+    (lambda root: (root / "test/c\nt").mkdir(), "a class folder needs a name of characters"),
 ]
 
 

@@ -77,6 +77,12 @@ def study_folder(tmp_path):
     return []
 
 
+def metrics_of_somebody(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("my own notes\n", encoding="utf-8")
+    return []
+
+
 def checkpoints_without_config(tmp_path):
     (tmp_path / "out" / "checkpoints").mkdir(parents=True)
     return []
@@ -142,7 +148,8 @@ MISTAKES = {
     "word in a tuple": (["--config.data.mean=('a',)"], "config.data.mean is .*'a'"),
     "batch of nothing": (["--config.batch_size=0"], "config.batch_size is 0; .*at least 1"),
     "huge image": (["--config.data.image_size=99999999999"], r"image_size is 9+; .*\[1, 16384\)"),
-    "huge width": (["--config.width=1e300"], r"width is 1e\+300; it must be in \(0.0, 1000.0\]"),
+    "no width": (["--config.width=1e-9"], "width is 1e-09; it must be in"),
+    "huge width": (["--config.width=1e300"], r"width is 1e\+300; it must be in \[0.01, 1000.0\)"),
     "patch of everything": (
         ["--config.gate.column_patch=16", "--config.gate.column_ratio=(.1,.1,.1)"],
         "column_patch is 16; it must be less than config.data.image_size, 16",
@@ -151,8 +158,33 @@ MISTAKES = {
     "unknown dtype": (["--config.dtype=float16"], "'float16'; choose one of float32, bfloat16"),
     "unknown model": (["--config.model=vgg17"], "config.model is 'vgg17'; choose one of .*vgg16"),
     "unknown criterion": (["--config.gate.criterion=best"], "'best'; choose one of attention"),
-    "ratio of 1": (["--config.gate.channel_ratio=(.2,.4,1.)"], r"channel_ratio.*\[0.0, 1.0\)"),
-    "negative ratio": (["--config.gate.column_ratio=(.2,-.1,.3)"], r"column_ratio.*\[0.0, 1.0\)"),
+    "ratio that is 1 in float32": (
+        ["--config.gate.channel_ratio=(.2,.4,.9999999999)"],
+        r"channel_ratio.*\[0, 0.999\]",
+    ),
+    "ratios below one channel": (
+        ["--config.gate.channel_ratio=(1e-9,1e-9,1e-9)", "--config.gate.column_ratio=()"],
+        "no map has enough channels or columns .* to skip any: give higher ratios",
+    ),
+    "ratios below one group": (
+        [
+            "--config.gate.channel_ratio=(.2,.2,.1)",
+            "--config.gate.column_ratio=()",
+            "--config.gate.channel_group=8",
+            "--config.width=.25",
+        ],
+        r"\(in groups of 8 and patches of 1\) to skip any",
+    ),
+    "ratios below one patch": (
+        [
+            "--config.gate.channel_ratio=()",
+            "--config.gate.column_ratio=(.2,.2,.2)",
+            "--config.gate.column_patch=15",
+        ],
+        r"\(in groups of 1 and patches of 15\) to skip any",
+    ),
+    "ratio of 1": (["--config.gate.channel_ratio=(.2,.4,1.)"], r"channel_ratio.*\[0, 0.999\]"),
+    "negative ratio": (["--config.gate.column_ratio=(.2,-.1,.3)"], r"column_ratio.*\[0, 0.999\]"),
     "ratio for a tuple": (["--config.gate.channel_ratio=0.5"], "vgg_digits has 3 blocks"),
     "tuple too long": (["--config.gate.channel_ratio=(.1,.1,.1,.1,.1)"], "has 3 blocks: give"),
     "ratio that is no number": (
@@ -183,11 +215,11 @@ MISTAKES = {
     "channel group of 0": (["--config.gate.channel_group=0"], r"channel_group is 0; .*at least 1"),
     "batch size of 0": (
         ["--config.benchmark.batch_sizes=(0,)"],
-        r"batch_sizes is \(0,\).*at least",
+        r"batch_sizes is \(0,\).*\[1, 1048576\)",
     ),
     "no seeds": (["--config.study.seeds=()"], r"study\.seeds is \(\); give at least one"),
     "no batch size": (["--config.benchmark.batch_sizes=()"], r"batch_sizes is \(\); give"),
-    "timed ratio of 1": (["--config.benchmark.ratios=(1.0,)"], r"benchmark.ratios.*\[0.0, 1.0\)"),
+    "timed ratio of 1": (["--config.benchmark.ratios=(1.0,)"], r"benchmark.ratios.*\[0, 0.999\]"),
     "drop probability of 2": (["--config.gate.drop_probability=2."], r"drop_probability.*\[0, 1\]"),
     "ascent that never arrives": (
         ["--config.ascent.interval_epochs=90"],
@@ -288,6 +320,11 @@ MISTAKES = {
         "is a study's; give a run a folder of its own",
     ),
     "workdir with stray checkpoints": (checkpoints_without_config, "no config.json"),
+    "workdir with somebody's metrics": (metrics_of_somebody, "holds metrics.jsonl and no config"),
+    "benchmark in another config's": (
+        lambda p: [*other_run(p), "--mode=benchmark"],
+        "is of another config: config.batch_size is 7",
+    ),
     "config.json is a folder": (folder_for_config, "config.json is not a config"),
     "workdir with an impossible name": ([f"--workdir={'x' * 300}"], "cannot be a folder"),
     "evaluation of nothing": (["--mode=evaluate"], "holds no trained network"),
@@ -308,6 +345,24 @@ MISTAKES = {
         "distillation is 0.5 and there is no dense network to learn from",
     ),
     "distillation of 2": (["--config.prune.distillation=2."], r"distillation is 2.0; .*\[0, 1\]"),
+    "temperature of nothing": (
+        ["--config.prune.temperature=1e-30"],
+        r"temperature is 1e-30; .*\[0.01, ",
+    ),
+    "ascent in one leap": (["--config.ascent.increment=1e39"], r"increment is 1e\+39; .* 1\]"),
+    "checkpoint that is not there": (
+        ["--config.prune.start=checkpoint", "--config.prune.checkpoint=none"],
+        "config.prune.checkpoint is 'none': none holds no trained network",
+    ),
+    "checkpoint of an impossible name": (
+        ["--config.prune.start=checkpoint", f"--config.prune.checkpoint={'x' * 300}"],
+        "config.prune.checkpoint is 'x+': .*File name too long",
+    ),
+    "data far away": (["--config.data.data_dir=gs://foo"], "digits is prepared in a local folder"),
+    "benchmark of another channel's mean": (
+        ["--mode=benchmark", "--config.data.mean=(.1,.2,.3)"],
+        "config.data.mean has 3 values; digits has 1 channels",
+    ),
     "momentum of 1": (["--config.optim.momentum=1."], r"momentum is 1.0; .*\[0.0, 1.0\)"),
 }
 

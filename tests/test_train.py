@@ -29,6 +29,7 @@ from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.feed import Feed, ratio_schedule
 from dynprune_jax.network import Network
+from dynprune_jax.provenance import provenance
 from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
@@ -797,10 +798,12 @@ def test_evaluating_again_keeps_what_was_told_of_the_training(config, tmp_path):
 def test_a_report_says_what_it_was_measured_on(config, tmp_path):
     config.data.test_examples, config.data.held_out = 0, 28
     config.prune.recalibration_images = 40
-    found = report_lib.provenance(Run.open(config, tmp_path))
+    found = provenance(Run.open(config, tmp_path))
     sizes = {"train_examples": 100, "test_examples": 28, "held_out": 28}
     assert found["data"] == {"name": "digits", "classes": 10, **sizes}
     assert found["recalibration_images"] == 40
+    config.prune.recalibration_images = 2000  # of those that there are
+    assert provenance(Run.open(config, tmp_path))["recalibration_images"] == 100
 
 
 def test_a_work_directory_is_made_empty(tmp_path):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from stat import S_ISREG
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -97,7 +98,10 @@ def _list_split(
         if not entry.is_dir():
             continue
         if not entry.name.isprintable():
-            raise UserError(f"{entry.path!r}: a class folder needs a name in UTF-8")
+            raise UserError(
+                f"{entry.path!r}: a class folder needs a name of characters in UTF-8 that can be"
+                " printed"
+            )
         # Not recursive, so a loop of symbolic links has no end to miss.
         images = [
             (f"{folder}/{entry.name}/{file.name}", *_size_and_time(file))
@@ -136,10 +140,12 @@ def _content(path: str) -> bytes:
 
 def _size_and_time(file: os.DirEntry[str]) -> tuple[int, int]:
     try:
-        stat = file.stat()
+        found = file.stat()
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns
+    if not S_ISREG(found.st_mode):  # from a pipe nothing may ever come
+        raise UserError(f"{file.path}: not a readable image: it is no file")
+    return found.st_size, found.st_mtime_ns
 
 
 class ClassFolders(RecordBuilder, skip_registration=True):

@@ -203,6 +203,8 @@ def load_dataset(
         raise UserError(f"config.data.archive={archive}: there is no such file")
     root = data_root(data_dir)
     if name in _OWN:
+        if "://" in root:
+            raise UserError(f"config.data.data_dir={root}: {name} is prepared in a local folder")
         source = {key: given for key, given in (("path", path), ("archive", archive)) if given}
         builder = prepare(lambda: _OWN[name](data_dir=root, **source))
     else:

@@ -37,7 +37,7 @@ from dynprune_jax.pruning.plan import Plan
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.removal import allot, remove_filters
 from dynprune_jax.run import Run
-from dynprune_jax.workdir import folder_of, make_folder, refuse_study
+from dynprune_jax.workdir import check_workdir, folder_of, make_folder, refuse_study
 from dynprune_jax.writers import say, screen, write_json
 
 # Of fresh weights, for data sets that need not be at hand: (classes, channels).
@@ -81,6 +81,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         )
     processes.check_alone("benchmark")
     folder = folder_of(workdir)
+    check_workdir(config, folder)
     refuse_study(folder)
     model, channels = _trained_or_fresh(config, folder)
     model.eval()

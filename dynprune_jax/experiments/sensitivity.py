@@ -78,7 +78,7 @@ def sensitivity(config: Config, workdir: str | os.PathLike) -> list[dict[str, An
                     "accuracy": result.accuracy,
                     "mac_reduction": result.usage.mac_reduction,
                     "executed_mac_reduction": result.usage.executed_mac_reduction,
-                    "recalibration_images": config.prune.recalibration_images,
+                    "recalibration_images": run.recalibration_images,
                 }
             )
     write_json(run.workdir / "sensitivity.json", rows)

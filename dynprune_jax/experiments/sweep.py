@@ -35,7 +35,7 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     trained = run.finished_weights()
     targets = dynamic.values(PruneRatio)
     networks = {criterion: run.network_with(criterion) for criterion in CRITERIA}
-    points = list(itertools.product(networks, trained, config.sweep.fractions))
+    points = list(itertools.product(networks, trained, dict.fromkeys(config.sweep.fractions)))
     rows = []
     with progress_bar("evaluating") as progress:
         for done, (criterion, weights, fraction) in enumerate(points):
@@ -50,7 +50,7 @@ def sweep(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
                     "accuracy": result.accuracy,
                     "mac_reduction": result.usage.mac_reduction,
                     "executed_mac_reduction": result.usage.executed_mac_reduction,
-                    "recalibration_images": config.prune.recalibration_images,
+                    "recalibration_images": run.recalibration_images,
                 }
             )
     write_json(run.workdir / "sweep.json", rows)
