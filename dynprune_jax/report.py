@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.table
 from jaxtyping import UInt8
@@ -13,7 +12,6 @@ from jaxtyping import UInt8
 from dynprune_jax import plots, processes
 from dynprune_jax.build import evaluation_images
 from dynprune_jax.checkpoint import tree_digest
-from dynprune_jax.data.augment import center_crop
 from dynprune_jax.evaluate import Evaluation, cascaded
 from dynprune_jax.network import Network, Values
 from dynprune_jax.provenance import provenance
@@ -138,17 +136,16 @@ def _draw(run: Run, report: dict[str, Any], shown: Evaluation, values: Values) -
     if run.dynamic is not None:
         last = len(run.dataset.test) - 1  # evenly spread: a set may be in the order of classes
         pictured = np.unique(np.linspace(0, last, _PICTURED_IMAGES).round().astype(int))
-        images, _ = run.dataset.test.read(pictured)
+        images, _ = run.pictures(pictured)
         masks = _kept_columns(run, run.dynamic, values, images)
-        seen = center_crop(jnp.asarray(images), run.config.data.image_size)
-        plots.save(plots.kept_columns_figure(np.asarray(seen), masks), folder / "kept_columns.png")
+        plots.save(plots.kept_columns_figure(images, masks), folder / "kept_columns.png")
 
 
 def _kept_columns(
     run: Run,
     network: Network,
     values: Values,
-    images: UInt8[np.ndarray, "batch stored stored channels"],
+    images: UInt8[np.ndarray, "batch side side channels"],
 ) -> dict[str, np.ndarray]:
     """The columns that each layer with a gate on columns keeps: bool (batch, height, width)."""
 

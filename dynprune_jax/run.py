@@ -6,16 +6,17 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
@@ -33,6 +34,7 @@ from dynprune_jax.build import (
 )
 from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.config import Config
+from dynprune_jax.data.augment import center_crop
 from dynprune_jax.data.batches import eval_batches
 from dynprune_jax.data.sources import Dataset
 from dynprune_jax.errors import UserError
@@ -273,14 +275,7 @@ class Run:
         merged = _merged(network.settings, *values)
         if not self.config.prune.recalibration_images or not network.values(PruneRatio):
             return merged
-        if network not in self._statistics:
-
-            def statistics(values: Values, images: Any, key: Any) -> Values:
-                augmented = training_images(self.config, key, images)
-                return by_name(batch_statistics(network.bind(values), augmented))
-
-            out = sharding.whole(self.mesh)
-            self._statistics[network] = jax.jit(statistics, out_shardings=out)
+        statistics = self._statistics(network)
         placed = sharding.replicate(merged, self.mesh)
 
         def made() -> Iterator[Values]:
@@ -290,13 +285,22 @@ class Run:
             ):
                 # Whole on every device: cut up, they would depend on how many there are.
                 given = sharding.replicate(batch, self.mesh)
-                yield jax.device_get(self._statistics[network](placed, *given))
+                yield jax.device_get(statistics(placed, *given))
 
         return merged | mean_of(made())
 
     @functools.cached_property
-    def _statistics(self) -> dict[Network, Callable[..., Values]]:
-        return {}  # compiled once for each network
+    def _statistics(self) -> Callable[[Network], Callable[..., Values]]:
+        """Of a network what is compiled once: values, images and a key to batch statistics."""
+
+        def compiled(network: Network) -> Callable[..., Values]:
+            def statistics(values: Values, images: Any, key: Any) -> Values:
+                augmented = training_images(self.config, key, images)
+                return by_name(batch_statistics(network.bind(values), augmented))
+
+            return jax.jit(statistics, out_shardings=sharding.whole(self.mesh))
+
+        return functools.cache(compiled)
 
     @property
     def recalibration_images(self) -> int:
@@ -316,17 +320,26 @@ class Run:
     def _evaluate_on(
         self, batches: Iterable[tuple[Any, Any, Any]], network: Network, *values: Mapping[str, Any]
     ) -> Evaluation:
-        evaluator = self._evaluators.get(network)
-        if evaluator is None:
-            prepare = functools.partial(evaluation_images, self.config)
-            evaluator = make_evaluator(network, prepare, sharding.whole(self.mesh))
-            self._evaluators[network] = evaluator
         merged = _merged(network.settings, *values)
-        return evaluate(evaluator, sharding.replicate(merged, self.mesh), batches)
+        return evaluate(self._evaluator(network), sharding.replicate(merged, self.mesh), batches)
 
     @functools.cached_property
-    def _evaluators(self) -> dict[Network, Evaluator]:
-        return {}  # compiled once for each network
+    def _evaluator(self) -> Callable[[Network], Evaluator]:
+        """Of a network what is compiled once."""
+        prepare = functools.partial(evaluation_images, self.config)
+        out = sharding.whole(self.mesh)
+        return functools.cache(lambda network: make_evaluator(network, prepare, out))
+
+    def pictures(
+        self, rows: Sequence[int] | Int[np.ndarray, " some"]
+    ) -> tuple[UInt8[np.ndarray, "some side side channels"], Int[np.ndarray, " some"]]:
+        """Test images, cut as the network sees them, and their labels.
+
+        Args:
+          rows: which, in the split's own order.
+        """
+        images, labels = self.dataset.test.read(rows)
+        return np.asarray(center_crop(jnp.asarray(images), self.config.data.image_size)), labels
 
     def _test_batches(self) -> Iterator[tuple[Any, Any, Any]]:
         """The test split in batches of one shape that the devices share, each example once."""

@@ -27,6 +27,12 @@ verb=$1
 shift
 [[ $verb != all && $verb != run || ${1:-} == --config=* ]] || usage
 
+root=$(dirname "$0")/..
+if [[ ($verb == all || $verb == install) && ! -e $root/.git ]]; then
+  echo "launch/tpu_pod.sh: $root is no git checkout, whose commit the slice would get: clone one" >&2
+  exit 2
+fi
+
 exec 3>&1 # what a dry run prints, also where the output of a command is read
 
 tpu() { # VERB ARGUMENT ...: gcloud's own verbs
@@ -49,7 +55,7 @@ create() {
 
 install() {
   local code=/tmp/$RUN.tar.gz
-  git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$code" HEAD &&
+  git -C "$root" archive --format=tar.gz --output="$code" HEAD &&
     tpu scp "$code" "$RUN:code.tar.gz" --worker=all &&
     on_workers all "set -e
 mkdir -p ~/dynprune_jax ~/runs

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,16 @@ def test_dry_runs_start_nothing():
     for done in (local, slurm, tpu):
         assert done.returncode == 0, done.stderr
         assert "(.5, .2)" in done.stdout  # an argument stays one
+
+
+def test_a_pod_needs_a_checkout_to_install(tmp_path):
+    script = tmp_path / "launch" / "tpu_pod.sh"
+    script.parent.mkdir()
+    script.write_bytes((ROOT / "launch" / "tpu_pod.sh").read_bytes())
+    script.chmod(0o755)
+    done = launch(script, "--dry-run", "all", "--config=c.py", **TPU)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"launch/tpu_pod\.sh: .* is no git checkout, .*\n", done.stderr)
 
 
 def test_local_waits_for_what_is_still_saving(tmp_path):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.table
 from flax import nnx
@@ -15,7 +14,6 @@ from flax import nnx
 from dynprune_jax import plots, processes
 from dynprune_jax.build import evaluation_images
 from dynprune_jax.config import Config
-from dynprune_jax.data.augment import center_crop
 from dynprune_jax.errors import UserError
 from dynprune_jax.evaluate import Evaluation, cascaded, threshold_of
 from dynprune_jax.experiments.timing import (
@@ -157,9 +155,8 @@ def _draw(run: Run, first: Evaluation) -> None:
     named = run.dataset.class_names
     seen = []
     for rows in chosen:
-        images, labels = run.dataset.test.read(rows)
-        cut = np.asarray(center_crop(jnp.asarray(images), run.config.data.image_size))
-        seen.append((cut, [str(named[label]) for label in labels]))
+        images, labels = run.pictures(rows)
+        seen.append((images, [str(named[label]) for label in labels]))
     plots.save(
         plots.labelled_images_figure(
             {
