@@ -9,6 +9,7 @@ from flax import nnx
 
 from dynprune_jax.pruning.calls import Images, batch_of, intercept
 from dynprune_jax.pruning.compact_conv import is_compact
+from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.layers import all_modules
 
 
@@ -38,7 +39,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
     norms = [m for m in all_modules(model).values() if isinstance(m, nnx.BatchNorm)]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no nnx.BatchNorm, and so no batch statistics")
-    if any(norm.mean is None for norm in norms):
+    if any(isinstance(norm, FoldedNorm) for norm in norms):
         raise ValueError("batch norms of this model are folded; recalibrate what it was made from")
     graph, state = nnx.split(model)
 
