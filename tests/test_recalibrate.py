@@ -36,8 +36,8 @@ def test_the_statistics_are_those_of_what_the_gates_keep():
             self.conv = nnx.Conv(6, 4, (1, 1), use_bias=False, rngs=nnx.Rngs(0))
             self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
 
-        def __call__(self, x):
-            return self.norm(self.conv(x), use_running_average=True)  # whatever its mode
+        def __call__(self, x, train):
+            return self.norm(self.conv(x), use_running_average=not train)  # whatever its mode
 
     model = make_dynamic(Net(), channel_ratio=0.5)
     batches = [jax.random.normal(jax.random.key(seed), (5, 3, 3, 6)) for seed in range(3)]
@@ -51,7 +51,7 @@ def test_the_statistics_are_those_of_what_the_gates_keep():
         y = kept.reshape(-1, 6) @ np.asarray(model.conv.kernel[...], np.float64)[0, 0]
         means.append(y.mean(axis=0))
         variances.append(y.var(axis=0))
-    recalibrate(model, batches)
+    recalibrate(model, batches, False)
     np.testing.assert_allclose(model.norm.mean[...], np.mean(means, axis=0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(model.norm.var[...], np.mean(variances, axis=0), rtol=1e-4)
 

@@ -13,7 +13,7 @@ from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.layers import all_modules
 
 
-def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
+def recalibrate(model: nnx.Module, batches: Iterable[Images], *others: Any) -> None:
     """Sets the statistics of a model's batch norms to those that images have at its ratios.
 
     What is skipped changes the mean and the variance of all maps behind it. A network that was
@@ -27,6 +27,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
       batches: of training images, `(batch, height, width, channels)` each, augmented as in
         training, for that is what the model was fitted to; some hundred images of mixed classes in
         a batch, and all of one size. The statistics are the mean of what the batches have.
+      *others: what else the model is called with.
 
     Raises:
       ValueError: for no batches, one of no images, or an array in place of several, and for a
@@ -45,7 +46,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
 
     @jax.jit
     def statistics(state: Any, images: Images) -> Any:
-        return batch_statistics(nnx.merge(graph, state), images)
+        return batch_statistics(nnx.merge(graph, state), images, *others)
 
     def made() -> Iterator[Any]:
         for images in batches:
@@ -55,12 +56,13 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images]) -> None:
     nnx.update(model, mean_of(made()))
 
 
-def batch_statistics(model: nnx.Module, images: Images) -> Any:
+def batch_statistics(model: nnx.Module, images: Images, *others: Any) -> Any:
     """The mean and the variance that each batch norm sees on a batch, in evaluation otherwise.
 
     Args:
       model: it is left as it is.
       images: what it is called with.
+      *others: the same.
 
     Returns:
       An `nnx.State` of the norms' `nnx.BatchStat`, of the same paths as the model's. Of a norm
@@ -80,7 +82,7 @@ def batch_statistics(model: nnx.Module, images: Images) -> Any:
     norms = [norm for norm in all_modules(copy).values() if isinstance(norm, nnx.BatchNorm)]
     for norm in norms:
         norm.momentum = 0.0  # nothing of what was stored before
-    copy(images)
+    copy(images, *others)
     own = {id(variable) for norm in norms for variable in (norm.mean, norm.var)}
     return nnx.state(copy, lambda _, variable: id(variable) in own)
 
