@@ -35,6 +35,13 @@ def test_the_other_statistics_by_hand():
     )
 
 
+def test_a_magnitude_is_0_only_where_there_is_nothing():
+    x = jnp.asarray([[[[3.0, -1.0, 0.0], [-3.0, -1.0, 0.0]]]])
+    magnitude = attention.magnitude
+    np.testing.assert_array_equal(attention.channel_attention(x, magnitude), [[6, 2, 0]])
+    np.testing.assert_array_equal(attention.column_attention(x, magnitude), [[[4, 4]]])
+
+
 def test_a_gate_ranks_by_its_statistic():
     x = jnp.zeros((1, 2, 2, 8)).at[0, 0, 0, 2].set(3.0).at[0, :, :, 5].set(1.0)
     conv = nnx.Conv(8, 4, (3, 3), rngs=nnx.Rngs(0))
@@ -51,7 +58,8 @@ def test_bfloat16_maps_are_ranked_in_float32():
     scores = attention.channel_attention(x)
     assert scores.dtype == jnp.float32
     assert scores[0, 1] > scores[0, 0]
-    assert attention.column_attention(x).dtype == jnp.float32
+    for statistic in (*attention.STATISTICS.values(), attention.magnitude):
+        assert attention.column_attention(x, statistic).dtype == jnp.float32
 
 
 def test_one_choice_is_shared_by_a_batch():

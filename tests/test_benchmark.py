@@ -1,14 +1,20 @@
 import functools
+import itertools
 import json
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from networks import trained
 
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _trained_or_fresh, benchmark
-from dynprune_jax.experiments.timing import summary, timed
-from dynprune_jax.pruning.layers import conv_layers
+from dynprune_jax.experiments.timing import Compiled, dense_ways, quartiles_ms, summary, timed
+from dynprune_jax.pruning.compact_conv import CompactConv
+from dynprune_jax.pruning.folding import FoldedNorm
+from dynprune_jax.pruning.forms import Form
+from dynprune_jax.pruning.layers import all_modules, conv_layers
 from dynprune_jax.pruning.plan import Plan, interleaved
 
 
@@ -99,9 +105,10 @@ def test_the_fastest_dense_way_is_timed_as_often_as_compact_however_fast_that_is
         time.sleep(seconds)
         return jnp.zeros(())
 
+    calls = itertools.count()
     ways = {
         "slow": lambda: work(0.2),
-        "fast": lambda: work(0.02),
+        "fast": lambda: work(0.3 if next(calls) == 5 else 0.02),  # something else ran
         "compact": lambda: work(0.001),
     }
     found = timed(ways, 5, beside=("slow", "fast"))
@@ -112,6 +119,32 @@ def test_the_fastest_dense_way_is_timed_as_often_as_compact_however_fast_that_is
     }
 
 
+def test_the_dense_ways_are_what_they_are_called():
+    model = trained("small_vgg", image_size=4, width=0.1)
+    model.eval()
+    names = list(conv_layers(model))
+    plan = Plan(
+        dict.fromkeys(names, Form("rows")),
+        {name: {Form(): 1.0, Form("patches"): 2.0} for name in names[:2]},
+    )
+    ways = dense_ways(model, jnp.ones((1, 4, 4, 1)), plan)
+    folded = {
+        name: isinstance(way.blocks[0].layers[0].norm, FoldedNorm) for name, way in ways.items()
+    }
+    assert [name for name in ways if not folded[name]] == ["lax.conv, norms apart"]
+    for name, forms in {
+        "matrix products": [Form("patches")] * 2,  # what has been measured
+        "best form of each layer": [Form("rows")] * 4,
+    }.items():
+        convs = [layer for layer in all_modules(ways[name]).values() if type(layer) is CompactConv]
+        assert [layer.form for layer in convs] == forms
+    x = jnp.linspace(0.0, 1.0, 16).reshape(1, 4, 4, 1)
+    by_lax = ways["lax.conv"]
+    run = Compiled(by_lax, jnp.ones((1, 4, 4, 1)))
+    np.testing.assert_allclose(run(x), by_lax(x), atol=1e-5)
+    assert not np.allclose(run(), run(x))
+
+
 def test_summary_by_hand():
     row = summary({"a": [0.9, 0.1, 0.2]}, {"compact": [0.1] * 3, "masked": [0.4] * 3}, 0.6)
     assert row["fastest_dense_ms"] == 200.0
@@ -119,6 +152,7 @@ def test_summary_by_hand():
     assert row["masked_ms"] == 400.0
     assert row["speedup"] == 2.0
     assert row["realised"] == pytest.approx(0.8)
+    assert quartiles_ms([i / 10 for i in range(1, 8)]) == pytest.approx([200.0, 600.0])
 
 
 def test_a_config_that_prunes_nothing_has_nothing_to_compare(config, tmp_path):

@@ -29,7 +29,8 @@ def images(batch, seed=0):
 def test_the_margin_by_hand():
     logits = jnp.log(jnp.array([[0.2, 0.7, 0.1], [0.4, 0.2, 0.4], [1.0, 1e-30, 1e-30]]))
     np.testing.assert_allclose(margin(logits + 5.0), [0.5, 0.0, 1.0], atol=1e-6)
-    assert margin(logits.astype(jnp.bfloat16)).dtype == jnp.float32
+    rounded = logits.astype(jnp.bfloat16)  # and nothing is rounded again
+    np.testing.assert_array_equal(margin(rounded), margin(rounded.astype(jnp.float32)))
     np.testing.assert_array_equal(margin(jnp.array([[jnp.nan, 1.0], [1.0, jnp.inf]])), [0.0, 0.0])
     with pytest.raises(ValueError, match="a margin is between two classes"):
         margin(jnp.zeros((3, 1)))
@@ -52,6 +53,13 @@ def test_the_second_network_sees_what_the_first_is_unsure_of(batch, chunk, share
     ]
     found = call(Cascade(first, second, threshold, chunk), x)
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
+
+
+def test_logits_have_the_dtype_of_the_first_network():
+    rounded = nnx.Sequential(Flat(1), lambda logits: logits.astype(jnp.bfloat16))
+    for chunk in (1, 4):
+        found = call(Cascade(Flat(0), rounded, 2.0, chunk), images(4))
+        np.testing.assert_array_equal(found, rounded(images(4)).astype(jnp.float32))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.forms import Form, possible
+from dynprune_jax.pruning.handover import Handover
 from dynprune_jax.pruning.layers import conv_layers
-from dynprune_jax.pruning.plan import Plan, measure_plan
+from dynprune_jax.pruning.plan import Plan, kept_plan, measure_plan
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def conv_layers_of(model):
 
 
 class Branches(nnx.Module):
-    """A normalization that may be folded, and three that may not."""
+    """A normalization that may be folded, and four that may not."""
 
     def __init__(self, rngs):
         self.conv1 = nnx.Conv(3, 8, (3, 3), rngs=rngs)
@@ -62,13 +63,16 @@ class Branches(nnx.Module):
         self.conv3 = nnx.Conv(8, 8, (3, 3), rngs=rngs)
         self.norm3 = nnx.BatchNorm(8, rngs=rngs)  # called twice
         self.norm4 = nnx.BatchNorm(8, rngs=rngs)  # after a relu
+        self.conv5 = nnx.Conv(8, 8, (3, 3), rngs=rngs)  # called twice
+        self.norm5 = nnx.BatchNorm(8, rngs=rngs)
 
     def __call__(self, x):
         x = nnx.relu(self.norm1(self.conv1(x)))
         y = self.conv2(x)
         x = y + self.norm2(y)
         x = self.norm3(self.norm3(self.conv3(x)))
-        return self.norm4(nnx.relu(x))
+        x = self.norm4(nnx.relu(x))
+        return self.norm5(self.conv5(x)) + self.conv5(2 * x)
 
 
 def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
@@ -83,8 +87,8 @@ def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
     before = nnx.state(nnx.clone(model))
     x = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
     folded = dynprune_jax.fold_batch_norms(model, x)
-    kinds = {name: type(getattr(folded, name)) for name in ("norm1", "norm2", "norm3", "norm4")}
-    assert [kind is FoldedNorm for kind in kinds.values()] == [True, False, False, False]
+    kinds = [type(getattr(folded, f"norm{i}")) for i in range(1, 6)]
+    assert [kind is FoldedNorm for kind in kinds] == [True, False, False, False, False]
     assert not model.norm1.use_running_average  # the model is as it was
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
     model.eval()
@@ -112,10 +116,14 @@ def test_folding_by_hand():
     norm = model.layers[1]
     for variable, value in ((norm.mean, 1.0), (norm.var, 4.0), (norm.scale, 5.0), (norm.bias, 7.0)):
         fill(variable, [value])
-    folded = dynprune_jax.fold_batch_norms(model, jnp.ones((1, 2, 2, 1)))
-    np.testing.assert_allclose(folded.layers[0].kernel, 3.0 * 5.0 / 2.0)
-    np.testing.assert_allclose(folded.layers[0].bias, 7.0 - 1.0 * 5.0 / 2.0)
-    np.testing.assert_allclose(folded(jnp.full((1, 2, 2, 1), 2.0)), (6.0 - 1.0) * 2.5 + 7.0)
+    fill(model.layers[0].bias, [9.0])
+    for eagerly in (False, True):
+        with jax.disable_jit(eagerly):
+            folded = dynprune_jax.fold_batch_norms(model, jnp.ones((1, 2, 2, 1)))
+        np.testing.assert_allclose(folded.layers[0].kernel, 3.0 * 5.0 / 2.0)
+        np.testing.assert_allclose(folded.layers[0].bias, 7.0 + (9.0 - 1.0) * 5.0 / 2.0)
+    found = folded(jnp.full((1, 2, 2, 1), 2.0))
+    np.testing.assert_allclose(found, (6.0 + 9.0 - 1.0) * 2.5 + 7.0)
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +183,12 @@ def test_a_kernel_that_fails_on_a_device_is_left_out(small, monkeypatch):
 def test_a_plan_is_kept_read_and_changed(small, tmp_path):
     dynamic, x = small
     name = "blocks/1/layers/1/conv"
-    plan = Plan({name: Form("rows", images=2)}, {name: {Form("rows", images=2): 1.5}}, {"jax": "1"})
+    times = {Form(): 2.5, Form("rows", images=2): 1.5}
+    plan = Plan({name: Form("rows", images=2)}, {name: times}, {"jax": "1"})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+    stored = json.loads((tmp_path / "plan.json").read_text())["layers"][name]["milliseconds"]
+    assert [entry["milliseconds"] for entry in stored] == [1.5, 2.5]
     fast = dynprune_jax.compact(dynamic, x, plan=tmp_path / "plan.json")
     (layer,) = conv_layers_of(fast)
     assert layer.form == Form("rows", images=2)
@@ -214,6 +225,12 @@ def test_a_plan_for_something_else_is_told(small, tmp_path):
     Plan({}, measured_on=plan_lib.circumstances(wider, x)).save(path)
     with pytest.warns(UserWarning, match="for other layers"):
         dynprune_jax.compact(model, x, plan=path)
+    here = plan_lib.circumstances(dynamic, x)
+    Plan({}, measured_on=here | {"jax": "0", "native": "it failed"}).save(path)
+    with pytest.warns(UserWarning, match=r"for other native \(it failed, here "):
+        dynprune_jax.compact(dynamic, x, plan=path)
+    Plan({}).save(path)  # as one that was made by hand
+    dynprune_jax.compact(dynamic, x, plan=path)
 
 
 def test_a_compact_network_takes_other_batches_and_shows_no_ratios(small):
@@ -269,6 +286,17 @@ def test_padding_that_crops_has_one_form():
     fast = dynprune_jax.compact(model, x)
     assert [layer.form for layer in conv_layers_of(fast)] == [Form()]
     np.testing.assert_allclose(fast(x), model(x), atol=1e-6)
+
+
+def test_a_plan_that_is_measured_is_kept_in_its_file(tmp_path, monkeypatch):
+    model, x = nnx.Sequential(nnx.Conv(1, 2, (1, 1), rngs=nnx.Rngs(0))), jnp.ones((1, 2, 2, 1))
+    monkeypatch.setattr(plan_lib, "candidates", lambda *_, **__: [Form("patches")])
+    seen = []
+    found = kept_plan(tmp_path / "plan.json", model, x, progress=lambda *of: seen.append(of))
+    assert found.forms == {"layers/0": Form("patches")}
+    assert seen == [(1, 1)]
+    monkeypatch.setattr(plan_lib, "measure_plan", None)  # it is not measured again
+    assert kept_plan(tmp_path / "plan.json", model, x) == found
 
 
 def test_mistakes_in_plans_are_told(small, tmp_path):
@@ -373,6 +401,11 @@ class Penalized(Conv):
         return super().__call__(x), jnp.sum(self.conv.kernel[...] ** 2)
 
 
+class Returned(Conv):
+    def __call__(self, x):
+        return super().__call__(x), self.conv.kernel[...]
+
+
 class Slimmed(Conv):
     def __call__(self, x):
         return super().__call__(x), jnp.sum(jnp.abs(self.norm.scale[...]))
@@ -407,7 +440,7 @@ class Scanned(Conv):
         return super().__call__(x) + jax.lax.scan(step, 0.0, None, length=2)[0]
 
 
-@pytest.mark.parametrize("kind", [Penalized, Tied, Cloned, Scanned])
+@pytest.mark.parametrize("kind", [Penalized, Returned, Tied, Cloned, Scanned])
 def test_a_convolution_whose_kernel_is_read_elsewhere_stays_as_it_is(kind):
     model, x = kind(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
     assert type(dynprune_jax.fold_batch_norms(model, x).norm) is nnx.BatchNorm
@@ -544,6 +577,8 @@ def test_a_model_that_looks_at_shapes_and_dtypes_finds_them():
             fast = dynprune_jax.compact(model, x, plan=Plan({"conv": form}))
             assert isinstance(fast.norm, FoldedNorm)
             np.testing.assert_allclose(run(fast, x), run(model, x), atol=1e-5)
+    with pytest.raises(TypeError, match="part of a parameter that is not there any more"):
+        _ = fast.norm.scale[0]
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
@@ -699,6 +734,7 @@ def test_layers_that_differ_are_measured_apart():
     convs = [nnx.Conv(8, 8, (3, 3), **given, rngs=nnx.Rngs(0)) for given in options]
     gates = [{}, {"channel_ratio": 0.5}, {"column_ratio": 0.5}]
     gates += [{"channel_ratio": 0.5, "channel_group": 2}, {"column_ratio": 0.5, "column_patch": 2}]
+    gates += [{"column_ratio": 0.5, "columns_of": Handover()}, {"feature_ratio": 0.5}]
     convs += [
         DynamicConv(convs[0], **{"channel_ratio": 0.25, **given}, rngs=nnx.Rngs(0))
         for given in gates

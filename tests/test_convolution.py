@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dynprune_jax.convolution import DEPTHWISE, convolve, training_options
 from dynprune_jax.models.layers import conv
@@ -46,7 +47,12 @@ def test_it_refuses_what_the_other_refuses(changed):
             function(x, kernel, **options)
 
 
+APART = {"window_strides": (1, 1), "padding": [(1, 1)] * 2, "lhs_dilation": (2, 1)}
+
+
 @settings(max_examples=20)
+@example(((1, 2, 2, 2), (3, 3, 2, 2), APART | {"rhs_dilation": None}), 0)
+@example(((1, 3, 3, 2), (3, 3, 1, 2), APART | {"feature_group_count": 2}), 0)
 @given(convolutions(), st.integers(0, 2**31 - 1))
 def test_it_is_the_same_function_and_has_the_same_gradients(case, seed):
     x_shape, kernel_shape, options = case
@@ -130,6 +136,17 @@ def test_the_groups_of_a_convolution_are_convolved_one_after_the_other(dtype):
     assert groups_of_each(6, 3, preferred_element_type=jnp.float32) == [1, 1, 1]
     assert groups_of_each(130, 65) == [65]  # many would take long to compile
     assert groups_of_each(6, 3, rhs_dilation=(2, 2)) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [((9, 9, 6), 1), ((3, 3, 2), 3), ((3, 3, 1), 6)])
+def test_a_sharding_that_is_asked_for_is_that_of_the_result(kernel, groups):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    options = {"dimension_numbers": LAYOUT, "feature_group_count": groups}
+    options["out_sharding"] = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        x, kernel = jnp.ones((4, 8, 8, 6)), jnp.ones((*kernel, 6))
+        made = jax.eval_shape(lambda x: convolve(x, kernel, (1, 1), "SAME", **options), x)
+    assert made.sharding.spec[0] == "data"
 
 
 def test_in_half_precision_a_depthwise_gradient_is_rounded_once():

@@ -114,7 +114,7 @@ def test_every_form_equals_masked_execution(case, data):
         (3, 1, ((1, 2), (0, 1)), 50, jnp.float32),
         (3, 1, ((1, 2), (0, 1)), 50, jnp.bfloat16),
         (3, 2, "SAME", 34, jnp.bfloat16),
-        (3, 1, "CIRCULAR", 34, jnp.float32),
+        (4, 1, "CIRCULAR", 34, jnp.float32),  # of an even one the sides differ
     ],
 )
 def test_all_forms_of_a_few_convolutions(kernel, strides, padding, at_least, dtype):
@@ -233,16 +233,18 @@ def test_dilated_inputs_are_left_to_xla():
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason="there is no compiler")
-def test_groups_that_an_image_leaves_out_are_not_multiplied():
+def test_groups_and_columns_that_an_image_leaves_out_are_not_multiplied():
     conv = nnx.Conv(6, 9, (3, 3), feature_group_count=3, use_bias=False, rngs=nnx.Rngs(0))
-    layer = CompactConv(
-        DynamicConv(conv, channel_ratio=0.3, rngs=nnx.Rngs(1)), Form("native", channels=True)
-    )
+    gate = DynamicConv(conv, channel_ratio=0.3, column_ratio=0.1, rngs=nnx.Rngs(1))
+    layer = CompactConv(gate, Form("native", channels=True, columns=True))
     kept = jnp.array([[True, True, False, False, True, True]])
-    x = jnp.where(kept[:, None, None], jnp.ones((1, 4, 4, 6)), jnp.nan)  # NaN times 0 is NaN
-    y = layer.convolve(x, Masks(kept))
+    columns = jnp.ones((1, 4, 4), bool).at[0, 1, 2].set(False)
+    read = kept[:, None, None] & columns[..., None]
+    x = jnp.where(read, jnp.ones((1, 4, 4, 6)), jnp.nan)  # NaN times 0 is NaN
+    y = layer.convolve(x, Masks(kept, columns, out_columns=columns))
     np.testing.assert_array_equal(y[..., 3:6], 0.0)
-    np.testing.assert_allclose(y, conv(jnp.where(kept[:, None, None], x, 0.0)), rtol=1e-5)
+    expected = jnp.where(columns[..., None], conv(jnp.where(read, x, 0.0)), 0.0)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_random_selection_works_in_every_form():

@@ -98,16 +98,34 @@ def test_dry_runs_start_nothing():
     flags = ["--config=c.py", "--workdir=w", "--config.gate.channel_ratio=(.5, .2)"]
     local = launch("local.sh", "--dry-run", "3", *flags)
     assert local.stdout.count("'JAX_NUM_PROCESSES=3'") == 3
-    assert "'JAX_PROCESS_ID=2'" in local.stdout.splitlines()[2]
+    assert "'JAX_PROCESS_ID=2' 'JAX_LOCAL_DEVICE_IDS=2'" in local.stdout.splitlines()[2]
     slurm = launch("slurm.sh", "--dry-run", *flags, SLURM_JOB_ID=4097, SLURMD_NODENAME="n1")
-    assert slurm.stdout.startswith("JAX_COORDINATOR_ADDRESS=n1:61441 'srun'")
+    assert slurm.stdout.startswith("JAX_COORDINATOR_ADDRESS=n1:61441 'srun' '--kill-on-bad")
     tpu = launch("tpu_pod.sh", "--dry-run", "all", flags[0], flags[2], **TPU)
     verbs = [line.split("'")[9] for line in tpu.stdout.splitlines() if line.startswith("'gcloud'")]
     assert verbs == ["create", "scp", "ssh", "describe", "ssh", "delete"]
     assert "--workdir=$HOME/runs/a-run" in tpu.stdout
+    assert tpu.stdout.splitlines()[0].endswith(" '--preemptible' '--zone=a-zone'")
     for done in (local, slurm, tpu):
         assert done.returncode == 0, done.stderr
         assert "(.5, .2)" in done.stdout  # an argument stays one
+
+
+@pytest.mark.parametrize("verb", ["all", "run"])
+def test_a_pod_runs_a_config(verb):
+    done = launch("tpu_pod.sh", "--dry-run", verb, **TPU)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: ")
+
+
+def test_local_ends_with_the_status_of_the_first_that_failed(tmp_path):
+    executable(tmp_path / "python", "[[ $1 == -c ]] || exit $((2 * JAX_PROCESS_ID))")
+    done = launch("local.sh", "3", "--config=c.py", "--workdir=w", PYTHON=tmp_path / "python")
+    assert done.returncode == 2
+    assert re.findall(r"process (\d) of 3 ended with status (\d)", done.stderr) == [
+        ("1", "2"),
+        ("2", "4"),
+    ]
 
 
 def test_a_pod_needs_a_checkout_to_install(tmp_path):
@@ -126,7 +144,7 @@ def test_local_waits_for_what_is_still_saving(tmp_path):
         tmp_path / "python",
         """
 if [[ $1 == -c ]]; then echo 1234; exit; fi
-trap 'sleep 1; touch "$SAVED$JAX_PROCESS_ID"; exit 143' TERM
+trap 'sleep $((1 - JAX_PROCESS_ID)); touch "$SAVED$JAX_PROCESS_ID"; exit 143' TERM
 touch "$SAVED.begun$JAX_PROCESS_ID"
 while true; do sleep .05; done
 """,
@@ -144,12 +162,14 @@ while true; do sleep .05; done
             assert script.poll() is None
             time.sleep(0.05)
         script.terminate()
+        script.wait(timeout=60)
+        left = sorted(path.name for path in tmp_path.glob("saved[01]"))
         _, said = script.communicate(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(script.pid, signal.SIGKILL)
     assert script.returncode == 143
-    assert [path.name for path in sorted(tmp_path.glob("saved[01]"))] == ["saved0", "saved1"]
+    assert left == ["saved0", "saved1"]  # the first takes longer
     assert said.count("ended with status 143") == 2
 
 

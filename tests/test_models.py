@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import trained
 
 from dynprune_jax import models
 from dynprune_jax.convolution import DEPTHWISE
@@ -202,6 +203,75 @@ def test_imagenet_units_start_as_their_shortcut(unit):
     np.testing.assert_allclose(half, shortcut, rtol=1e-5, atol=1e-6)
 
 
+def clipped(x, top=jnp.inf):
+    return jnp.clip(x, 0.0, top)
+
+
+def highest(x, size, padding):
+    """The highest of each window of so many columns, with stride 2."""
+    x = jnp.pad(x, ((0, 0), *[(padding, padding)] * 2, (0, 0)), constant_values=-jnp.inf)
+    h, w = ((n - size) // 2 * 2 + 1 for n in x.shape[1:3])
+    shifts = np.ndindex(size, size)
+    return functools.reduce(jnp.maximum, (x[:, i : i + h : 2, j : j + w : 2] for i, j in shifts))
+
+
+def vgg_as_published(model, x):
+    for block in model.blocks:
+        for unit in block.layers[:-1]:
+            x = clipped(unit.norm(unit.conv(x)))
+        x = highest(x, 2, padding=0)
+    return x
+
+
+def resnet_as_published(model, x):
+    x = clipped(model.stem_norm(model.stem(x)))
+    x = x if isinstance(model, CifarResNet) else highest(x, 3, padding=1)
+    for unit in (unit for block in model.blocks for unit in block.layers):
+        y, shortcut = unit.norm1(unit.conv1(x)), x
+        for i in (2, 3):
+            if hasattr(unit, f"conv{i}"):
+                y = getattr(unit, f"norm{i}")(getattr(unit, f"conv{i}")(clipped(y)))
+        if isinstance(model, CifarResNet):
+            shortcut = option_a_shortcut(x, y.shape[-1], x.shape[1] // y.shape[1])
+        elif unit.projects:
+            shortcut = unit.shortcut_norm(unit.shortcut(x))
+        x = clipped(y + shortcut)
+    return x
+
+
+def mobilenet_as_published(model, x):
+    x = clipped(model.stem_norm(model.stem(x)), 6)
+    for unit in (unit for block in model.blocks for unit in block.layers):
+        y = clipped(unit.expand_norm(unit.expand(x)), 6) if unit.expands else x
+        y = unit.project_norm(unit.project(clipped(unit.depthwise_norm(unit.depthwise(y)), 6)))
+        x = x + y if x.shape == y.shape else y
+    return clipped(model.last_norm(model.last(x)), 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "last_map", "side"),
+    [
+        ("small_vgg", vgg_as_published, 10),  # its second pool leaves a row and a column out
+        ("small_resnet20", resnet_as_published, 8),
+        ("small_resnet50", resnet_as_published, 32),
+        ("resnet18", resnet_as_published, 32),
+        ("small_mobilenet", mobilenet_as_published, 8),
+    ],
+)
+def test_what_lies_between_the_layers_is_as_published(name, last_map, side):
+    model = trained(name, in_channels=3, image_size=side, width=0.25)
+    model.eval()
+    images = 30.0 * jax.random.normal(jax.random.key(0), (2, side, side, 3))  # relu6 has its limit
+
+    @nnx.jit
+    def both(model, images):
+        return model(images), model.head(last_map(model, images).mean((1, 2)))
+
+    logits, expected = both(model, images)
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_kernels_are_he_normal_by_fan_out():
     kernel = layers.conv(64, 128, rngs=nnx.Rngs(0)).kernel[...]
     assert kernel.shape == (3, 3, 64, 128)
@@ -303,6 +373,7 @@ def test_dropout_of_the_imagenet_head_follows_the_mode():
     model = abstract("vgg16_imagenet", image_size=32)
     layers = [x for x in model.head.layers if isinstance(x, nnx.Dropout)]
     assert [x.rate for x in layers] == [0.5, 0.5]
+    assert model.head.layers[1] is model.head.layers[4] is nnx.relu
     model.eval()
     assert all(x.deterministic for x in layers)
     model.train()

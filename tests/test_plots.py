@@ -69,6 +69,12 @@ def check_png(path):
     assert picture[..., :3].std() > 0.01
 
 
+def percent(axis, fraction):
+    """What a tick of an axis says at a fraction."""
+    (label,) = axis.get_major_formatter().format_ticks([fraction])
+    return float(label.removesuffix("%"))
+
+
 def test_training_draws_every_series_and_tells_the_phases_apart(tmp_path):
     rows = training_rows()
     figure = plots.training_figure(rows)
@@ -80,8 +86,10 @@ def test_training_draws_every_series_and_tells_the_phases_apart(tmp_path):
     assert "accuracy (%)" in left.get_ylabel()
     assert "% removed" in right.get_ylabel()
     assert [x.get_text().strip() for x in left.texts] == ["dense", "prune"]
+    assert percent(left.yaxis, 0.5) == percent(right.yaxis, 0.5) == 50
     (shade,) = left.patches
-    assert shade.get_extents().transformed(left.transData.inverted()).x0 == pytest.approx(1000)
+    shaded = shade.get_extents().transformed(left.transData.inverted())
+    assert (shaded.x0, shaded.x1) == pytest.approx((1000, 1950))
 
     plots.save(plots.training_figure(rows), tmp_path / "training.png")
     check_png(tmp_path / "training.png")
@@ -110,7 +118,9 @@ def test_training_with_nothing_to_show_is_no_figure(rows):
 @pytest.mark.parametrize("count", [1, 7, 110])
 def test_layer_macs_draws_two_bars_a_layer(count, tmp_path):
     layers = report_layers(count)
-    (axes,) = plots.layer_macs_figure(layers).axes
+    figure = plots.layer_macs_figure(layers)
+    assert figure.get_figheight() > 0.2 * count  # room for each name
+    (axes,) = figure.axes
     assert len(axes.patches) == 2 * count
     widths = [bar.get_width() for bar in axes.patches]
     np.testing.assert_allclose(widths[:count], [x["dense_macs"] / 1e6 for x in layers])
@@ -118,7 +128,13 @@ def test_layer_macs_draws_two_bars_a_layer(count, tmp_path):
     assert [x.get_text() for x in axes.get_yticklabels()] == [x["name"] for x in layers]
     bottom, top = axes.get_ylim()
     assert bottom > top  # the first layer is drawn on top
-    assert axes.texts[0].get_text() == "no gate"
+    notes = ["no gate", "channels −50%", "channels −50%, columns −25%"][:count]
+    assert [text.get_text() for text in axes.texts[:3]] == notes
+    (ticks,) = axes.lines
+    np.testing.assert_allclose(ticks.get_xdata(), [x["executed_macs"] / 1e6 for x in layers])
+    dense, macs = (sum(x[key] for x in layers) / 1e6 for key in ("dense_macs", "macs"))
+    said = f"{dense:,.1f} M dense, {macs:,.1f} M pruned ({1 - macs / dense:.1%} removed)"
+    assert axes.get_title() == f"MACs by layer: {said}"
     layers[0]["feature_ratio"] = 0.3  # of the image's convolution too
     assert plots.layer_macs_figure(layers).axes[0].texts[0].get_text() == "outputs −30%"
 
@@ -237,8 +253,10 @@ def test_sensitivity_draws_a_line_for_each_block_and_axis(tmp_path):
             np.testing.assert_allclose(
                 line.get_ydata(), [1.0, 0.8 - 0.2 * block, 0.6 - 0.4 * block]
             )
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
-    assert len(looks) == 3
+        assert [line.get_linestyle() for line in axes.lines] == ["-", "-", ":"]
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 2
+    dense, dropout = (axes.get_title().split("\n")[1] for axes in figure.axes)
+    assert (dense, dropout) == ("other blocks unpruned", "other blocks at their targets")
     plots.save(figure, tmp_path / "sensitivity.png")
     assert plots.sensitivity_figure([]) is None
 
@@ -293,9 +311,9 @@ def test_groups_of_images_are_drawn_with_their_names(tmp_path):
 
 def test_sweep_draws_a_line_for_each_criterion_in_a_panel_for_each_set_of_weights(tmp_path):
     rows = [
-        {"weights": weights, "criterion": criterion, "mac_reduction": cut, "accuracy": 1 - cut}
+        {"weights": weights, "criterion": name, "mac_reduction": cut, "accuracy": 1 - cut * (1 + i)}
         for weights in ("dense", "dropout")
-        for criterion in ("attention", "random", "inverse")
+        for i, name in enumerate(("attention", "random", "inverse"))
         for cut in (0.5, 0.0, 0.25)
     ]
     figure = plots.sweep_figure(rows)
@@ -304,10 +322,12 @@ def test_sweep_draws_a_line_for_each_criterion_in_a_panel_for_each_set_of_weight
         "weights after targeted dropout",
     ]
     for axes in figure.axes:
-        assert len(axes.lines) == 3
-        for line in axes.lines:
+        labels = ["by attention", "by random", "by inverse"]
+        assert [line.get_label() for line in axes.lines] == labels
+        for i, line in enumerate(axes.lines, 1):
             np.testing.assert_array_equal(line.get_xdata(), [0.0, 0.25, 0.5])
-            np.testing.assert_array_equal(line.get_ydata(), [1.0, 0.75, 0.5])
+            np.testing.assert_array_equal(line.get_ydata(), [1.0, 1.0 - i / 4, 1.0 - i / 2])
+        assert percent(axes.xaxis, 0.5) == percent(axes.yaxis, 0.5) == 50
     plots.save(plots.sweep_figure(rows), tmp_path / "sweep.png")
     assert plots.sweep_figure([]) is None
 
@@ -326,7 +346,8 @@ def test_speedup_draws_a_line_for_each_batch_beside_the_ideal(tmp_path):
         for cut in (0.5, 0.0)
     ]
     (axes,) = plots.speedup_figure(rows).axes
-    ideal, _, *lines = axes.lines
+    ideal, as_dense, *lines = axes.lines
+    assert set(as_dense.get_ydata()) == {1.0}
     assert (ideal.get_xdata()[-1], ideal.get_ydata()[-1]) == (0.5, 2.0)
     assert [line.get_label() for line in lines] == ["batch 1", "batch 8"]
     for line in lines:
@@ -341,5 +362,47 @@ def test_layer_times_draws_two_bars_a_layer(tmp_path):
     (axes,) = plots.layer_times_figure(dense, compact).axes
     assert [bar.get_width() for bar in axes.patches] == [2.0, 1.0, 1.5, 0.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert [bars.get_label().split(",")[0] for bars in axes.containers] == ["dense", "pruned"]
+    bottom, top = axes.get_ylim()
+    assert bottom > top  # the first layer is drawn on top
     plots.save(plots.layer_times_figure(dense, compact), tmp_path / "layers.png")
     assert plots.layer_times_figure({}, {}) is None
+
+
+def of_study(method, cut, *accuracies):
+    return [
+        {"method": method, "cut": cut, "mac_reduction": cut + 0.01, "accuracy": accuracy}
+        for accuracy in accuracies
+    ]
+
+
+def test_curves_draw_the_mean_and_the_spread_over_seeds():
+    rows = of_study("dense", 0.0, 0.9, 0.9, 0.6) + of_study("a", 0.5, 0.2, 0.7, 0.9)
+    rows += of_study("a", 0.3, 0.8) + of_study("not shown", 0.3, 0.1)
+    figure = plots.curves_figure(rows, {"dense": "dense", "a": "A", "missing": "M"}, "a study")
+    (axes,) = figure.axes
+    dense, curve = (line for line in axes.lines if line.get_linestyle() != "None")
+    np.testing.assert_allclose(dense.get_ydata(), [0.8, 0.8])
+    np.testing.assert_allclose(curve.get_xydata(), [[0.31, 0.8], [0.51, 0.6]])
+    (bars,) = axes.collections
+    spread = np.std([0.2, 0.7, 0.9], ddof=1)
+    ends = [segment[:, 1] for segment in bars.get_segments()]
+    np.testing.assert_allclose(ends, [[0.8, 0.8], [0.6 - spread, 0.6 + spread]])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "A"]
+    assert plots.curves_figure(rows, {"dense": "dense"}) is None
+
+
+def test_ablations_draw_a_bar_for_each_method_at_one_cut():
+    rows = of_study("dense", 0.0, 0.9, 0.9, 0.6) + of_study("a", 0.3, 0.2, 0.7, 0.9)
+    rows += of_study("a", 0.5, 0.1) + of_study("b", 0.3, 0.5)
+    labels = {"dense": "dense", "b": "B", "a": "A", "missing": "M"}
+    figure = plots.ablations_figure(rows, labels, 0.3, "a study")
+    (axes,) = figure.axes
+    np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [0.5, 0.6])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["B", "A"]
+    assert [text.get_text() for text in axes.texts] == ["50.0 ", "60.0 ", "dense "]
+    *dots, dense = axes.lines
+    assert [list(line.get_xdata()) for line in dots] == [[0.5], [0.2, 0.7, 0.9]]
+    np.testing.assert_allclose(dense.get_xdata(), [0.8, 0.8])
+    assert axes.get_xlabel() == "test accuracy with 30% of the MACs removed"
+    assert plots.ablations_figure(rows, labels, 0.4) is None

@@ -1,5 +1,7 @@
 """Gates that decide before a convolution which of its outputs to compute."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from dynprune_jax.experiments.benchmark import _choosing, _trained_or_fresh
 from dynprune_jax.models.links import column_blocks, links
 from dynprune_jax.network import Network
 from dynprune_jax.pruning import plan as plan_lib
+from dynprune_jax.pruning.attention import inverse
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.dynamic_conv import DynamicConv, PruneRatio
 from dynprune_jax.pruning.forms import Form
@@ -378,9 +381,32 @@ def test_a_salience_is_taken_once_and_by_its_own_map_only():
     with pytest.raises(ValueError, match="not left out"):
         handover.take(jnp.ones(2))
     assert handover.waits
+    assert not copy.deepcopy(handover).waits  # no copy takes a map along
     assert handover.take(y) is wanted
     assert handover.take(y) == Masks()
     assert not handover.waits
+
+
+def test_a_choice_is_taken_once_and_for_its_own_maps_only():
+    handover, first, second = Handover("conv", goes_on=True), jnp.ones(2), jnp.ones(2)
+    wanted = jnp.ones((2, 3), bool)
+
+    def refused(shape):
+        with pytest.raises(ValueError, match="what conv leaves out does not reach the depthwise"):
+            handover.take_choice(shape)
+
+    def taken(y):
+        handover.put(y, Masks(features=wanted))
+        handover.take(y)
+
+    taken(first)
+    assert handover.take_choice((2, 3)) is wanted
+    refused((2, 3))
+    taken(first)
+    refused((1, 3))  # other images
+    taken(first)
+    handover.put(second, Masks(features=wanted))
+    refused((2, 3))  # the second map has taken its place
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -460,6 +486,16 @@ def test_columns_of_a_block_need_one_ratio_and_one_resolution():
         make_dynamic(model, column_ratio=0.5, layers=layers, column_blocks=column_blocks(model))
 
 
+def test_the_first_of_a_block_chooses_its_columns_as_a_gate_by_itself():
+    conv, handover = nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)), Handover()
+    alone, first = (
+        DynamicConv(conv, column_ratio=0.5, criterion=inverse, **given, rngs=nnx.Rngs(0))
+        for given in ({}, {"handover": handover, "columns_of": handover})
+    )
+    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 4))
+    np.testing.assert_array_equal(first.masks(x).columns, alone.masks(x).columns)
+
+
 def test_a_follower_wants_nothing_that_was_left_out():
     """Not to make up its count, if a kept column is all zero; nor if more than the count stay."""
     conv = nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0))
@@ -467,13 +503,14 @@ def test_a_follower_wants_nothing_that_was_left_out():
         conv,
         column_ratio=0.5,
         columns_of=Handover(),
+        criterion=inverse,  # which does not apply, nor does the statistic: values are below 0
         drop_probability=0.5,
         rngs=nnx.Rngs(1),
     )
     present = np.zeros((2, 4, 4), bool)
     present[0, 1, :3] = True  # fewer than the 8 that it keeps
     present[1, :3] = True  # more
-    x = jnp.repeat(jnp.where(present[..., None], 1.0, 0.0), 4, axis=-1)
+    x = jnp.repeat(jnp.where(present[..., None], -1.0, 0.0), 4, axis=-1)
     masks = gate.masks(x)
     np.testing.assert_array_equal(np.asarray(masks.columns).sum((1, 2)), [8, 8])
     np.testing.assert_array_equal(masks.out_columns[0], present[0])
@@ -795,6 +832,9 @@ def test_a_plan_tells_the_ratios_of_predicted_gates():
     chain = predict_channels(Chain(1), 0.5, {"conv": ("norm", "reader")})
     told = plan_lib.circumstances(chain, jnp.ones((1, 4, 4, 8)))
     assert told["ratios"] == "channel_ratio 0.5, feature_ratio 0.5"
+    pairs = predict_channels(Chain(1), 0.5, {"conv": ("norm", "reader")}, channel_group=2)
+    told = plan_lib.circumstances(pairs, jnp.ones((1, 4, 4, 8)))
+    assert told["ratios"] == "channel_ratio 0.5, feature_ratio 0.5, channel_group 2"
 
 
 def test_a_gated_norm_takes_a_mask_as_any_norm():

@@ -8,7 +8,9 @@ from networks import trained
 
 import dynprune_jax
 from dynprune_jax import find_links, measure, predict_channels
-from dynprune_jax.models.links import links
+from dynprune_jax.models import mobilenet_v2_cifar
+from dynprune_jax.models.links import column_blocks, has_links, links
+from dynprune_jax.models.resnet_cifar import CifarResNet
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
@@ -28,6 +30,24 @@ def test_the_links_of_our_models_are_found(name, side):
     model = trained(name, image_size=side, in_channels=3, width=0.25)
     found = find_links(model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
     assert list(found.items()) == list(links(model).items())
+
+
+def test_what_leaves_the_last_unit_of_a_mobilenet_is_no_part_of_a_sum():
+    model = nnx.eval_shape(lambda: mobilenet_v2_cifar(10, width=0.1, rngs=nnx.Rngs(0)))
+    unit = "blocks/4/layers/3/project"
+    assert links(model)[unit] == (f"{unit}_norm", "last")
+
+
+def test_of_a_subclass_nothing_is_known():
+    class Other(CifarResNet):
+        """It may compute something else."""
+
+    options = {"in_channels": 3, "width": 0.25, "dtype": jnp.float32}
+    model = nnx.eval_shape(lambda: Other(1, 10, **options, rngs=nnx.Rngs(0)))
+    assert not has_links(model)
+    for known in (links, column_blocks):
+        with pytest.raises(ValueError, match="Other is none of VGG, ResNet, CifarResNet, Mobile"):
+            known(model)
 
 
 @pytest.mark.parametrize("debugging", [jax.disable_jit, jax.checking_leaks])

@@ -77,7 +77,7 @@ def test_with_the_statistics_of_a_batch_evaluation_is_what_training_computes_of_
     np.testing.assert_allclose(call(model, images(1)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_norm_called_twice_has_the_mean_of_both_calls_and_else_nothing_changes():
+def test_a_norm_called_again_has_the_mean_of_its_calls_and_else_nothing_changes():
     class Net(nnx.Module):
         def __init__(self):
             self.conv = nnx.Conv(1, 3, (3, 3), rngs=nnx.Rngs(0))
@@ -86,16 +86,29 @@ def test_a_norm_called_twice_has_the_mean_of_both_calls_and_else_nothing_changes
 
         def __call__(self, x):
             self.calls[...] += jnp.int32(1)
-            return self.norm(self.conv(x)) + self.norm(self.conv(2.0 * x))
+            return sum(self.norm(self.conv(scale * x)) for scale in scales)
 
-    model = Net()
-    maps = [np.asarray(model.conv(scale * images(0))) for scale in (1.0, 2.0)]
+    model, scales = Net(), (1.0, 2.0, 4.0)
+    maps = [np.asarray(model.conv(scale * images(0))) for scale in scales]
     recalibrate(model, [images(0)])
     for name in ("mean", "var"):
-        expected = sum(getattr(y, name)(axis=(0, 1, 2)) for y in maps) / 2
+        expected = sum(getattr(y, name)(axis=(0, 1, 2)) for y in maps) / 3
         np.testing.assert_allclose(getattr(model.norm, name)[...], expected, rtol=1e-4, atol=1e-6)
     assert model.calls[...] == 0
     assert model.calls[...].dtype == jnp.int32
+
+
+def test_what_a_norm_is_told_to_leave_out_is_left_out():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x, mask=jnp.arange(len(x))[:, None, None, None] < 4)
+
+    model = Net()
+    recalibrate(model, [images(0)])
+    np.testing.assert_allclose(model.norm.mean[...], [np.mean(images(0)[:4])], rtol=1e-4)
 
 
 def test_of_several_batches_it_is_their_mean():

@@ -317,6 +317,7 @@ def test_the_table_of_cascades_by_hand():
         row("attention", 0.5, 0, 0.6),
         row("attention", 0.7, 0, 0.5) | {"cascade": cascade((0.0999, 0.7), (0.3, 0.8))},
         row("attention", 0.7, 1, 0.5) | {"cascade": cascade((0.1, 0.8), (0.3, 0.8))},
+        row("attention", 0.7, 2, 0.9),  # it was not looked at again
         row("l1", 0.5, 0, 0.4) | {"cascade": cascade((0.2, 0.7))},
         row("l1", 0.7, 0, 0.4) | {"cascade": []},
     ]
@@ -328,6 +329,25 @@ def test_the_table_of_cascades_by_hand():
         "| dynamic, by attention | 70% | 50.00 ± 0.00 | 75.00 ± 7.07 (60.0%) | not measured"
         " | 80.00 ± 0.00 (40.0%) |",
         "| static, L1 norm | 50% | 40.00 | not measured | 70.00 (50.0%) | not measured |",
+    ]
+
+
+def test_the_one_cut_is_that_of_most_methods():
+    rows = [row("attention", cut, 0, 0.9) for cut in (0.5, 0.7)] + [row("l1", 0.3, 0, 0.8)]
+    rows += [row(name, 0.5, 0, 0.7) for name in ("random", "inverse")]
+    rows += [row(name, 0.5, 0, 0.6) for name in ("l1+taylor", "of_old")]  # shown nowhere
+    rows += [{**row("random", 0.5, 1, 0.9), "mac_reduction": 0.506}]
+    del rows[-1]["executed_mac_reduction"]
+    curves, one, _ = tables(rows)
+    assert [line.split(" | ")[0] for line in curves.splitlines()[2:]] == [
+        "| dynamic, by attention",
+        "| static, L1 norm",
+    ]
+    assert one.splitlines()[0].startswith("| at a cut of 50% |")
+    assert [line.split(" | ")[::3] for line in one.splitlines()[2:]] == [
+        ["| dynamic, by attention", "50.0% |"],
+        ["| random selection", "50.0% |"],
+        ["| inverse selection", "50.0% |"],
     ]
 
 
@@ -385,6 +405,7 @@ def test_methods_join(config):
         ("l1+shared", "gate.criterion"),
         ("no_ascent+taylor", "ascent.warmup"),
         ("l1+as_gates+shared", "gate.criterion"),
+        ("l1+predicted", "gate.kind"),
     ):
         with pytest.raises(UserError, match=rf"has no gates; config\.{field} is theirs"):
             find_method(name)
@@ -404,6 +425,20 @@ def test_every_method_changes_fields_that_are_there(config):
         assert method.fields.keys() <= fields.keys()
     for name in {*config.study.methods, *config.study.ablations}:
         find_method(name)
+
+
+def test_a_method_changes_what_its_name_says():
+    for field, names in {
+        "gate.statistic": ("max", "l2"),
+        "gate.criterion": ("random", "inverse", "shared"),
+        "static.criterion": ("l1", "geometric_median", "taylor"),
+    }.items():
+        for name in names:
+            assert find_method(name).fields == {field: name}
+    assert find_method("no_dropout").fields == {"gate.drop_probability": 0.0}
+    assert find_method("channels").fields == {"gate.column_ratio": ()}
+    assert find_method("columns").fields["gate.channel_ratio"] == ()
+    assert find_method("elastic").fields["ascent.lowest_fraction"] == 0.0
 
 
 @pytest.mark.parametrize("name", ["attention", "l1"])

@@ -34,6 +34,7 @@ from dynprune_jax.pruning.attention import CRITERIA
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.exported import load_exported
+from dynprune_jax.pruning.plan import interleaved
 from dynprune_jax.pruning.recalibrate import recalibrate
 from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
@@ -294,6 +295,8 @@ def advanced(run, devices, counts):
 
 
 def test_runs_of_other_seeds_and_ratios_have_the_same_program(config, tmp_path):
+    config.gate.drop_probability = 0.5  # it is drawn what is dropped
+
     def program(seed, ratios):
         config.seed, config.gate.channel_ratio = seed, ratios
         run = Run.open(config, tmp_path)
@@ -653,11 +656,28 @@ def test_the_network_of_a_run_is_exported(config, workdir):
         np.testing.assert_allclose(logits, expected[: len(images)], rtol=1e-4, atol=1e-5)
 
 
-def test_step_cost_times_both_steps(config, tmp_path):
+def test_step_cost_times_both_steps(config, tmp_path, monkeypatch):
+    phases = []
+
+    def feed(run, phase, network):
+        phases.append(phase)
+        return Feed(run, phase, network)
+
+    def turns(steps, repeats):
+        times = interleaved(steps, repeats)
+        assert all(min(taken) > 0 and len(taken) == 3 for taken in times.values())
+        assert [int(step()[0].step) for step in steps.values()] == [6, 6]  # each on from the last
+        return {"dense": [1.0, 2.0, 4.0], "dynamic": [2.0, 3.0, 4.0]}
+
+    monkeypatch.setattr("dynprune_jax.experiments.step_cost.Feed", feed)
+    monkeypatch.setattr("dynprune_jax.experiments.step_cost.interleaved", turns)
     rows = step_cost(config, tmp_path / "b")
+    assert phases == ["dense", "prune"]
     assert [row["step"] for row in rows] == ["dense", "dynamic"]
-    assert rows[0]["cost"] == 1.0
-    assert all(row["median_ms"] > 0 and row["repeats"] == 3 for row in rows)
+    assert [row["cost"] for row in rows] == [1.0, 1.5]  # of 2, 1.5 and 1
+    assert [row["median_ms"] for row in rows] == [2000.0, 3000.0]
+    assert [row["quartiles_ms"] for row in rows] == [[1000.0, 4000.0], [2000.0, 4000.0]]
+    assert [row["images_per_second"] for row in rows] == [8.0, 16 / 3]
     assert json.loads((tmp_path / "b" / "step_cost.json").read_text()) == rows
 
 
@@ -816,7 +836,11 @@ def test_what_is_done_with_a_finished_run_may_change(config, tmp_path):
     config.sweep.fractions, config.sensitivity.ratios = (0.5,), (0.1,)
     config.cascade.shares = (0.4,)
     config.benchmark.repeats, config.study.seeds, config.eval_batch_size = 9, (7,), 20
+    config.prune.recalibration_images, config.checkpoint_every_epochs = 40, 3
     check_workdir(config, tmp_path)
+    stored = (tmp_path / "config.json").read_text()
+    keep_config(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == stored
     config.prune.epochs = 3
     with pytest.raises(UserError, match=r"config\.prune\.epochs is 2 there and 3 here"):
         check_workdir(config, tmp_path)
