@@ -29,7 +29,7 @@ def build_dataset(config: Config) -> Dataset:
     """Opens the data set, and prepares it if need be; no image is read yet.
 
     Raises:
-      UserError: if it cannot be had, or the batch does not fit it.
+      UserError: if it cannot be had, or the batch, the mean or the deviation does not fit it.
     """
     data = config.data
     dataset = load_dataset(
@@ -52,7 +52,18 @@ def build_dataset(config: Config) -> Dataset:
         )
     if dataset.num_classes < 2:
         raise UserError(f"config.data.name is {data.name!r}; it has one class, and two are needed")
+    check_channels(config, dataset.channels)
     return dataset
+
+
+def check_channels(config: Config, channels: int) -> None:
+    """Raises UserError where the mean or the deviation does not fit the images' channels."""
+    for field in ("mean", "std"):
+        if len(config.data[field]) not in (1, channels):
+            raise UserError(
+                f"config.data.{field} has {len(config.data[field])} values; {config.data.name} has"
+                f" {channels} channels: give one value, or one for each"
+            )
 
 
 def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
@@ -64,16 +75,9 @@ def build_model(config: Config, num_classes: int, channels: int) -> nnx.Module:
       channels: of the images.
 
     Raises:
-      UserError: if there is no such model, it cannot take images of this size, the mean or the
-        deviation does not fit their channels, or it is one of somebody's own that is not called or
-        does not answer as ours are, or cannot be counted.
+      UserError: if there is no such model, it cannot take images of this size, or it is one of
+        somebody's own that is not called or does not answer as ours are, or cannot be counted.
     """
-    for field in ("mean", "std"):
-        if len(config.data[field]) not in (1, channels):
-            raise UserError(
-                f"config.data.{field} has {len(config.data[field])} values; {config.data.name} has"
-                f" {channels} channels: give one value, or one for each"
-            )
     options = {
         "in_channels": channels,
         "image_size": config.data.image_size,
@@ -250,24 +254,21 @@ def build_dynamic(config: Config, model: nnx.Module, links: Links) -> nnx.Module
         raise UserError(f"config.gate: {error}") from error
 
 
-def check_gates(config: Config, dynamic: nnx.Module | None, channels: int) -> None:
+def check_gates(config: Config, dynamic: nnx.Module, channels: int) -> None:
     """Raises UserError where a model has gates, and none of them skips anything at its ratio.
 
     Args:
       config: that it was built from.
-      dynamic: from `build_dynamic`, with numbers; None: there is none.
+      dynamic: from `build_dynamic`, with numbers.
       channels: of the images.
     """
-    if dynamic is None:
-        return
     gates = dynamic_layers(dynamic).values()
     counted = [(g.channel_ratio, g.in_features // g.group_size(g.in_features)) for g in gates]
     counted += [(g.feature_ratio, g.out_features // g.feature_group) for g in gates]
     if any(r is not None and plain_kept_count(float(r[...]), n) < n for r, n in counted):
         return
-    evaluated = nnx.clone(dynamic)  # of columns the maps tell how many there are
-    evaluated.eval()
-    _, usage = nnx.jit(measure)(evaluated, one_image(config, channels))
+    dynamic.eval()
+    _, usage = nnx.jit(measure)(dynamic, one_image(config, channels))  # maps tell their columns
     if usage.mac_reduction == 0.0:
         raise UserError(
             f"config.gate.channel_ratio is {config.gate.channel_ratio} and config.gate.column_ratio"

@@ -127,7 +127,7 @@ def base_config() -> Config:
             # uniform: every convolution loses the same fraction; gate: as the channel ratios go.
             "static": {"criterion": "l1", "allotment": "uniform"},
             # --mode=study: for each seed, methods at each cut and ablations at one; their names are
-            # in experiments/study.py.
+            # in experiments/methods.py.
             "study": {
                 "seeds": (0, 1, 2),
                 "cuts": (0.4, 0.55, 0.65, 0.75),

@@ -92,13 +92,14 @@ def convolve(
             dtype = jax.eval_shape(dense, x, kernel).dtype  # refuses what it refuses
             size = kernel.shape[:2]
             dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
-            single = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1] and not dilated
+            depthwise = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1]
+            single = depthwise and not dilated
             single &= jnp.issubdtype(x.dtype, jnp.floating) and size[0] * size[1] <= _MOST_TAPS
             single &= preferred_element_type in (None, x.dtype, jnp.float32)
             if single:
                 y: Any = _depthwise(*_padded(x, size, window_strides, padding), kernel)
                 return y.astype(dtype)
-            if 1 < feature_group_count <= MOST_GROUPS:
+            if 1 < feature_group_count <= MOST_GROUPS and not depthwise:
                 of_group = functools.partial(dense, feature_group_count=1)
                 parts = (jnp.split(a, feature_group_count, axis=-1) for a in (x, kernel))
                 return jnp.concatenate(list(map(of_group, *parts)), axis=-1)

@@ -91,7 +91,7 @@ class Run:
     def open(cls, config: Config, workdir: str | os.PathLike) -> "Run":
         """Checks what can be checked before anything is written to the work directory.
 
-        But not how fast the ratios rise, for evaluation and timing do without: `check_ascent`.
+        But not what training alone asks of the ratios: that does `check_ratios`.
 
         Raises:
           UserError: for any mistake in the config, the data or the work directory.
@@ -109,14 +109,14 @@ class Run:
         dataset = build_dataset(config)
         model, dynamic_model, links = _build_both(config, dataset.num_classes, dataset.channels)
         dynamic = Network(dynamic_model) if dynamic_model is not None else None
-        check_gates(config, dynamic_model, dataset.channels)
         mesh = sharding.data_mesh()
         return cls(config, folder, mesh, dataset, model, Network(model), dynamic, links)
 
-    def check_ascent(self) -> None:
-        """Raises UserError where the ratios do not reach their targets before the end."""
+    def check_ratios(self) -> None:
+        """Raises UserError where the ratios skip nothing, or are not reached before the end."""
         if self.dynamic is None:
             return
+        check_gates(self.config, self.dynamic.bind(), self.dataset.channels)
         targets = self.dynamic.values(PruneRatio).values()
         highest = round(max(float(target) for target in targets), 6)
         schedule, total = self.ascent(highest), self.phase_steps("prune")

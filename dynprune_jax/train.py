@@ -47,7 +47,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
     """
     started = time.perf_counter()
     run = Run.open(config, workdir)
-    run.check_ascent()
+    run.check_ratios()
     dense, timings = train_dense(run)
     pruned = None
     if run.dynamic is not None:

@@ -333,6 +333,12 @@ def test_a_plan_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         Plan({"layers/0": Form("patches")}).save(path)
     assert Plan.load(path).forms == plan.forms
     assert [*tmp_path.iterdir()] == [path]
+    monkeypatch.undo()
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+    Plan({"layers/0": Form("patches")}).save(link)
+    assert link.is_symlink()
+    assert Plan.load(path).forms == {"layers/0": Form("patches")}
 
 
 def signed(maps, kernel, *args, **kwargs):
@@ -406,6 +412,17 @@ class Returned(Conv):
         return super().__call__(x), self.conv.kernel[...]
 
 
+class Normalized(Conv):
+    """Its kernel is the map of another norm too."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nnx.BatchNorm(8, use_running_average=True, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return super().__call__(x), self.other(self.conv.kernel[...])
+
+
 class Slimmed(Conv):
     def __call__(self, x):
         return super().__call__(x), jnp.sum(jnp.abs(self.norm.scale[...]))
@@ -440,7 +457,7 @@ class Scanned(Conv):
         return super().__call__(x) + jax.lax.scan(step, 0.0, None, length=2)[0]
 
 
-@pytest.mark.parametrize("kind", [Penalized, Returned, Tied, Cloned, Scanned])
+@pytest.mark.parametrize("kind", [Penalized, Returned, Normalized, Tied, Cloned, Scanned])
 def test_a_convolution_whose_kernel_is_read_elsewhere_stays_as_it_is(kind):
     model, x = kind(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
     assert type(dynprune_jax.fold_batch_norms(model, x).norm) is nnx.BatchNorm
@@ -468,6 +485,31 @@ def test_a_norm_that_is_told_to_take_what_is_stored_is_folded(given):
     folded = dynprune_jax.fold_batch_norms(model, x)
     assert isinstance(folded.norm, FoldedNorm)
     np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
+def doubled(arrays, **options):
+    x, *rest = promote_dtype(arrays, **options)
+    return 2.0 * x, *rest
+
+
+def test_a_norm_that_promotes_by_a_function_of_its_own_is_not_folded():
+    model, x = Conv(), jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+    model.norm.promote_dtype = doubled
+    folded = dynprune_jax.fold_batch_norms(model, x)
+    assert type(folded.norm) is nnx.BatchNorm
+    np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folded_norm_has_no_statistics_of_a_batch():
+    class Told(Conv):
+        def __call__(self, x, train):
+            return self.norm(self.conv(x), use_running_average=not train)
+
+    x = jnp.ones((2, 6, 6, 8))
+    folded = dynprune_jax.fold_batch_norms(Told(), x, False)
+    assert folded(x, False).shape == x.shape
+    with pytest.raises(ValueError, match="is folded, with its stored statistics: call the model"):
+        folded(x, True)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,18 @@ def test_a_depthwise_convolution_is_a_sum_of_shifted_maps(dtype):
     assert primitives(x, kernel, preferred_element_type=jnp.float32) == {DEPTHWISE}
     assert primitives(x, jnp.ones((3, 3, 1, 12), dtype)) == {"conv_general_dilated"}  # two of each
     assert primitives(x, jnp.ones((8, 8, 1, 6), dtype)) == {"conv_general_dilated"}  # many taps
+    apart = jax.make_jaxpr(
+        lambda x: convolve(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            rhs_dilation=(2, 2),
+            dimension_numbers=LAYOUT,
+            feature_group_count=6,
+        )
+    )(x)
+    assert str(apart).count("conv_general_dilated[") == 1  # XLA is fast at its gradient
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -136,6 +148,7 @@ def test_the_groups_of_a_convolution_are_convolved_one_after_the_other(dtype):
     assert groups_of_each(6, 3, preferred_element_type=jnp.float32) == [1, 1, 1]
     assert groups_of_each(130, 65) == [65]  # many would take long to compile
     assert groups_of_each(6, 3, rhs_dilation=(2, 2)) == [1, 1, 1]
+    assert groups_of_each(6, 6) == [1] * 6  # two of each channel
 
 
 @pytest.mark.parametrize(("kernel", "groups"), [((9, 9, 6), 1), ((3, 3, 2), 3), ((3, 3, 1), 6)])

@@ -358,7 +358,10 @@ MISTAKES = {
         ["--config.prune.start=checkpoint", f"--config.prune.checkpoint={'x' * 300}"],
         "config.prune.checkpoint is 'x+': .*File name too long",
     ),
-    "data far away": (["--config.data.data_dir=gs://foo"], "digits is prepared in a local folder"),
+    "data far away": (
+        ["--config.data.data_dir=gs://foo"],
+        "digits is prepared in a local folder, and not in gs://foo: set config.data.data_dir",
+    ),
     "benchmark of another channel's mean": (
         ["--mode=benchmark", "--config.data.mean=(.1,.2,.3)"],
         "config.data.mean has 3 values; digits has 1 channels",

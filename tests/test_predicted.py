@@ -494,6 +494,9 @@ def test_the_first_of_a_block_chooses_its_columns_as_a_gate_by_itself():
     )
     x = jax.random.normal(jax.random.key(0), (3, 4, 4, 4))
     np.testing.assert_array_equal(first.masks(x).columns, alone.masks(x).columns)
+    follower = DynamicConv(conv, column_ratio=0.5, columns_of=handover, rngs=nnx.Rngs(0))
+    assert follower(x).shape == x.shape  # what it wants itself it hands over too
+    assert follower.handover.waits
 
 
 def test_a_follower_wants_nothing_that_was_left_out():

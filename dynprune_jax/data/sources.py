@@ -204,7 +204,10 @@ def load_dataset(
     root = data_root(data_dir)
     if name in _OWN:
         if "://" in root:
-            raise UserError(f"config.data.data_dir={root}: {name} is prepared in a local folder")
+            raise UserError(
+                f"{name} is prepared in a local folder, and not in {root}: set config.data.data_dir"
+                " or TFDS_DATA_DIR"
+            )
         source = {key: given for key, given in (("path", path), ("archive", archive)) if given}
         builder = prepare(lambda: _OWN[name](data_dir=root, **source))
     else:

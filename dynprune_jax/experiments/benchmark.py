@@ -15,7 +15,7 @@ from flax import nnx
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import plots, processes
-from dynprune_jax.build import build_dynamic, build_links, build_model
+from dynprune_jax.build import build_dynamic, build_links, build_model, check_channels
 from dynprune_jax.config import Config, with_fields
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.other_runtimes import other_runtimes
@@ -228,6 +228,8 @@ def _trained_or_fresh(config: Config, folder: Path) -> tuple[nnx.Module, int]:
         known = {k: v for k, v in values.items() if k in run.dense.weights}
         return run.dense.bind(known), run.dataset.channels
     classes, channels = _SETS.get(config.data.name, (10, 3))
+    if config.data.name in _SETS:
+        check_channels(config, channels)
     return build_model(config, classes, channels), channels
 
 

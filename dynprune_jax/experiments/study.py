@@ -204,7 +204,7 @@ def _impossible(
             if find_method(name).is_static:
                 removed(run)
             else:
-                run.check_ascent()
+                run.check_ratios()
         except UserError as error:
             yield (name, cut), error
         else:

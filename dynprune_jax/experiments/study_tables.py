@@ -47,8 +47,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     A cell is the mean over seeds, with the standard deviation where there are several, and the
     reduction that was reached where that is another than the cut, by half a percent or more: a
-    column less, or a filter, is the least that a network can lose. A row may
-    lack all but its accuracy and MAC reduction, as of a run that was cut off before its report.
+    column less, or a filter, is the least that a network can lose. A row may lack all that
+    `read_rows` does without.
     """
     names, (curves, one) = labels(rows), _arranged(rows)
     own = curves or [*names]

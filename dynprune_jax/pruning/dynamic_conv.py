@@ -146,7 +146,8 @@ class DynamicConv(nnx.Conv):
             start[0, 0] = 1e-30
             self.salience_kernel = nnx.Param(jnp.asarray(start))
             self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(conv.kernel[...])))
-        if feature_ratio is not None and handover is None:
+        chooses = (feature_ratio, columns_of, choice_of)
+        if handover is None and any(given is not None for given in chooses):
             handover = Handover()
         self.handover: Any = nnx.static(handover)
         self.channels_of: Any = nnx.static(channels_of)

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.calls import Images, as_function, bodies, intercept
@@ -39,8 +41,17 @@ class FoldedNorm(nnx.BatchNorm):
         *,
         mask: Array | None = None,
     ) -> Float[Array, "*batch height width channels"]:
-        """Returns the map, in the dtype that the normalization would return."""
-        del use_running_average, mask  # stored statistics hold in any case
+        """Returns the map, in the dtype that the normalization would return.
+
+        Raises:
+          ValueError: if it is asked for the statistics of the batch.
+        """
+        del mask  # of the statistics, which are stored
+        if use_running_average is not None and not use_running_average:
+            raise ValueError(
+                "this batch normalization is folded, with its stored statistics: call the model"
+                " that it was made from with use_running_average=False"
+            )
         y = x.astype(self.dtype or jnp.result_type(x, *self.dtypes))
         return y if self.handover is None else self.handover.take(x).apply_to_output(y)
 
@@ -135,8 +146,9 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
             return call(x, *args, **kwargs)
         # A salience is of no matter either.
         stored = layer.use_running_average if args in ((), (None,)) else args[0]
-        masked = kwargs.get("mask") is not None
-        if stored is not True or masked or layer.axis not in (-1, x.ndim - 1):
+        plain = isinstance(stored, bool | np.bool_) and stored and kwargs.get("mask") is None
+        plain = plain and layer.promote_dtype is promote_dtype
+        if not plain or layer.axis not in (-1, x.ndim - 1):
             return nnx.BatchNorm.__call__(layer, x, *args, **kwargs)
 
         def norm(x: Any) -> Any:
@@ -180,7 +192,11 @@ def _follow(jaxpr: Any, own: set[int]) -> tuple[bool, list[int]]:
     """
     for eqn in jaxpr.eqns:
         places = [i for i, read in enumerate(eqn.invars) if id(read) in own]
-        if not places or str(eqn.params.get("name", "")).startswith((_CONV, _NORM)):
+        if not places:
+            continue
+        if str(eqn.params.get("name", "")).startswith((_CONV, _NORM)):
+            if len(eqn.invars) - 1 in places:  # it is the map of that layer
+                return True, []
             continue
         within = bodies(eqn)
         before = 1 if eqn.primitive.name == "cond" else 0  # which branch to take

@@ -76,10 +76,11 @@ class Plan:
             for name, form in self.forms.items()
         }
         text = json.dumps({"measured_on": self.measured_on, "layers": layers}, indent=1)
-        part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
+        place = Path(os.path.realpath(path))  # what a link leads to
+        part = place.with_name(f".plan.{os.getpid()}.part")
         try:
             part.write_text(text + "\n", encoding="utf-8")
-            os.replace(part, path)
+            os.replace(part, place)
         finally:
             part.unlink(missing_ok=True)
 
@@ -243,7 +244,8 @@ def circumstances(model: nnx.Module, images: Images) -> dict[str, str]:
         if (size := getattr(gate, name)) > 1
     }
     layers, anywhere = replaceable_layers(model), jax.ShapeDtypeStruct((), jnp.float32)
-    cases = [(name, _case(layer, anywhere)) for name, layer in layers.items()]
+    # All but the last, which older plans do not tell.
+    cases = [(name, _case(layer, anywhere)[:-1]) for name, layer in layers.items()]
     weights = sum(layer.kernel[...].size for layer in layers.values())
     batch = batch_of(images)
     return {
@@ -286,8 +288,8 @@ def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
         (conv.kernel[...].shape, str(conv.kernel[...].dtype)),
         (str(conv.strides), str(conv.padding), str(conv.kernel_dilation)),
         (str(conv.input_dilation), conv.feature_group_count, str(conv.precision)),
-        conv.conv_general_dilated is convolve,
         gates,
+        conv.conv_general_dilated is convolve,
     )
 
 
