@@ -6,8 +6,8 @@ Four things can take most of the time of a step on a CPU (docs/speed.md has what
   quarters of its time on the maps of 2x2 columns in its last block, 9 % of its MACs.
 - A depthwise convolution goes through one value at a time. MobileNetV2 spent nine tenths of its
   time on a tenth of its MACs, forwards alone.
-- A grouped convolution goes through one value at a time too, and its gradients through more than
-  there are. Its groups one after the other are ordinary convolutions.
+- Any other grouped convolution goes through one value at a time too, and its gradients take many
+  times as long as it does. Its groups one after the other are ordinary convolutions.
 - The gradient of a kernel reads the convolution's input again. XLA would rather work that input
   out anew than read it where it is kept, and of a residual network it is the sum of every unit
   before it: the deeper the network, the longer each of those sums.

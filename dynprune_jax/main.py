@@ -96,8 +96,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         return _say(f"{error}; mend that, and the same command goes on", 2)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        told = isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY)
-        if not told:
+        if not isinstance(error, MemoryError) and not any(x in str(error) for x in _NO_MEMORY):
             raise
         said = f" ({str(error).splitlines()[0]:.200})" if str(error) else ""
         return _say(

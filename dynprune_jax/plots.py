@@ -451,7 +451,7 @@ def _block_name(row: Mapping[str, Any]) -> str:
 
 
 def curves_figure(
-    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], title: str = ""
+    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], title: str
 ) -> Figure | None:
     """Draws accuracy over MAC reduction for some methods of a study, mean and spread over seeds.
 
@@ -505,7 +505,7 @@ def curves_figure(
 
 
 def ablations_figure(
-    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], cut: float, title: str = ""
+    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], cut: float, title: str
 ) -> Figure | None:
     """Draws the accuracy of each method of a study at one cut.
 

@@ -389,7 +389,7 @@ def test_curves_draw_the_mean_and_the_spread_over_seeds():
     ends = [segment[:, 1] for segment in bars.get_segments()]
     np.testing.assert_allclose(ends, [[0.8, 0.8], [0.6 - spread, 0.6 + spread]])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "A"]
-    assert plots.curves_figure(rows, {"dense": "dense"}) is None
+    assert plots.curves_figure(rows, {"dense": "dense"}, "") is None
 
 
 def test_ablations_draw_a_bar_for_each_method_at_one_cut():
@@ -405,4 +405,4 @@ def test_ablations_draw_a_bar_for_each_method_at_one_cut():
     assert [list(line.get_xdata()) for line in dots] == [[0.5], [0.2, 0.7, 0.9]]
     np.testing.assert_allclose(dense.get_xdata(), [0.8, 0.8])
     assert axes.get_xlabel() == "test accuracy with 30% of the MACs removed"
-    assert plots.ablations_figure(rows, labels, 0.4) is None
+    assert plots.ablations_figure(rows, labels, 0.4, "") is None

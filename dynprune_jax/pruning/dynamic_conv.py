@@ -70,7 +70,8 @@ class DynamicConv(nnx.Conv):
         the channels up to that is taken. A grouped convolution has its own.
       column_patch: side of a patch of columns; of a map that it does not divide, the largest
         side up to that which does.
-      handover: takes what it wants of its outputs to the normalization behind it.
+      handover: takes what it wants of its outputs to the normalization behind it; None: a new one
+        where it wants any.
       channels_of: the handover of the convolution whose choice the channel gate follows, with its
         ratio; no statistic and no criterion applies to it.
       columns_of: the same of the column gate; its own handover where it chooses for others. The

@@ -289,7 +289,7 @@ class _Product:
     Attributes:
       layout: of a kernel, `(height, width, channels, features)`.
       image: by XLA, a single image: `(geometry, weights, dot, x, ...)`, with indices of what is
-        gathered and masks of the rest. The last axis of the weights is `(..., features)`.
+        gathered; the rest is masked already. The last axis of the weights is `(..., features)`.
       batch: of all images at once: `(geometry, weights, x, masks, ...)`, with masks of what is
         not to be read. It is not told a precision: `possible` leaves it out where one
         matters.
