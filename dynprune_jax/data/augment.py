@@ -20,13 +20,13 @@ def random_crop(
     """Cuts a window out of each image at its own random place.
 
     Args:
-        key: of the places.
-        images: the images.
-        padding: pixels of zeros put around each image first.
-        size: height and width of the window in pixels; 0 for those of the images.
+      key: of the places.
+      images: the images.
+      padding: pixels of zeros put around each image first.
+      size: height and width of the window in pixels; 0 for those of the images.
 
     Raises:
-        ValueError: the window is larger than the padded image.
+      ValueError: the window is larger than the padded image.
     """
     batch, height, width, channels = images.shape
     out_height, out_width = size or height, size or width
@@ -63,9 +63,9 @@ def cutout(
     with black, as `random_crop` pads.
 
     Args:
-        key: of the places.
-        images: the images.
-        size: height and width of the square, in pixels; 0 changes nothing.
+      key: of the places.
+      images: the images.
+      size: height and width of the square, in pixels; 0 changes nothing.
     """
     batch, height, width, _ = images.shape
     row_key, column_key = jax.random.split(key)
@@ -93,13 +93,13 @@ def random_resized_crop(
     (others draw again instead). Bilinear, without aliasing.
 
     Args:
-        key: of the rectangles.
-        images: the images.
-        size: height and width of the result, in pixels.
-        min_area: the least share of the area.
+      key: of the rectangles.
+      images: the images.
+      size: height and width of the result, in pixels.
+      min_area: the least share of the area.
 
     Returns:
-        Values from 0 to 255.
+      Values from 0 to 255.
     """
     batch, height, width, channels = images.shape
     area_key, aspect_key, place_key = jax.random.split(key, 3)
@@ -127,7 +127,7 @@ def center_crop(
     """Cuts the central square of `size` pixels out of each image.
 
     Raises:
-        ValueError: the square is larger than the images.
+      ValueError: the square is larger than the images.
     """
     _, height, width, _ = images.shape
     if size > min(height, width):
@@ -146,10 +146,10 @@ def normalise(
     """Returns `(images / 255 - mean) / std`, computed in float32, as `dtype`.
 
     Args:
-        images: values from 0 to 255.
-        mean: one value for each channel, or one for all, of images scaled to [0, 1].
-        std: likewise.
-        dtype: of the result.
+      images: values from 0 to 255.
+      mean: one value for each channel, or one for all, of images scaled to [0, 1].
+      std: likewise.
+      dtype: of the result.
     """
     shift = jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, -1)
     scale = jnp.asarray(std, jnp.float32).reshape(1, 1, 1, -1)
@@ -172,17 +172,17 @@ def augment(
     """Augments a training batch: a crop to `image_size`, a flip, a cutout.
 
     Args:
-        key: of all that is random here.
-        images: the images, at least `image_size` minus the padding in height and width.
-        image_size: height and width of the result, in pixels.
-        crop_padding: pixels of zeros around the image before `random_crop`; not used by
-            `random_resized_crop`.
-        flip: mirror every second image, by chance.
-        resized_crop: crop by `random_resized_crop` instead of `random_crop`.
-        cutout_size: side of the square that `cutout` blackens, in pixels; 0: none.
+      key: of all that is random here.
+      images: the images, at least `image_size` minus the padding in height and width.
+      image_size: height and width of the result, in pixels.
+      crop_padding: pixels of zeros around the image before `random_crop`; not used by
+        `random_resized_crop`.
+      flip: mirror every second image, by chance.
+      resized_crop: crop by `random_resized_crop` instead of `random_crop`.
+      cutout_size: side of the square that `cutout` blackens, in pixels; 0: none.
 
     Returns:
-        Values from 0 to 255: float32 after `random_resized_crop`, else uint8.
+      Values from 0 to 255: float32 after `random_resized_crop`, else uint8.
     """
     crop_key, flip_key, cutout_key = jax.random.split(key, 3)
     if resized_crop:

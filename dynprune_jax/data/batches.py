@@ -29,11 +29,11 @@ def device_batch(
     in that epoch.
 
     Args:
-        key: of the orders; the same for the whole run.
-        step: counted from 0; may be traced.
-        images: all training images.
-        labels: their labels.
-        batch_size: number of examples to draw, at most all.
+      key: of the orders; the same for the whole run.
+      step: counted from 0; may be traced.
+      images: all training images.
+      labels: their labels.
+      batch_size: number of examples to draw, at most all.
     """
     count = images.shape[0]
     per_epoch = count // batch_size
@@ -57,19 +57,19 @@ def stream_batches(
     end the threads.
 
     Args:
-        split: where the examples come from.
-        batch_size: number of examples in each batch, at most all.
-        seed: of the orders.
-        threads: how many batches are decoded at the same time; 0 decodes when asked. As many
-            are kept ready.
-        rows: which rows of each batch to read: one of many processes reads only its own. The
-            position is the same for all rows.
+      split: where the examples come from.
+      batch_size: number of examples in each batch, at most all.
+      seed: of the orders.
+      threads: how many batches are decoded at the same time; 0 decodes when asked. As many
+        are kept ready.
+      rows: which rows of each batch to read: one of many processes reads only its own. The
+        position is the same for all rows.
 
     Returns:
-        An iterator of `{"image": uint8 (batch, side, side, channels), "label": int32 (batch,)}`.
+      An iterator of `{"image": uint8 (batch, side, side, channels), "label": int32 (batch,)}`.
 
     Raises:
-        UserError: while iterating, as `Split.read`.
+      UserError: while iterating, as `Split.read`.
     """
 
     def read(
@@ -100,13 +100,13 @@ def eval_batches(
     """Yields all examples once and in order, in batches of one fixed shape.
 
     Args:
-        examples: a split, which is decoded one batch ahead, or (images, labels) in memory.
-        batch_size: number of examples in each batch, padding included.
-        rows: which rows of each batch to read: one of many processes reads only its own.
+      examples: a split, which is decoded one batch ahead, or (images, labels) in memory.
+      batch_size: number of examples in each batch, padding included.
+      rows: which rows of each batch to read: one of many processes reads only its own.
 
     Yields:
-        Images and labels of these rows, and which of the whole batch are valid. The last batch
-        is padded with zeros, whose `valid` is False.
+      Images and labels of these rows, and which of the whole batch are valid. The last batch
+      is padded with zeros, whose `valid` is False.
     """
     count = len(examples) if isinstance(examples, Split) else len(examples[1])
     own = range(batch_size)[rows]

@@ -27,10 +27,10 @@ class _Cifar(RecordBuilder, skip_registration=True):
     either are read by the other.
 
     Args:
-        archive: the `*-binary.tar.gz` file; empty to download it.
-        sha256: the digest that the archive must have; empty for the official one.
-        url: where to download from; empty for the official place.
-        **kwargs: of a TFDS builder.
+      archive: the `*-binary.tar.gz` file; empty to download it.
+      sha256: the digest that the archive must have; empty for the official one.
+      url: where to download from; empty for the official place.
+      **kwargs: of a TFDS builder.
     """
 
     VERSION = tfds.core.Version("3.0.2")

@@ -31,10 +31,10 @@ class Listing:
     """What a folder of class folders holds.
 
     Attributes:
-        root: the folder.
-        class_names: sorted; the position of a name is its label.
-        files: per split, (path relative to the root, label) of every image, in sorted order.
-        digest: changes with any file's name, size or time of change.
+      root: the folder.
+      class_names: sorted; the position of a name is its label.
+      files: per split, (path relative to the root, label) of every image, in sorted order.
+      digest: changes with any file's name, size or time of change.
     """
 
     root: str
@@ -49,8 +49,8 @@ def list_class_folders(path: str) -> Listing:
     Hidden files and folders, and files that are not named as images, are left out.
 
     Raises:
-        UserError: a folder is missing, a class is empty, there is one alone, or the splits'
-            classes differ.
+      UserError: a folder is missing, a class is empty, there is one alone, or the splits'
+        classes differ.
     """
     root = os.path.expanduser(path)
     if not path:
@@ -157,8 +157,8 @@ class ClassFolders(RecordBuilder, skip_registration=True):
     class: a changed folder is prepared anew, an unchanged one is read again.
 
     Args:
-        path: the folder that holds `train` and `test` (or `val`).
-        **kwargs: of a TFDS builder.
+      path: the folder that holds `train` and `test` (or `val`).
+      **kwargs: of a TFDS builder.
     """
 
     VERSION = tfds.core.Version("1.0.0")

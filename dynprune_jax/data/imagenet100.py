@@ -29,10 +29,10 @@ def new_labels(names: Sequence[str]) -> Int[np.ndarray, " classes"]:
     """Maps each class of the full set to its label in ImageNet-100, or to -1.
 
     Args:
-        names: the full set's class names, WordNet ids, in the order of its labels.
+      names: the full set's class names, WordNet ids, in the order of its labels.
 
     Raises:
-        UserError: a class of ImageNet-100 is not among the names.
+      UserError: a class of ImageNet-100 is not among the names.
     """
     wnids = class_wnids()
     missing = sorted(set(wnids) - set(names))
@@ -49,12 +49,12 @@ def scan_labels(records: Any, folder: Path, split: str) -> Int[np.ndarray, " exa
     """Reads the label of every record, once: the result is kept beside the prepared data.
 
     Args:
-        records: a TFDS data source whose images are not decoded.
-        folder: of the prepared data set; if it cannot be written, nothing is kept.
-        split: as given to TFDS; names the file.
+      records: a TFDS data source whose images are not decoded.
+      folder: of the prepared data set; if it cannot be written, nothing is kept.
+      split: as given to TFDS; names the file.
 
     Raises:
-        UserError: the prepared data are damaged.
+      UserError: the prepared data are damaged.
     """
     cache = folder / f"labels-{quote(split, safe='')}.npy"
     with contextlib.suppress(OSError, EOFError, ValueError):  # it is not there, or damaged

@@ -17,12 +17,12 @@ def open_image(data: bytes, draft_side: int = 0) -> Image.Image:
     """Decodes an image completely, so that a truncated one is found.
 
     Args:
-        data: the bytes of a file.
-        draft_side: if positive, a JPEG may be decoded at a fraction of its size, as long as
-            both its sides stay at least this many pixels long; several times faster.
+      data: the bytes of a file.
+      draft_side: if positive, a JPEG may be decoded at a fraction of its size, as long as
+        both its sides stay at least this many pixels long; several times faster.
 
     Raises:
-        UndecodableImageError: the bytes cannot be decoded.
+      UndecodableImageError: the bytes cannot be decoded.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -55,7 +55,7 @@ def decode_square(data: bytes, side: int, channels: int) -> UInt8[np.ndarray, "s
     when shrinking, the filter widens so that nothing is aliased.
 
     Raises:
-        UndecodableImageError: the bytes cannot be decoded.
+      UndecodableImageError: the bytes cannot be decoded.
     """
     image = with_channels(open_image(data, draft_side=side), channels)
     width, height = image.size

@@ -86,8 +86,8 @@ def prepare(make_builder: Callable[[], RecordBuilder]) -> RecordBuilder:
     others read what it wrote.
 
     Raises:
-        UserError: the data folder cannot be written, or holds something else at that place;
-            and whatever the builder finds wrong with its source.
+      UserError: the data folder cannot be written, or holds something else at that place;
+        and whatever the builder finds wrong with its source.
     """
     builder = make_builder()
     if builder.data_path.exists():
@@ -132,7 +132,7 @@ def fetch(records: Any, keys: Sequence[int], split: str) -> Sequence[Mapping[str
     """Reads records of a TFDS data source.
 
     Raises:
-        UserError: the prepared data are damaged; the message names the split.
+      UserError: the prepared data are damaged; the message names the split.
     """
     try:
         return records.__getitems__(list(keys))

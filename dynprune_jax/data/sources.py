@@ -38,12 +38,12 @@ class Split:
     """Random access to one split.
 
     Args:
-        name: the split's name, for messages.
-        records: a TFDS data source with the keys `image` (bytes) and `label`.
-        side: height and width of the images to return, in pixels.
-        channels: 1 or 3.
-        indices: which records to use, in which order; None for all.
-        relabel: the label to return for each stored one; None to leave them.
+      name: the split's name, for messages.
+      records: a TFDS data source with the keys `image` (bytes) and `label`.
+      side: height and width of the images to return, in pixels.
+      channels: 1 or 3.
+      indices: which records to use, in which order; None for all.
+      relabel: the label to return for each stored one; None to leave them.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Split:
         """Reads and decodes the examples at these places.
 
         Raises:
-            IndexError: an index is outside the split.
-            UserError: an image cannot be decoded, an example has no label, or the prepared
-                data are damaged.
+          IndexError: an index is outside the split.
+          UserError: an image cannot be decoded, an example has no label, or the prepared
+            data are damaged.
         """
         keys = self._indices[np.asarray(indices, np.int64)].tolist()
         images = np.empty((len(keys), self.side, self.side, self.channels), np.uint8)
@@ -108,10 +108,10 @@ class Split:
         """Reads the whole split to memory, in its order.
 
         Args:
-            progress: called with (examples done, all examples) after each chunk.
+          progress: called with (examples done, all examples) after each chunk.
 
         Raises:
-            UserError: as `read`.
+          UserError: as `read`.
         """
         images = np.empty((len(self), self.side, self.side, self.channels), np.uint8)
         labels = np.empty(len(self), np.int32)
@@ -174,29 +174,29 @@ def load_dataset(
     """Opens a data set; the package's own ones prepare themselves on first use.
 
     Args:
-        name: `digits`, `cifar10`, `cifar100`, `class_folders`, `imagenet100`, or the name of a
-            data set that TFDS has prepared as array_record, such as `imagenet2012` or
-            `my_set/my_config:1.0.0`.
-        image_size: height and width of the network's input, in pixels.
-        stored_size: height and width of the images to return; 0 for `image_size`. Larger than
-            `image_size` leaves room for crops.
-        path: the folder of `class_folders`.
-        archive: the local archive of `cifar10` and `cifar100`; empty to download it.
-        data_dir: the folder of prepared data; empty for `TFDS_DATA_DIR` or TFDS's default.
-        train_split: the split to train on, in TFDS's notation (`train[:90%]`).
-        test_split: the split to test on; no example of it may be in `train_split`.
-        train_examples: if positive, use a fixed random subset of this many training examples.
-        test_examples: the same of the test examples.
-        held_out: if positive, the test split is left alone: a fixed random choice of that many
-            training examples takes its place, and the others are trained on.
+      name: `digits`, `cifar10`, `cifar100`, `class_folders`, `imagenet100`, or the name of a
+        data set that TFDS has prepared as array_record, such as `imagenet2012` or
+        `my_set/my_config:1.0.0`.
+      image_size: height and width of the network's input, in pixels.
+      stored_size: height and width of the images to return; 0 for `image_size`. Larger than
+        `image_size` leaves room for crops.
+      path: the folder of `class_folders`.
+      archive: the local archive of `cifar10` and `cifar100`; empty to download it.
+      data_dir: the folder of prepared data; empty for `TFDS_DATA_DIR` or TFDS's default.
+      train_split: the split to train on, in TFDS's notation (`train[:90%]`).
+      test_split: the split to test on; no example of it may be in `train_split`.
+      train_examples: if positive, use a fixed random subset of this many training examples.
+      test_examples: the same of the test examples.
+      held_out: if positive, the test split is left alone: a fixed random choice of that many
+        training examples takes its place, and the others are trained on.
 
     What `config.check` refuses is not looked at again.
 
     Returns:
-        The data set, with both splits open and no image read yet.
+      The data set, with both splits open and no image read yet.
 
     Raises:
-        UserError: the data cannot be had or a setting does not fit; the message says what to do.
+      UserError: the data cannot be had or a setting does not fit; the message says what to do.
     """
     if archive and not os.path.isfile(os.path.expanduser(archive)):
         # Also when the data are prepared already and the archive would not be read.
@@ -290,12 +290,12 @@ def _open_prepared(name: str, stored_name: str, root: str) -> tfds.core.DatasetB
     """Opens a data set that TFDS has prepared; never downloads.
 
     Args:
-        name: what the user asked for.
-        stored_name: its name on disk.
-        root: the folder of prepared data.
+      name: what the user asked for.
+      stored_name: its name on disk.
+      root: the folder of prepared data.
 
     Raises:
-        UserError: it is not there.
+      UserError: it is not there.
     """
     builder = None
     with contextlib.suppress(Exception):  # TFDS raises many types, with misleading messages
