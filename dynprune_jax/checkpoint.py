@@ -183,26 +183,17 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in self.steps():
-            found = None
             with _unheard():
                 try:
                     found = self._read(step, like)
                 except _DamageError as error:
                     damaged[step] = str(error)
-                if found is None:
-                    _free_dropped_tasks()  # here, where no error holds them any more
-            if found is None:
-                if self._mend:
-                    continue
+                else:
+                    self._set_all_aside(damaged, step)
+                    return found
+                _free_dropped_tasks()  # here, where no error holds them any more
+            if not self._mend:
                 break
-            if damaged:
-                processes.wait_for_all("damage found")  # before anything moves
-                for bad, reason in damaged.items():
-                    if processes.leads():
-                        self._set_aside(bad, reason, step)
-                processes.wait_for_all("damage set aside")
-                self._manager.reload()
-            return found
         if not damaged:
             raise UserError(f"there is no checkpoint in {self.folder}")
         step, reason = next(iter(damaged.items()))
@@ -216,6 +207,16 @@ class Checkpoints:
             f"{where}; put back a copy, let --mode=train in its workdir go on from an older step,"
             " or start again in a new one"
         )
+
+    def _set_all_aside(self, damaged: Mapping[int, str], older: int) -> None:
+        if not damaged:
+            return
+        processes.wait_for_all("damage found")  # before anything moves
+        for step, reason in damaged.items():
+            if processes.leads():
+                self._set_aside(step, reason, older)
+        processes.wait_for_all("damage set aside")
+        self._manager.reload()
 
     def _set_aside(self, step: int, reason: str, older: int) -> None:
         place, count = self.folder / f"{step}.damaged", 1

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ _HEARTBEAT_SECONDS = 12
 _LOOK_SECONDS = 1.0
 _ENDING_SECONDS = 2.0
 _LEAVING_SECONDS = 60.0
+# How long a network file system may remember that a file was not there.
+_REMEMBERED_SECONDS = 60.0
 
 
 def leads() -> bool:
@@ -38,6 +41,16 @@ def wait_for_all(where: str) -> None:
     """Waits until every process has come to this place; `where` names it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+def sees(path: Path) -> bool:
+    """Whether a file is there which process 0 has written, and all have waited for."""
+    end = time.monotonic() + (_REMEMBERED_SECONDS if jax.process_count() > 1 else 0.0)
+    while not path.exists():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def agree(number: int) -> int:
@@ -96,7 +109,7 @@ def joined() -> Iterator[None]:
         yield
         wait_for_all("end of the run")
         end_the_watch(_LEAVING_SECONDS)  # with process 0 JAX ends all that are not gone yet
-    except UserError:
+    except (UserError, OSError):
         # The others may be about to find the same mistake, or be stuck for good.
         end_the_watch(_ENDING_SECONDS)
         raise
@@ -124,30 +137,33 @@ def _number(name: str) -> int | None:
 
 def _watch(ended: threading.Event) -> None:
     """Ends this process when another is gone; returns after the run, in process 0 as the last."""
-    alone = False
-    while not alone:
+    while True:
         if leads():
             time.sleep(_LOOK_SECONDS)
         elif ended.wait(_LOOK_SECONDS):
             return
-        try:
-            with multihost_utils.live_devices(jax.devices()) as live:
-                alone = {device.process_index for device in live} == {jax.process_index()}
-        except multihost_utils.ProcessFailureError as failure:
-            gone = sorted({device.process_index for device in failure.failed_devices})
-        except RuntimeError:
-            gone = [0]  # which answers these calls, or this process itself has left
-        else:
-            continue
-        if ended.wait(_ENDING_SECONDS):
-            if 0 in gone:
-                return
-            continue
-        names = ", ".join(map(str, gone))
-        print(
-            f"dynprune_jax: process {jax.process_index()} of {jax.process_count()} ends because"
-            f" process {names} is gone; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
+        live, gone = _look()
+        if live == {jax.process_index()}:
+            return
+        if gone and not ended.wait(_ENDING_SECONDS):
+            print(
+                f"dynprune_jax: process {jax.process_index()} of {jax.process_count()} ends because"
+                f" process {', '.join(map(str, sorted(gone)))} is gone; the same command goes on"
+                " from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+        if 0 in gone:
+            return
+
+
+def _look() -> tuple[set[int], set[int]]:
+    """The processes that live, if no others are gone; else those that are."""
+    try:
+        with multihost_utils.live_devices(jax.devices()) as live:
+            return {device.process_index for device in live}, set()
+    except multihost_utils.ProcessFailureError as failure:
+        return set(), {device.process_index for device in failure.failed_devices}
+    except RuntimeError:
+        return set(), {0}  # which answers these calls, or this process itself has left

@@ -100,7 +100,9 @@ def _told_of_training(run: Run) -> dict[str, Any]:
         told = {"images_per_second", "share_outside_step"}
         if not all(timing.keys() >= told for timing in old["phases"].values()):
             return {}
-        return {name: old[name] for name in ("command", "phases", "seconds")}
+        kept = {name: old[name] for name in ("command", "phases", "seconds")}
+        trained = {name: old[name] for name in ("versions", "device")}
+        return kept | {"trained_with": old.get("trained_with", trained)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not a report
         return {}
 

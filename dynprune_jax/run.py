@@ -163,7 +163,7 @@ class Run:
         make_folder(self.workdir)
         keep_config(self.config, self.workdir)
         processes.wait_for_all("config.json")
-        if not (self.workdir / "config.json").exists():
+        if not processes.sees(self.workdir / "config.json"):
             raise UserError(
                 f"--workdir={self.workdir} holds no config.json, which process 0 has written;"
                 " all processes need the same folder"
@@ -304,8 +304,9 @@ class Run:
 
     @property
     def recalibration_images(self) -> int:
-        """How many training images `recalibrated` takes, of those that there are."""
-        return min(self.config.prune.recalibration_images, len(self.dataset.train))
+        """How many training images `recalibrated` takes: in whole batches, of those there are."""
+        images = min(self.config.prune.recalibration_images, len(self.dataset.train))
+        return images - images % min(self.config.eval_batch_size, images) if images else 0
 
     @functools.cached_property
     def _recalibration_batches(self) -> list[Any]:
@@ -314,8 +315,7 @@ class Run:
         images = self.recalibration_images
         size = min(self.config.eval_batch_size, images)
         order = np.random.default_rng(0).permutation(len(split))
-        starts = range(0, images - size + 1, size)
-        return [split.read(order[start : start + size])[0] for start in starts]
+        return [split.read(order[i : i + size])[0] for i in range(0, images, size)]
 
     def _evaluate_on(
         self, batches: Iterable[tuple[Any, Any, Any]], network: Network, *values: Mapping[str, Any]
@@ -434,9 +434,15 @@ class Run:
         """
         folder = _folder(self.workdir, "dense")
         own = any(path.name.isdecimal() for path in folder.glob("*"))  # not one half saved
-        if own:
-            return self._read(self.workdir, "dense")
         checkpoint = self.config.prune.checkpoint
+        if own:
+            try:
+                return self._read(self.workdir, "dense")
+            except UserError as error:
+                raise UserError(
+                    f"{error} (it is a copy: if you delete {folder}, it is copied again from"
+                    f" {checkpoint})"
+                ) from error
         try:
             return self._read(Path(checkpoint).expanduser(), "dense")
         except (UserError, OSError) as error:  # a name too long, for one

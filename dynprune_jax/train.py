@@ -159,9 +159,9 @@ def run_phase(
                 StopSignals() as signals,
             ):
                 stopped_by = phase.go_on(writers, bar, signals)
-                # A signal may also have come during the last save, or with nothing left to do.
+                checkpoints.wait()  # here, where a signal is only noted
+                # One may also have come during the last save, or with nothing left to do.
                 if stopped_by := stopped_by or processes.agree(signals.received or 0):
-                    checkpoints.wait()
                     raise Stopped(
                         stopped_by,
                         f"stopped by {signal.Signals(stopped_by).name}; step {phase.step} of"
@@ -213,7 +213,8 @@ class _Phase:
         self.step = int(self.state.step)
         rows = [row for row in read_metrics(run.workdir) if row["step"] == self.row]
         rows = [row for row in rows if row.get("phase") == name and "test_accuracy" in row]
-        self._owed = self._due("evaluate") and not rows  # cut off between the save and that
+        owed = self._due("evaluate") and not rows  # cut off between the save and that
+        self._owed = bool(processes.agree(int(owed)))
 
     @property
     def row(self) -> int:
@@ -242,14 +243,16 @@ class _Phase:
             if self._due("log"):
                 writers.write(self.row, self._averages())
                 self._recent = []
+            if self._due("checkpoint"):
+                self._save()
             if self._due("evaluate"):
                 self._lap("outside_step")
                 with contextlib.suppress(Stopped):  # save first; the resumed run evaluates
                     self._evaluate(writers, bar, signals)
                 self._lap("evaluation")
             stopped_by = processes.agree(signals.received or 0)
-            if self._due("checkpoint") or stopped_by:
-                self._save()
+            if stopped_by:
+                self._save()  # if it is not yet
         return stopped_by
 
     def _advance(self) -> tuple[int, dict[str, Any]]:

@@ -14,7 +14,8 @@ from dynprune_jax.config import Config
 from dynprune_jax.errors import UserError
 from dynprune_jax.writers import write_json
 
-# What may differ between a run and the command that goes on with it: it changes nothing trained.
+# What may differ between a run and the command that goes on with it: it changes nothing trained,
+# but for rounding where it changes how many steps are one program.
 FREE_FIELDS = (
     "data.archive",
     "data.data_dir",
@@ -86,6 +87,12 @@ def keep_config(config: Config, workdir: Path) -> None:
         write_json(workdir / "config.json", as_json(config))
 
 
+def _same(name: str, one: Any, other: Any) -> bool:
+    if name in PLACES and one and other:  # by whatever name
+        one, other = (os.path.realpath(os.path.expanduser(str(place))) for place in (one, other))
+    return one == other
+
+
 def check_workdir(config: Config, workdir: Path, free: Collection[str] = FREE_FIELDS) -> None:
     """Raises UserError where a work directory cannot be this config's; free fields may differ."""
     path = workdir / "config.json"
@@ -108,7 +115,7 @@ def check_workdir(config: Config, workdir: Path, free: Collection[str] = FREE_FI
     stored = defaults() | stored  # it may be older than a field
     asked = config_lib.flatten(ConfigDict(as_json(config)))
     for name in sorted(asked.keys() | stored.keys()):
-        if name not in free and asked.get(name) != stored.get(name):
+        if name not in free and not _same(name, asked.get(name), stored.get(name)):
             raise UserError(
                 f"--workdir={workdir} is of another config: config.{name} is {stored.get(name)!r}"
                 f" there and {asked.get(name)!r} here; give another workdir"

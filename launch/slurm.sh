@@ -22,11 +22,17 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   echo "launch/slurm.sh: this is no Slurm job; start it with sbatch" >&2
   exit 2
 fi
+# Where each task has GPUs of its own it sees no others; JAX would ask for the one of its number.
+if [[ ${SLURM_GPUS_PER_TASK:-} ]]; then
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((${SLURM_GPUS_PER_TASK##*:} - 1)))
+  export JAX_LOCAL_DEVICE_IDS
+fi
 # This script runs on the job's first node, where process 0 will be. The rest JAX asks of Slurm.
 export JAX_COORDINATOR_ADDRESS=${SLURMD_NODENAME:-$(hostname)}:$((SLURM_JOB_ID % 4096 + 61440))
 command=(srun --kill-on-bad-exit=1 --label "${PYTHON:-python}" -m dynprune_jax.main "$@")
 if [[ $dry_run ]]; then
-  echo "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" "${command[*]@Q}"
+  echo "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" \
+    ${JAX_LOCAL_DEVICE_IDS:+"JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"} "${command[*]@Q}"
 else
   exec "${command[@]}"
 fi

@@ -6,6 +6,7 @@
 #   TYPE=…       such as v5litepod-16
 #   SHARE=…      an NFS export that outlives the slice, such as Filestore's 10.0.0.2:/runs
 #   VERSION=…    the TPU's software, default tpu-ubuntu2204-base
+#   WAIT=…       seconds until a slice is asked for again, default 60
 #
 # all: create, install, run, delete, with a new slice after each preemption. It has to stay: start
 # it in tmux or on a small machine. The other words are its parts; log follows worker 0.
@@ -60,7 +61,7 @@ install() {
     on_workers all "set -e
 mkdir -p ~/dynprune_jax ~/runs
 sudo apt-get install -qq nfs-common
-mountpoint -q ~/runs || sudo mount -t nfs $SHARE ~/runs
+mountpoint -q ~/runs || sudo mount -t nfs -o lookupcache=positive $SHARE ~/runs
 tar xzf ~/code.tar.gz -C ~/dynprune_jax
 pip install -q uv
 ~/.local/bin/uv venv -q --clear --python=3.12 ~/venv
@@ -80,13 +81,23 @@ log() { on_workers 0 "tail -n 100 -F ~/$RUN.log"; }
 delete() { tpu delete "$RUN" --quiet; }
 
 all() { # [FLAG ...]
-  until create && install && run "$@"; do
-    if [[ $(tpu describe "$RUN" '--format=value(state)') == READY ]]; then
-      echo "launch/tpu_pod.sh: it failed on a slice that is in order, which is left for you" >&2
-      exit 1
-    fi
-    echo "launch/tpu_pod.sh: $RUN was preempted; it goes on on a new slice" >&2
-    delete
+  local had=
+  until create && had=1 && install && run "$@"; do
+    case $(tpu describe "$RUN" '--format=value(state)' || true) in
+      READY)
+        echo "launch/tpu_pod.sh: it failed on a slice that is in order, which is left for you" >&2
+        exit 1
+        ;;
+      "") # no slice
+        [[ $had ]] || exit 1 # the first: gcloud has said why
+        echo "launch/tpu_pod.sh: there is no slice to be had; it is asked for again" >&2
+        sleep "${WAIT:-60}"
+        ;;
+      *)
+        echo "launch/tpu_pod.sh: $RUN was preempted; it goes on on a new slice" >&2
+        delete
+        ;;
+    esac
   done
   delete
 }

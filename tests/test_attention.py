@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from dynprune_jax import make_dynamic
@@ -66,6 +67,8 @@ def test_one_choice_is_shared_by_a_batch():
     scores = jnp.asarray([[[1.0, 2.0], [5.0, 6.0]], [[3.0, 4.0], [7.0, 8.0]]])
     found = attention.shared(scores, nnx.RngStream(0, tag="gate"))
     np.testing.assert_array_equal(found, [[[2.0, 3.0], [6.0, 7.0]]] * 2)
+    with pytest.raises(ValueError, match="needs a batch"):
+        attention.shared(jnp.ones(3), nnx.RngStream(0, tag="gate"))
 
 
 def test_controls_invert_and_draw_afresh():

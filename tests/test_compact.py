@@ -1,6 +1,7 @@
 import copy
 import errno
 import functools
+import gc
 import json
 import pickle
 
@@ -229,8 +230,40 @@ def test_a_plan_for_something_else_is_told(small, tmp_path):
     Plan({}, measured_on=here | {"jax": "0", "native": "it failed"}).save(path)
     with pytest.warns(UserWarning, match=r"for other native \(it failed, here "):
         dynprune_jax.compact(dynamic, x, plan=path)
+    Plan({}, measured_on=here | {"processor": "another, 8 cores"}).save(path)
+    with pytest.warns(
+        UserWarning, match=r"for other processor \(another, 8 cores, here .* cores\)"
+    ):
+        dynprune_jax.compact(dynamic, x, plan=path)
+    del here["processor"]  # as older plans
+    Plan({}, measured_on=here).save(path)
+    dynprune_jax.compact(dynamic, x, plan=path)
     Plan({}).save(path)  # as one that was made by hand
     dynprune_jax.compact(dynamic, x, plan=path)
+
+
+def test_networks_that_are_gone_leave_no_weights_behind():
+    """Whatever was watched: Flax keeps each class of layers that it has seen."""
+    x = jnp.ones((1, 8, 8, 1))
+
+    def work():
+        model = trained("vgg_digits", image_size=8, width=0.25)
+        dynprune_jax.find_links(model, x)
+        dynamic = dynprune_jax.make_dynamic(model, 0.5)
+        dynamic.eval()
+        plan_lib._input_shapes(dynamic, x)
+        dynprune_jax.measure(dynamic, x)
+        dynprune_jax.compact(dynamic, x, plan=mixed_plan(dynamic))
+
+    def held():
+        jax.clear_caches()
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    work()
+    before = held()
+    work()
+    assert held() == before
 
 
 def test_a_compact_network_takes_other_batches_and_shows_no_ratios(small):

@@ -111,6 +111,16 @@ def test_dry_runs_start_nothing():
         assert "(.5, .2)" in done.stdout  # an argument stays one
 
 
+@pytest.mark.parametrize(("given", "ids"), [("1", "0"), ("h100:2", "0,1")])
+def test_a_slurm_task_asks_for_the_gpus_that_it_sees(given, ids):
+    """With GPUs of its own each task sees these, counted from 0, and no others."""
+    flags = ["--dry-run", "--config=c.py", "--workdir=w"]
+    done = launch("slurm.sh", *flags, SLURM_JOB_ID=1, SLURM_GPUS_PER_TASK=given)
+    assert f" JAX_LOCAL_DEVICE_IDS={ids} 'srun'" in done.stdout
+    done = launch("slurm.sh", *flags, SLURM_JOB_ID=1)
+    assert "JAX_LOCAL_DEVICE_IDS" not in done.stdout
+
+
 @pytest.mark.parametrize("verb", ["all", "run"])
 def test_a_pod_runs_a_config(verb):
     done = launch("tpu_pod.sh", "--dry-run", verb, **TPU)
@@ -188,6 +198,39 @@ def test_a_slurm_job_trains(tmp_path, data_dir):
         "slurm.sh", *flags, PATH=path, SLURM_JOB_ID=os.getpid(), SLURMD_NODENAME="localhost"
     )
     check_finished(done, workdir)
+
+
+# The first slice is preempted; for the attempts named in FULL there is no capacity.
+SHORT_OF_SLICES = """
+shift 3
+echo "$1" >> "$POD/calls"
+attempt=$(grep -c create "$POD/calls")
+case "$*" in
+  create*) [[ " $FULL " != *" $attempt "* ]] && echo READY > "$POD/state" ;;
+  delete*) rm "$POD/state" ;;
+  describe*ipAddress*) echo 127.0.0.1 ;;
+  describe*) cat "$POD/state" ;;
+  ssh*dynprune_jax.main*) [[ $attempt != 1 ]] || { echo PREEMPTED > "$POD/state" && false; } ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the pod gets what git has")
+@pytest.mark.parametrize("full", ["2 3", "1"])
+def test_a_pod_waits_for_another_slice_but_not_for_the_first(tmp_path, full):
+    executable(tmp_path / "bin" / "gcloud", SHORT_OF_SLICES)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = launch(
+        "tpu_pod.sh", "all", "--config=c.py", **TPU, PATH=path, POD=tmp_path, FULL=full, WAIT=0
+    )
+    calls = (tmp_path / "calls").read_text().split()
+    if full == "1":
+        assert (done.returncode, calls) == (1, ["create", "describe"])
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("there is no slice to be had; it is asked for again") == 2
+    used, none = ["create", "scp", "ssh", "describe", "ssh"], ["create", "describe"]
+    assert calls == [*used, "describe", "delete", *none, *none, *used, "delete"]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the pod gets what git has")

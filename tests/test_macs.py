@@ -123,6 +123,13 @@ def test_a_figure_beyond_32_bits_is_exact():
     assert usage.executed_macs.dtype == np.int64
 
 
+def test_taps_beyond_32_bits_are_refused():
+    conv = nnx.eval_shape(lambda: nnx.Conv(1, 1, (7, 7), rngs=nnx.Rngs(0)))
+    assert conv_usage(conv, (1, 6000, 6000, 1), Masks(), **PLACE).dense_taps == (7 * 6000 - 12) ** 2
+    with pytest.raises(ValueError, match="map of 8192 x 8192 has 3286958224 taps"):
+        conv_usage(conv, (1, 8192, 8192, 1), Masks(), **PLACE)
+
+
 def test_circular_padding_wraps_onto_kept_columns():
     conv = nnx.Conv(2, 3, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0))
     columns = jnp.ones((1, 4, 4), bool).at[0, 0, 0].set(False)

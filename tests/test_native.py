@@ -1,8 +1,10 @@
 import ctypes
+import functools
 import itertools
 import os
 import stat
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +215,9 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_FLAGS", flags)
     # This process has its kernel already, and XLA takes one of a name.
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **options: None)
-    return native.why_not.__wrapped__
+    unknown = native._why_not.__wrapped__
+    monkeypatch.setattr(native, "_why_not", functools.cache(unknown))
+    return unknown
 
 
 @needs_compiler
@@ -223,6 +227,21 @@ def test_it_is_compiled_once_and_kept(fresh, tmp_path):
     before = library.stat().st_mtime_ns
     assert fresh() is None
     assert [path.stat().st_mtime_ns for path in library.parent.iterdir()] == [before]
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh")
+def test_threads_that_ask_at_once_have_one_kernel(monkeypatch):
+    loaded, load = [], native._load
+    monkeypatch.setattr(native, "_load", lambda compiler: loaded.append(1) or load(compiler))
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: native.why_not(), range(2))) == [None, None]
+    assert loaded == [1]
+
+
+def test_a_compiler_that_cannot_be_read_is_told(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", 'g++ "')
+    assert fresh() == "CXX is 'g++ \"': No closing quotation"
 
 
 @needs_compiler

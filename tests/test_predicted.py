@@ -1,6 +1,7 @@
 """Gates that decide before a convolution which of its outputs to compute."""
 
 import copy
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +232,16 @@ def test_a_choice_goes_through_several_depthwise_convolutions(ratio):
     np.testing.assert_allclose(nnx.jit(fast)(x), logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_depthwise_convolution_with_a_function_of_its_own_stays_as_it_is():
+    model, x = TwiceSeparable(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
+    own = functools.partial(jax.lax.conv_general_dilated)
+    model.depthwise1.conv_general_dilated = own
+    dynamic = predict_channels(model, 0.5, find_links(model, x))
+    dynamic.eval()
+    fast = compact(dynamic, x, plan=Plan({"depthwise2": Form("shifts")}))
+    np.testing.assert_allclose(nnx.jit(fast)(x), nnx.jit(dynamic)(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_choice_that_does_not_reach_a_depthwise_convolution_is_told():
     model, x = Separable(nnx.Rngs(0), around=nnx.remat), jnp.ones((2, 4, 4, 3))
     dynamic = predict_channels(model, 0.5, SEPARABLE)
@@ -301,6 +312,10 @@ def test_it_starts_as_a_model_with_plain_norms_and_dead_filters():
     names = {"layers/0": ("layers/1", "layers/2")}
     dynamic = predict_channels(model, links=names, channel_ratio=0.0, rngs=nnx.Rngs(0))
     assert dynamic.layers[0].salience_bias[1] == np.float32(0.1)
+    mask = jnp.ones((3, 3, 3, 4)).at[..., 2].set(0.0)
+    masked = nnx.Conv(3, 4, (3, 3), mask=mask, rngs=nnx.Rngs(0))
+    gate = DynamicConv(masked, feature_ratio=0.5, rngs=nnx.Rngs(0))
+    assert [float(x) == np.float32(0.1) for x in gate.salience_bias] == [False, False, True, False]
     images = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
     np.testing.assert_allclose(dynamic(images), model(images), rtol=1e-4, atol=1e-5)
 
@@ -743,6 +758,10 @@ def test_surgery_says_what_it_cannot_do():
     ):
         with pytest.raises(ValueError, match=f"links names {wrong}"):
             predict_channels(model, {"*": 0.5}, link)
+    odd = nnx.clone(model)  # a subclass may compute something else
+    all_modules(odd)[norm].__class__ = type("Odd", (nnx.BatchNorm,), {})
+    with pytest.raises(ValueError, match=f"links names '{norm}', which is no BatchNorm"):
+        predict_channels(odd, {"*": 0.5}, {name: (norm, reader)})
     with pytest.raises(ValueError, match=f"for '{name}'; it must be a normalization and a reader"):
         predict_channels(model, {"*": 0.5}, {name: (norm,)})
     second = "blocks/0/layers/1/conv"

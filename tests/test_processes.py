@@ -174,6 +174,24 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, data_dir):
         assert "Traceback" not in output
 
 
+def test_a_file_of_process_0_may_be_seen_late(tmp_path, monkeypatch):
+    """A network file system may remember for a while that it was not there."""
+    path, waited = tmp_path / "config.json", []
+    assert not processes.sees(path)
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            path.touch()
+
+    monkeypatch.setattr(processes.time, "sleep", sleep)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert processes.sees(path)
+    assert len(waited) == 3
+    monkeypatch.setattr(processes, "_REMEMBERED_SECONDS", 0.0)
+    assert not processes.sees(tmp_path / "other")
+
+
 def test_half_an_environment_gets_a_line(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")

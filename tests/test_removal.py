@@ -58,6 +58,7 @@ def test_removed_filters_are_filters_made_silent(name):
                 part[...] = part[...].at[gone].set(0.0)
     np.testing.assert_allclose(call(small, images), call(model, images), rtol=1e-4, atol=1e-5)
     assert dense_macs(small, images) < dense_macs(model, images)
+    assert all(conv.kernel_shape == conv.kernel.shape for conv in conv_layers(small).values())
 
 
 @pytest.mark.parametrize(

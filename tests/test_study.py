@@ -123,6 +123,16 @@ def test_what_no_training_can_make_is_said_before_it(small, tmp_path, monkeypatc
     }
 
 
+def test_where_no_cut_can_be_made_no_dense_network_is_trained(small, tmp_path, monkeypatch):
+    def trained(*_):
+        raise AssertionError("for nothing")
+
+    monkeypatch.setattr(study_lib, "_dense", trained)
+    small.study.methods, small.study.cuts, small.study.ablations = ("attention",), (0.99,), ()
+    with pytest.raises(UserError, match=r"^not done: attention-99; attention-99: config\.study"):
+        study(small, tmp_path)
+
+
 def test_lower_cuts_of_other_convolutions_are_looked_at_too(small):
     """Gates on fewer convolutions need higher ratios for less, and do not get there in time."""
     small.gate.layers = ("blocks/*/layers/1/conv",)

@@ -188,6 +188,7 @@ def failing():
 # How a run is cut off: what of it is called, how often before since it was started or went on, what
 # comes then, what it ends with, and the step of the second phase that is saved, if one is.
 AT_THE_LAST_SAVE = (Checkpoints, "save"), 0, raising(signal.SIGTERM), "8 of 8 of the dense", None
+IN_THE_LAST_SAVE = (Checkpoints, "wait"), 1, raising(signal.SIGTERM), "8 of 8 of the dense", None
 BY_AN_ERROR_BEFORE_A_SAVE = (Feed, "advance"), 5, failing, "cut off", None
 AT_STEP_3 = (Feed, "advance"), 2, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3
 BY_AN_ERROR_BEHIND_ONE = (Feed, "advance"), 7, failing, "cut off", 8
@@ -203,7 +204,7 @@ IN_AN_EVALUATION = (Run, "evaluate"), 0, raising(signal.SIGTERM), "SIGTERM; step
             4096,
             [AT_THE_LAST_SAVE, BY_AN_ERROR_BEFORE_A_SAVE, AT_STEP_3, BY_AN_ERROR_BEHIND_ONE],
         ),
-        (0, [AT_STEP_6, IN_AN_EVALUATION]),
+        (0, [IN_THE_LAST_SAVE, AT_STEP_6, IN_AN_EVALUATION]),
     ],
     ids=["memory", "stream"],
 )
@@ -257,6 +258,14 @@ def test_pruning_can_start_from_a_checkpoint_or_from_scratch(
     (begun / "checkpoints" / "dense" / "8.orbax-checkpoint-tmp").mkdir(parents=True)
     shutil.copy(tmp_path / "from_checkpoint" / "config.json", begun)
     assert int(Run.open(config, begun).start_state().step) == 8
+    # Damaged, the copy can be made again.
+    damaged = shutil.copytree(tmp_path / "from_checkpoint", tmp_path / "damaged")
+    record = damaged / "checkpoints" / "dense" / "8" / "extra" / "metadata"
+    record.write_bytes(record.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"is damaged .* if you delete .*/checkpoints/dense, it"):
+        train_and_evaluate(config, damaged)
+    shutil.rmtree(damaged / "checkpoints" / "dense")
+    assert train_and_evaluate(config, damaged)["parameters_digest"] == first["parameters_digest"]
     # From here on the run needs its source no more.
     config.prune.checkpoint = str(tmp_path / "moved")
     again = json.loads((tmp_path / "from_checkpoint" / "config.json").read_text())
@@ -549,6 +558,7 @@ def test_the_cascades_of_a_run_are_timed(config, workdir):
 def test_a_network_is_evaluated_with_statistics_of_its_ratios(config, workdir):
     config.prune.recalibration_images = 100  # two batches of 40: what is left is not used
     run = Run.open(config, workdir)
+    assert run.recalibration_images == 80
     values = run.trained_values()[1]
     ratios = {n: 0.5 * target for n, target in run.dynamic.values(PruneRatio).items()}
     found = run.evaluate(run.dynamic, values, ratios)
@@ -809,8 +819,13 @@ def test_evaluating_again_keeps_what_was_told_of_the_training(config, tmp_path):
     run = Run.open(config, tmp_path)
     phases = {"dense": {"images_per_second": 1.0, "share_outside_step": 0.5}}
     told = {"command": "python -m ... --mode=train", "phases": phases, "seconds": 3.0}
-    (tmp_path / "report.json").write_text(json.dumps({**told, "seed": 1}))
-    assert report_lib._told_of_training(run) == told
+    there = {"device": "1 x a GPU", "versions": {"jax": "0.9"}}
+    (tmp_path / "report.json").write_text(json.dumps({**told, **there, "seed": 1}))
+    kept = {**told, "trained_with": there}
+    assert report_lib._told_of_training(run) == kept
+    here = {"device": "1 x cpu", "versions": {"jax": "0.11"}}  # evaluated twice
+    (tmp_path / "report.json").write_text(json.dumps({**kept, **here}))
+    assert report_lib._told_of_training(run) == kept
     (tmp_path / "report.json").write_text("{")
     assert report_lib._told_of_training(run) == {}
 
@@ -822,7 +837,9 @@ def test_a_report_says_what_it_was_measured_on(config, tmp_path):
     sizes = {"train_examples": 100, "test_examples": 28, "held_out": 28}
     assert found["data"] == {"name": "digits", "classes": 10, **sizes}
     assert found["recalibration_images"] == 40
-    config.prune.recalibration_images = 2000  # of those that there are
+    config.prune.recalibration_images = 2000  # of the 100 that there are, in batches of 40
+    assert provenance(Run.open(config, tmp_path))["recalibration_images"] == 80
+    config.eval_batch_size = 250
     assert provenance(Run.open(config, tmp_path))["recalibration_images"] == 100
 
 
@@ -844,3 +861,15 @@ def test_what_is_done_with_a_finished_run_may_change(config, tmp_path):
     config.prune.epochs = 3
     with pytest.raises(UserError, match=r"config\.prune\.epochs is 2 there and 3 here"):
         check_workdir(config, tmp_path)
+
+
+def test_a_place_is_the_same_by_any_name(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.data.path = "images"
+    keep_config(config, tmp_path)
+    (tmp_path / "link").symlink_to("images")
+    for config.data.path in (str(tmp_path / "images"), "./images/", "link"):
+        check_workdir(config, tmp_path)
+    for config.data.path in ("other", ""):
+        with pytest.raises(UserError, match=r"config\.data\.path is 'images' there and '"):
+            check_workdir(config, tmp_path)

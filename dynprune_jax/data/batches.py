@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
+from typing import Any
 
 import grain
 import jax
@@ -29,7 +31,7 @@ def device_batch(
     in that epoch.
 
     Args:
-      key: of the orders; the same for the whole run.
+      key: of the orders; the same for a whole phase.
       step: counted from 0; may be traced.
       images: all training images.
       labels: their labels.
@@ -125,9 +127,8 @@ def eval_batches(
         return images, np.pad(labels, (0, missing))
 
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for chunk in [*chunks(count, batch_size), None]:
-            following = (chunk, pool.submit(load, chunk)) if chunk is not None else None
-            if waiting is not None:
-                yield *waiting[1].result(), np.arange(batch_size) < len(waiting[0])
-            waiting = following
+        loading = ((pool.submit(load, c), len(c)) for c in chunks(count, batch_size))
+        one_ahead: Iterator[Any] = pairwise(chain(loading, [None]))
+        for (loaded, examples_in_it), _ in one_ahead:
+            images, labels = loaded.result()
+            yield images, labels, np.arange(batch_size) < examples_in_it

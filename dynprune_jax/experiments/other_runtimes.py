@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Float32
 
 from dynprune_jax.models import mobilenet, resnet, resnet_cifar, vgg
+from dynprune_jax.pruning.plan import available_cores
 
 # The packages that each needs: the last two read ONNX, which is exported from the PyTorch network.
 _RUNTIMES = {
@@ -89,13 +90,6 @@ def _absent(packages: Sequence[str]) -> str | None:
         except ImportError as error:
             return _line(error)
     return None
-
-
-def available_cores() -> int:
-    """The CPU cores that this process may use, of those that the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _line(error: Exception) -> str:

@@ -89,12 +89,14 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     keep_config(config, folder)
     grid = [(name, cut) for name in methods for cut in config.study.cuts]
     grid += [(name, config.study.ablation_cut) for name in ablations]
-    grid = [*dict.fromkeys(grid)]
-    runs_of = {seed: _runs(config, seed, grid, folder / "runs") for seed in config.study.seeds}
-    names = [name for runs in runs_of.values() for name in runs]
-    missing = {name for name in names if not (folder / f"{name}.json").exists()}
-    told = f"{len(names)} runs, of which {len(names) - len(missing)} are done"
-    say(told)
+    grid, seeds = [*dict.fromkeys(grid)], [*dict.fromkeys(config.study.seeds)]
+    runs = [
+        (seed, name, call)
+        for seed in seeds
+        for name, call in _runs(config, seed, grid, folder / "runs").items()
+    ]
+    missing = {name for _, name, _ in runs if not (folder / f"{name}.json").exists()}
+    say(f"{len(runs)} runs, of which {len(runs) - len(missing)} are done")
     failed: dict[str, UserError] = {}
 
     def fails(run: str, error: UserError) -> None:  # of one method, cut or seed
@@ -102,21 +104,20 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         say(f"{run}: {error}")
 
     for point, error in _impossible(
-        config, (p for p in grid if any(_run_name(p, seed) in missing for seed in runs_of))
+        config, (p for p in grid if any(_run_name(p, seed) in missing for seed in seeds))
     ):
         fails(_run_name(point), error)
-    for seed, runs in runs_of.items():
-        for run, call in runs.items():
-            if run.removesuffix(f"-seed{seed}") in failed:
-                continue
-            try:
-                if not (folder / f"{run}.json").exists():  # another process may have done it
-                    say(f"run {names.index(run) + 1} of {len(names)}: {run}")
-                    write_json(folder / f"{run}.json", call())
-            except UserError as error:  # the others can be had
-                fails(run, error)
-                if run == next(iter(runs)):  # the dense network that all others start from
-                    break
+    if grid and failed.keys() >= {_run_name(point) for point in grid}:
+        runs = []  # nothing would start from the dense networks
+    for i, (seed, name, call) in enumerate(runs, 1):
+        needed = {name.removesuffix(f"-seed{seed}"), f"dense-seed{seed}"}
+        if needed & failed.keys() or (folder / f"{name}.json").exists():  # of another process
+            continue
+        say(f"run {i} of {len(runs)}: {name}")
+        try:
+            write_json(folder / f"{name}.json", call())
+        except UserError as error:  # the others can be had
+            fails(name, error)
     rows = read_rows(folder)
     text = "\n\n".join(tables(rows)) + "\n"
     write_text(folder / "table.md", text)

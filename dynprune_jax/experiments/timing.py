@@ -11,13 +11,18 @@ import jax
 from flax import nnx
 
 from dynprune_jax.config import Config
-from dynprune_jax.experiments.other_runtimes import available_cores
 from dynprune_jax.provenance import versions
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import replaceable_layers
-from dynprune_jax.pruning.plan import Plan, interleaved, measure_plan
+from dynprune_jax.pruning.plan import (
+    Plan,
+    available_cores,
+    interleaved,
+    measure_plan,
+    processor,
+)
 from dynprune_jax.writers import progress_bar, say
 
 _TURN = 0.03  # seconds that a way is called again and again before the next has its turn
@@ -31,7 +36,7 @@ def setting(config: Config, batch_size: int) -> dict[str, Any]:
         "width": config.width,
         "image_size": config.data.image_size,
         "dtype": config.dtype,
-        "device": f"{_device()}, {available_cores()} cores",
+        "device": f"{processor()}, {available_cores()} cores",
         "versions": versions(),
         "batch_size": batch_size,
     }
@@ -179,12 +184,3 @@ def quartiles_ms(seconds: Sequence[float]) -> list[float]:
     """The first and the third quartile of times, in milliseconds."""
     low, _, high = statistics.quantiles(seconds, n=4)
     return [1e3 * low, 1e3 * high]
-
-
-def _device() -> str:
-    """The name of the device; of a CPU its maker's, where the system tells it."""
-    kind = jax.devices()[0].device_kind
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text("utf-8").splitlines() if kind == "cpu" and told.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, kind)

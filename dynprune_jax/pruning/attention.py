@@ -73,7 +73,10 @@ def inverse(scores: Float[Array, "*batch n"], rngs: nnx.RngStream) -> Float[Arra
 
 
 def random(scores: Float[Array, "*batch n"], rngs: nnx.RngStream) -> Float[Array, "*batch n"]:
-    """Control: ranks by a fresh uniform draw per input, whatever the map holds."""
+    """Control: ranks by a fresh uniform draw per input, whatever the map holds.
+
+    Under `jax.vmap` all inputs have one draw.
+    """
     return jax.random.uniform(rngs(), scores.shape, scores.dtype)
 
 
@@ -82,8 +85,13 @@ def shared(scores: Float[Array, "batch *n"], rngs: nnx.RngStream) -> Float[Array
 
     What is lost by it is the share that deciding per input has in a result. The first axis is the
     batch; what it was filled up with counts too.
+
+    Raises:
+      ValueError: for the scores of one input alone, as under `jax.vmap`.
     """
     del rngs
+    if scores.ndim < 2:
+        raise ValueError("one choice for a batch needs a batch: call the model with one")
     return jnp.broadcast_to(jnp.mean(scores, axis=0, keepdims=True), scores.shape)
 
 

@@ -49,7 +49,8 @@ def intercept(
       kinds: of the layers.
       call: gets the layer's name, the layer, its own `__call__`, and the arguments, those with a
         place in their places. The layer stays an instance of its own class, so a model that looks
-        at it sees no difference.
+        at it sees no difference. Flax never lets go of the classes that are made here, nor they
+        of `call`: it may hold names, and no arrays.
     """
     copy = nnx.clone(model)
     for name, layer in all_modules(copy).items():

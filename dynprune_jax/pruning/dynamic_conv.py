@@ -146,7 +146,8 @@ class DynamicConv(nnx.Conv):
             start = np.zeros(shape, np.float32)
             start[0, 0] = 1e-30
             self.salience_kernel = nnx.Param(jnp.asarray(start))
-            self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(conv.kernel[...])))
+            kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
+            self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(kernel)))
         chooses = (feature_ratio, columns_of, choice_of)
         if handover is None and any(given is not None for given in chooses):
             handover = Handover()

@@ -12,6 +12,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from dynprune_jax.pruning.calls import Images, as_function, bodies, intercept
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.handover import GatedNorm, absent, take_over
 from dynprune_jax.pruning.layers import Model, all_modules, replaceable_layers, replaced
 
@@ -129,16 +130,19 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
       pairs: the names of each convolution and the norm that it can be folded with.
       read: the layers whose parameters are read by more than such calls.
     """
-    convs = replaceable_layers(model)
+    convs = set(replaceable_layers(model))  # names: `mark` may hold no arrays
     norms = {k for k, v in all_modules(model).items() if type(v) in (nnx.BatchNorm, GatedNorm)}
 
     def mark(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer, nnx.Conv):
             if name not in convs:
-                return call(x, *args, **kwargs)
+                # The gate is of no matter here, and no choice is handed over to it.
+                dynamic = isinstance(layer, DynamicConv)
+                plain = functools.partial(nnx.Conv.__call__, layer) if dynamic else call
+                return plain(x, *args, **kwargs)
 
             def conv(x: Any) -> Any:
-                return nnx.Conv.__call__(layer, x)  # the gate is of no matter here
+                return nnx.Conv.__call__(layer, x)
 
             conv.__name__ = _CONV + name
             return jax.jit(conv)(x)
@@ -172,9 +176,9 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
     for name in (*convs, *norms):
         values = jax.tree.leaves(nnx.state(layers[name], nnx.Any(nnx.Param, nnx.BatchStat)))
         own = set[int]().union(*(places[id(value)] for value in values))
-        read, out = _follow(jaxpr, own)
+        out = _follow(jaxpr, own)
         # What is written goes back to where it was: a transformation hands on all that it gets.
-        if read or any(i < returned for i in out):
+        if out is None or any(i < returned for i in out):
             read_elsewhere.add(name)
     return [
         (conv, norm)
@@ -183,32 +187,30 @@ def traced_pairs(model: nnx.Module, *inputs: Any) -> tuple[list[tuple[str, str]]
     ], read_elsewhere
 
 
-def _follow(jaxpr: Any, own: set[int]) -> tuple[bool, list[int]]:
-    """Follows variables, given by their ids, through a program that may hand them on.
+def _follow(jaxpr: Any, own: set[int]) -> list[int] | None:
+    """Which outputs of a program are one of the variables `own`, given by their ids, as it came in.
 
-    Returns:
-      read: whether anything but the marked layers reads one, or it is not clear.
-      out: which of the program's outputs are one of them, as it came in.
+    None where anything but the marked layers reads one, or it is not clear.
     """
     for eqn in jaxpr.eqns:
-        places = [i for i, read in enumerate(eqn.invars) if id(read) in own]
+        places = [i for i, var in enumerate(eqn.invars) if id(var) in own]
         if not places:
             continue
         if str(eqn.params.get("name", "")).startswith((_CONV, _NORM)):
-            if len(eqn.invars) - 1 in places:  # it is the map of that layer
-                return True, []
+            if places[-1] == len(eqn.invars) - 1:  # it is the map of that layer
+                return None
             continue
         within = bodies(eqn)
         before = 1 if eqn.primitive.name == "cond" else 0  # which branch to take
         handed = eqn.params.get("num_carry", len(eqn.outvars))  # a loop stacks what is behind
         if not within or any(len(body.invars) + before != len(eqn.invars) for body in within):
-            return True, []
+            return None
         for body in within:
-            read, out = _follow(body, {id(body.invars[i - before]) for i in places if i >= before})
-            if read or any(i >= handed for i in out):
-                return True, []
+            out = _follow(body, {id(body.invars[i - before]) for i in places if i >= before})
+            if out is None or any(i >= handed for i in out):
+                return None
             own = own | {id(eqn.outvars[i]) for i in out}
-    return False, [i for i, out in enumerate(jaxpr.outvars) if id(out) in own]
+    return [i for i, var in enumerate(jaxpr.outvars) if id(var) in own]
 
 
 def _pairs_in(jaxpr: Any, calls: Counter[str]) -> list[tuple[str, str]]:

@@ -110,8 +110,8 @@ class LayerUsage:
     def gate_operations(self) -> int:
         """The gate's own cost for each input, kept apart from the MACs.
 
-        For each axis that it ranks: one addition per value of the map (the mean) and
-        `n * ceil(log2(n))` comparisons; and the MACs of the salience.
+        For each axis that it ranks: one addition per value of the map (the mean, also where two
+        axes share it) and `n * ceil(log2(n))` comparisons; and the MACs of the salience.
         """
         means = len(self.ranked) * self.channels * self.columns
         comparisons = sum(n * math.ceil(math.log2(n)) for n in self.ranked)
@@ -178,10 +178,14 @@ def conv_usage(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks, **place: An
       shape: of its input, `(*batch, height, width, channels)`.
       masks: what is kept of the input and wanted of the output.
       **place: `name` and `order` of the layer.
+
+    Raises:
+      ValueError: for a map of which int32 cannot count the taps, some 15,000 columns a side.
     """
     *batch, height, width, channels = shape
-
     all_taps, dense_taps = _taps_of(conv, height, width)
+    if dense_taps >= 2**31:
+        raise ValueError(f"a map of {height} x {width} has {dense_taps} taps: int32 counts fewer")
     fan_out = conv.out_features // conv.feature_group_count
     return LayerUsage(
         kept_channels=_kept(masks.channels, batch, channels, axes=(-1,)),
@@ -243,7 +247,7 @@ def _places_of_taps(
 
 
 def _kept_taps(conv: nnx.Conv, shape: tuple[int, ...], masks: Masks) -> Int[Array, "*batch"]:
-    """The pairs that meet a kept column for a wanted one, in int32: a map of any size is exact."""
+    """The pairs that meet a kept column for a wanted one, in int32: exact."""
     # A convolution of the same geometry, with one channel and a kernel of ones, counts for each
     # output position the taps that fall on a kept column.
     ones = nnx.Conv(

@@ -1,8 +1,9 @@
 """Run a model and count, per input and per layer, what it computed."""
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -77,16 +78,6 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         layer.sow(nnx.Intermediate, "usage", usage(layer, inputs.shape, Masks(), **place))
         return call(inputs, *args, **kwargs)
 
-    def leave_out(name: str, layer: Any, call: Any, *inputs: Any, **options: Any) -> Array:
-        """What a layer that is counted returns, by no product; nor any of its gate's."""
-        if name not in counted:
-            return call(*inputs, **options)
-        dense: Any = nnx.Linear.__call__ if isinstance(layer, nnx.Linear) else nnx.Conv.__call__
-        if name not in whole:
-            return dense(layer, *inputs, **options)
-        shape = jax.eval_shape(lambda *inputs: dense(layer, *inputs, **options), *inputs)
-        return jnp.zeros(shape.shape, shape.dtype)
-
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
     try:
         with all_handed_over(model):
@@ -108,9 +99,25 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
     # A call within a transformation that counts do not leave is found in the program.
     arrived, calls = Counter(layer.name for layer in layers), Counter(called.values())
     whole = {name for name in counted if arrived[name] == calls[name]}
-    rest = intercept(model, (nnx.Conv, nnx.Linear), leave_out)
+    rest = _dense_macs_without(model, counted, whole, images, *others)
     twice = sum(layer.dense_macs for layer in layers if layer.name not in whole)
-    return logits, Usage(tuple(layers), dense_macs(rest, images, *others) - twice)
+    return logits, Usage(tuple(layers), rest - twice)
+
+
+def _dense_macs_without(model: nnx.Module, counted: Set[str], whole: Set[str], *inputs: Any) -> int:
+    """Dense MACs per image of all but the layers in `whole`, and no gate's of those counted."""
+
+    def leave_out(name: str, layer: Any, call: Any, *args: Any, **options: Any) -> Array:
+        if name not in counted:
+            return call(*args, **options)
+        kind: Any = nnx.Linear if isinstance(layer, nnx.Linear) else nnx.Conv
+        dense = functools.partial(kind.__call__, layer, **options)  # without its gate
+        if name not in whole:
+            return dense(*args)
+        shape = jax.eval_shape(dense, *args)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    return dense_macs(intercept(model, (nnx.Conv, nnx.Linear), leave_out), *inputs)
 
 
 def _check_counted(called: Mapping[int, str], layers: Sequence[LayerUsage]) -> None:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -31,6 +32,7 @@ TARGETS = ("dynprune_convolve", "dynprune_keep")
 _PANEL = 32  # features side by side, as in the source
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 300  # seconds
+_ONE_AT_A_TIME = threading.Lock()
 _FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 
 
@@ -127,7 +129,6 @@ def _demand() -> None:
         raise RuntimeError(f"the compiled kernel for CPUs is not to be had: {reason}")
 
 
-@functools.cache
 def why_not() -> str | None:
     """Compiles and registers the kernel if need be; if that fails, says why in one line.
 
@@ -135,9 +136,18 @@ def why_not() -> str | None:
     `c++`, `g++` and `clang++`; `XDG_CACHE_HOME` is where the compiled kernel is kept, by default
     `~/.cache`.
     """
+    with _ONE_AT_A_TIME:  # a second copy of the kernel would not be registered
+        return _why_not()
+
+
+@functools.cache
+def _why_not() -> str | None:
     if jax.default_backend() != "cpu":
         return f"it runs on CPUs, and the default device is a {jax.default_backend()}"
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        return f"CXX is {os.environ['CXX']!r}: {error}"
     choices = [named] if named else [[name] for name in _COMPILERS]
     compiler = next((words for words in choices if shutil.which(words[0])), None)
     if compiler is None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -43,9 +44,10 @@ class Plan:
       forms: by layer name. A layer that is not named is executed masked, by XLA's convolution.
       milliseconds: what each form that came near the fastest took at its best, by layer name and
         form, for one batch.
-      measured_on: where and for what: `device`, `jax`, the shape and dtype of the `images`, the
-        `layers` by their number, their weights and a digest of all that their times depend on, the
-        `ratios` of the gates, and whether the `native` form was compiled, or why not.
+      measured_on: where and for what: `device`, `processor`, `jax`, the shape and dtype of the
+        `images`, the `layers` by their number, their weights and a digest of all that their times
+        depend on, the `ratios` of the gates, and whether the `native` form was compiled, or why
+        not.
     """
 
     forms: dict[str, Form]
@@ -77,7 +79,7 @@ class Plan:
         }
         text = json.dumps({"measured_on": self.measured_on, "layers": layers}, indent=1)
         place = Path(os.path.realpath(path))  # what a link leads to
-        part = place.with_name(f".plan.{os.getpid()}.part")
+        part = place.with_name(f".plan.{uuid.uuid4().hex}.part")
         try:
             part.write_text(text + "\n", encoding="utf-8")
             os.replace(part, place)
@@ -140,7 +142,8 @@ def kept_plan(
         return plan
     plan = Plan.load(path)
     now, there = circumstances(model, images), plan.measured_on
-    compared = ("device", "images", "ratios", "layers", "native")  # JAX's version changes often
+    # JAX's version changes often; what an older plan does not tell is not compared.
+    compared = ("device", "processor", "images", "ratios", "layers", "native")
     other = [what for what in compared if there.get(what, now[what]) != now[what]]
     if "ratios" in other and "layers" in other:
         other.remove("layers")  # a layer has its ratios
@@ -250,6 +253,7 @@ def circumstances(model: nnx.Module, images: Images) -> dict[str, str]:
     batch = batch_of(images)
     return {
         "device": jax.devices()[0].device_kind,
+        "processor": f"{processor()}, {available_cores()} cores",
         "jax": jax.__version__,
         "images": f"{'x'.join(map(str, batch.shape))} {batch.dtype}",
         "layers": f"{len(cases)} of {weights:,} weights, {zlib.crc32(repr(cases).encode()):08x}",
@@ -258,9 +262,30 @@ def circumstances(model: nnx.Module, images: Images) -> dict[str, str]:
     }
 
 
+def processor() -> str:
+    """The name of the device; of a CPU its maker's, where the system tells it.
+
+    With its family and model: a virtual machine may call all of a maker's processors by one name.
+    """
+    kind, told = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
+    lines = told.read_text("utf-8").splitlines() if kind == "cpu" and told.exists() else []
+    pairs = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
+    of_last_core = dict(pairs)
+    name = of_last_core.get("model name", kind)
+    if "cpu family" in of_last_core:
+        name += f" (family {of_last_core['cpu family']}, model {of_last_core['model']})"
+    return name
+
+
+def available_cores() -> int:
+    """How many CPU cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def _input_shapes(model: nnx.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """What each convolution sees, in the order of execution; the last call's, if several."""
-    layers = replaceable_layers(model)
+    layers = set(replaceable_layers(model))  # names: `record` may hold no arrays
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
     def record(name: str, layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -303,17 +328,9 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
     graph, state = nnx.split(gate)
     choose = jax.jit(lambda state, x: nnx.merge(graph, state).masks(x))
     all_masks = [choose(state, x) for x in maps]
-
-    def row(form: Form, count: int) -> Callable[[], list[jax.Array]]:
-        graph, state = nnx.split(CompactConv(conv, form))
-        states = [jax.tree.map(jnp.copy, state) for _ in range(count)]
-        leaves, structure = jax.tree.flatten((states, maps[:count], all_masks[:count]))
-        run = jax.jit(lambda *leaves: _in_a_row(graph, *jax.tree.unflatten(structure, leaves)))
-        return functools.partial(run, *leaves)  # leaves: states are flattened in Python
-
     masks = all_masks[0]
     alone = {
-        form: row(form, 1)
+        form: _row(conv, form, maps[:1], all_masks[:1])
         for form in candidates(
             conv,
             shape.shape[0],
@@ -336,7 +353,7 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
     limit = _HOPELESS * min(times.values())
     hopeful = {form: run for form, run in alone.items() if times[form] <= limit}
     if count > 1:
-        hopeful = {form: row(form, count) for form in hopeful}
+        hopeful = {form: _row(conv, form, maps, all_masks) for form in hopeful}
     times = _best_milliseconds(interleaved(hopeful, repeats, warmup=1, least=_TURN))
     return {form: ms / count for form, ms in times.items()}
 
@@ -344,6 +361,17 @@ def _measure(conv: nnx.Conv, shape: jax.ShapeDtypeStruct, repeats: int) -> dict[
 def _best_milliseconds(seconds: Mapping[Form, list[float]]) -> dict[Form, float]:
     """Of each form its best turn: what else runs on the machine only ever adds to it."""
     return {form: 1e3 * min(taken) for form, taken in seconds.items()}
+
+
+def _row(
+    conv: nnx.Conv, form: Form, maps: list[Any], all_masks: list[Masks]
+) -> Callable[[], list[jax.Array]]:
+    """A compiled call of as many layers in a row as there are maps, each in this form."""
+    graph, state = nnx.split(CompactConv(conv, form))
+    states = [jax.tree.map(jnp.copy, state) for _ in maps]
+    leaves, structure = jax.tree.flatten((states, maps, all_masks))
+    run = jax.jit(lambda *leaves: _in_a_row(graph, *jax.tree.unflatten(structure, leaves)))
+    return functools.partial(run, *leaves)  # leaves: states are flattened in Python
 
 
 def _in_a_row(

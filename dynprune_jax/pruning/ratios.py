@@ -149,18 +149,24 @@ def _refuse_compact(model: nnx.Module) -> None:
 
 def _choices(gates: Mapping[str, DynamicConv], axis: str) -> dict[str, list[Any]]:
     """The ratios of each choice, its own and its followers', by the name of who makes it."""
-    found = {}
-    for name, gate in gates.items():
+    of = "columns_of" if axis == "column_ratio" else "channels_of"
+
+    def own(gate: DynamicConv) -> Any:
         if axis == "column_ratio":
-            of, ratio = "columns_of", None if gate.follows_columns else gate.column_ratio
-        else:
-            of, ratio = "channels_of", None if gate.follows_features else gate.channel_ratio
-            ratio = ratio if gate.feature_ratio is None else gate.feature_ratio
-        if ratio is not None:
-            followers = [g for g in gates.values() if getattr(g, of) is not None and g is not gate]
-            followers = [g for g in followers if getattr(g, of) is gate.handover]
-            found[name] = [ratio, *(getattr(g, axis) for g in followers)]
-    return found
+            return None if gate.follows_columns else gate.column_ratio
+        if gate.feature_ratio is not None:  # the channels that it reads may be another's choice
+            return gate.feature_ratio
+        return None if gate.follows_features else gate.channel_ratio
+
+    def follows(other: DynamicConv, gate: DynamicConv) -> bool:
+        handover = gate.handover
+        return other is not gate and handover is not None and getattr(other, of) is handover
+
+    return {
+        name: [ratio, *(getattr(g, axis) for g in gates.values() if follows(g, gate))]
+        for name, gate in gates.items()
+        if (ratio := own(gate)) is not None
+    }
 
 
 def ratio_of_each(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -133,7 +134,13 @@ class _Trial:
         What Flax and JAX remember of functions that the model transforms itself is of the classes
         of its layers, and these are new: so no program meets values of another.
         """
-        watched = intercept(self._model, (nnx.BatchNorm, nnx.Conv, nnx.Linear), self._call)
+        trial = weakref.ref(self)  # what is called may hold no arrays
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            watching: Any = trial()
+            return watching._call(*args, **kwargs)
+
+        watched = intercept(self._model, (nnx.BatchNorm, nnx.Conv, nnx.Linear), call)
         function, _ = as_function(watched, *self._inputs)
 
         def run(arrays: list[Any], kept: Any, answers: Any, held: Any) -> tuple[Any, list[_Seen]]:

@@ -75,6 +75,9 @@ def _narrowed(model: Any, links: Links, kept: Mapping[str, np.ndarray]) -> Any:
                 conv.in_features = conv.feature_group_count = len(kept[name])
         keep(reader, "kernel", rows, -2)
         reader.in_features = len(rows)
+    for layer in layers.values():
+        if isinstance(layer, nnx.Conv):
+            layer.kernel_shape = layer.kernel.shape
     return small
 
 

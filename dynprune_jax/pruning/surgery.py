@@ -251,19 +251,7 @@ def _with_gates(
         for name, norm in block:
             _check_kind("column_blocks", convs, name, nnx.Conv)
             _check_kind("column_blocks", modules, norm, nnx.BatchNorm)
-        places = [i for i, (name, _) in enumerate(block) if column.get(name) is not None]
-        members = [block[i] for i in places]
-        for before, place in itertools.pairwise(places):
-            if place > before + 1:
-                raise ValueError(
-                    f"{block[before + 1][0]} has no gate on columns, but stands between"
-                    " convolutions that share a choice of them"
-                )
-        if any(column[name] != column[members[0][0]] for name, _ in members):
-            raise ValueError(
-                f"column_ratio differs between {', '.join(name for name, _ in members)}, which"
-                " share one choice of columns"
-            )
+        members = _sharing(block, column)
         chooses |= {name: members[0][0] for name, _ in members}
         norms |= dict(members)
     handovers = {name: Handover(name, name in hands_on.values()) for name in norms}
@@ -301,6 +289,28 @@ def _with_gates(
     return replaced(model, new)
 
 
+def _sharing(
+    block: Sequence[tuple[str, str]], column: Mapping[str, Ratio | None]
+) -> list[tuple[str, str]]:
+    """Those of a block that share its choice of columns: side by side, and of one ratio."""
+    gated = [column.get(name) is not None for name, _ in block]
+    if not any(gated):
+        return []
+    members = block[gated.index(True) : len(gated) - gated[::-1].index(True)]
+    for name, _ in members:
+        if column.get(name) is None:
+            raise ValueError(
+                f"{name} has no gate on columns, but stands between convolutions that share a"
+                " choice of them"
+            )
+    if any(column[name] != column[members[0][0]] for name, _ in members):
+        raise ValueError(
+            f"column_ratio differs between {', '.join(name for name, _ in members)}, which"
+            " share one choice of columns"
+        )
+    return list(members)
+
+
 def _check_groups(channel_group: int, gates: Iterable[DynamicConv]) -> None:
     """Refuses groups of which no gate could skip any."""
     sizes = []  # of the channels that a gate ranks: how many there are, and in a group
@@ -319,5 +329,8 @@ def _check_groups(channel_group: int, gates: Iterable[DynamicConv]) -> None:
 def _check_kind(
     field: str, modules: Mapping[str, nnx.Module], name: str, kind: type[nnx.Module]
 ) -> None:
-    if not isinstance(modules.get(name), kind):
+    found = modules.get(name)
+    # A gate takes the place of a normalization: a subclass may compute something else.
+    known = (nnx.BatchNorm, GatedNorm)
+    if not (type(found) in known if kind is nnx.BatchNorm else isinstance(found, kind)):
         raise ValueError(f"{field} names {name!r}, which is no {kind.__name__}")
