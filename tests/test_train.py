@@ -192,7 +192,7 @@ IN_THE_LAST_SAVE = (Checkpoints, "wait"), 1, raising(signal.SIGTERM), "8 of 8 of
 BY_AN_ERROR_BEFORE_A_SAVE = (Feed, "advance"), 5, failing, "cut off", None
 AT_STEP_3 = (Feed, "advance"), 2, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3
 BY_AN_ERROR_BEHIND_ONE = (Feed, "advance"), 7, failing, "cut off", 8
-AT_STEP_6 = (Feed, "advance"), 13, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6
+AT_STEP_6 = (Feed, "advance"), 5, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6
 IN_AN_EVALUATION = (Run, "evaluate"), 0, raising(signal.SIGTERM), "SIGTERM; step 8 of 16", 8
 
 
