@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Key, Shaped, UInt8
 
-# Inception's bounds of width / height of a random crop.
+# Inception's bounds of width / height of a random crop, and of its share of the area.
 ASPECTS = (3 / 4, 4 / 3)
+_LEAST_AREA = 0.08
 
 
 def random_crop(
@@ -84,11 +85,10 @@ def random_resized_crop(
     key: Key[Array, ""],
     images: UInt8[Array, "batch height width channels"],
     size: int,
-    min_area: float = 0.08,
 ) -> Float32[Array, "batch size size channels"]:
     """Cuts a random rectangle out of each image and resizes it to a square, as for Inception.
 
-    The rectangle covers a share of the image's area, uniform in [`min_area`, 1], and has an
+    The rectangle covers a share of the image's area, uniform in [0.08, 1], and has an
     aspect, log-uniform in [3/4, 4/3]; a side that would stick out is shortened to the image's
     (others draw again instead). Bilinear, without aliasing.
 
@@ -96,14 +96,13 @@ def random_resized_crop(
       key: of the rectangles.
       images: the images.
       size: height and width of the result, in pixels.
-      min_area: the least share of the area.
 
     Returns:
       Values from 0 to 255.
     """
     batch, height, width, channels = images.shape
     area_key, aspect_key, place_key = jax.random.split(key, 3)
-    area = jax.random.uniform(area_key, (batch,), jnp.float32, min_area, 1.0) * (height * width)
+    area = jax.random.uniform(area_key, (batch,), jnp.float32, _LEAST_AREA, 1.0) * (height * width)
     low, high = jnp.log(jnp.array(ASPECTS, jnp.float32))
     aspect = jnp.exp(jax.random.uniform(aspect_key, (batch,), jnp.float32, low, high))
     sides = jnp.stack([jnp.sqrt(area / aspect), jnp.sqrt(area * aspect)], axis=1)
