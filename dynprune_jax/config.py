@@ -235,6 +235,11 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in choices, f"choose one of {', '.join(choices)}"
 
 
+def _key_of(named: Mapping[str, Any]) -> tuple[Callable[[Any], bool], str]:
+    """One of the names; a config's file may have added some."""
+    return lambda value: value in named, _one_of(*named)[1]
+
+
 def _each(
     rule: tuple[Callable[[Any], bool], str], kind: type | tuple[type, ...] = (int, float)
 ) -> tuple[Callable[[Any], bool], str]:
@@ -295,8 +300,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate.kind": _one_of("attention", "predicted"),
     "gate.channel_group": _at_least(1),
     "gate.column_patch": _at_least(1),
-    "gate.statistic": _one_of(*STATISTICS),
-    "gate.criterion": _one_of(*CRITERIA),
+    "gate.statistic": _key_of(STATISTICS),
+    "gate.criterion": _key_of(CRITERIA),
     "gate.salience_rate": _above(0.0, 1000.0),
     "gate.drop_probability": _FRACTION,
     "ascent.warmup": _in(0.0, 1.0),

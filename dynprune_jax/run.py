@@ -125,12 +125,14 @@ class Run:
             return float(schedule(step)) >= highest - 1e-6
 
         if not arrived(total - 1):
+            said = f"config.prune.epochs is {self.config.prune.epochs}, that is {total} steps; the"
             last = range(total, 2**31 - 1)  # steps are int32
+            if not arrived(last[-1]):
+                raise UserError(f"{said} ratio {highest:g} is never reached: change the schedule")
             arrival = bisect.bisect_left(last, True, key=arrived) + total
             raise UserError(
-                f"config.prune.epochs is {self.config.prune.epochs}, that is {total} steps; the"
-                f" ratio {highest:g} is only reached at step {arrival}: train longer, or change"
-                " config.ascent"
+                f"{said} ratio {highest:g} is only reached at step {arrival}: train longer, or"
+                " change config.ascent"
             )
 
     def gates(self, without: str) -> Network:

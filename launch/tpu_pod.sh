@@ -6,6 +6,7 @@
 #   TYPE=…       such as v5litepod-16
 #   SHARE=…      an NFS export that outlives the slice, such as Filestore's 10.0.0.2:/runs
 #   VERSION=…    the TPU's software, default tpu-ubuntu2204-base
+#   PREEMPTIBLE=no    for a slice on demand
 #   WAIT=…       seconds until a slice is asked for again, default 60
 #
 # all: create, install, run, delete, with a new slice after each preemption. It has to stay: start
@@ -50,14 +51,15 @@ on_workers() { # WHICH COMMAND
 }
 
 create() {
-  tpu create "$RUN" "--accelerator-type=$TYPE" "--version=${VERSION:-tpu-ubuntu2204-base}" \
-    --preemptible
+  local slice=("--accelerator-type=$TYPE" "--version=${VERSION:-tpu-ubuntu2204-base}")
+  [[ ${PREEMPTIBLE:-yes} == no ]] || slice+=(--preemptible)
+  tpu create "$RUN" "${slice[@]}"
 }
 
 install() {
   local code=/tmp/$RUN.tar.gz
-  git -C "$root" archive --format=tar.gz --output="$code" HEAD &&
-    tpu scp "$code" "$RUN:code.tar.gz" --worker=all &&
+  [[ $dry_run ]] || git -C "$root" archive --format=tar.gz --output="$code" HEAD || return
+  tpu scp "$code" "$RUN:code.tar.gz" --worker=all &&
     on_workers all "set -e
 mkdir -p ~/dynprune_jax ~/runs
 sudo apt-get install -qq nfs-common
@@ -71,6 +73,7 @@ pip install -q uv
 run() { # [FLAG ...]
   local first
   first=$(tpu describe "$RUN" '--format=value(networkEndpoints[0].ipAddress)') || return
+  [[ ! $dry_run ]] || first=ADDRESS
   # How many workers there are, and which is which, JAX asks of the slice.
   on_workers all "set -o pipefail; cd ~/dynprune_jax
 JAX_COORDINATOR_ADDRESS=$first:8476 ~/venv/bin/python -m dynprune_jax.main \

@@ -53,6 +53,26 @@ def test_a_gate_ranks_by_its_statistic():
     assert kept == {"mean": 5, "max": 2, "l2": 2}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"criterion": lambda s, _: s.mean(-1, keepdims=True)},
+            r"criterion .* \(2, 1\); .*\(2, 8\)",
+        ),
+        ({"criterion": lambda *_: None}, "criterion of a gate gave NoneType"),
+        ({"statistic": lambda *_: None}, "statistic of a gate gave NoneType"),
+        ({"statistic": lambda x, _: x.mean((-3, -2))}, r"statistic .* \(2, 8\); .* \(2, 6, 6\)"),
+    ],
+)
+def test_what_ranks_nothing_is_refused(options, message):
+    """A mask of one channel would fit the map, and skip nothing."""
+    conv = nnx.Conv(8, 4, (3, 3), rngs=nnx.Rngs(0))
+    model = make_dynamic(conv, 0.5, 0.5, **options)
+    with pytest.raises(ValueError, match=message):
+        model(jnp.ones((2, 6, 6, 8)))
+
+
 def test_bfloat16_maps_are_ranked_in_float32():
     # 1 and 1 + 1/1024 are the same number in a bfloat16 mean, and different ones in float32.
     x = jnp.ones((1, 32, 32, 2), jnp.bfloat16).at[0, 0, 0, 1].set(2.0)

@@ -8,7 +8,9 @@ from flax import nnx
 from dynprune_jax import config as config_lib
 from dynprune_jax.build import build_dynamic, build_links, build_model
 from dynprune_jax.config import with_fields
+from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.methods import find_method
+from dynprune_jax.pruning.attention import STATISTICS
 from dynprune_jax.pruning.layers import dynamic_layers
 
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -54,3 +56,11 @@ def test_every_config_says_how_to_run_it_and_what_to_expect(path):
     for part in ("Paper:", "Command:", "Hardware and time:", "Result:"):
         assert f"\n{part}" in docstring
     assert f"--config=configs/{path.name}" in docstring
+
+
+def test_a_config_s_file_may_name_a_statistic(config, monkeypatch):
+    config.gate.statistic = "own"
+    with pytest.raises(UserError, match=r"gate\.statistic is 'own'; choose one of mean, max, l2"):
+        config_lib.check(config)
+    monkeypatch.setitem(STATISTICS, "own", STATISTICS["mean"])
+    config_lib.check(config)

@@ -106,6 +106,9 @@ def test_dry_runs_start_nothing():
     assert verbs == ["create", "scp", "ssh", "describe", "ssh", "delete"]
     assert "--workdir=$HOME/runs/a-run" in tpu.stdout
     assert tpu.stdout.splitlines()[0].endswith(" '--preemptible' '--zone=a-zone'")
+    assert "JAX_COORDINATOR_ADDRESS=ADDRESS:8476" in tpu.stdout
+    demand = launch("tpu_pod.sh", "--dry-run", "create", **TPU, PREEMPTIBLE="no")
+    assert demand.stdout.endswith(" '--version=tpu-ubuntu2204-base' '--zone=a-zone'\n")
     for done in (local, slurm, tpu):
         assert done.returncode == 0, done.stderr
         assert "(.5, .2)" in done.stdout  # an argument stays one

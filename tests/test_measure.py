@@ -77,6 +77,28 @@ def test_nothing_is_left_behind_and_jit_agrees(model, images):
     assert [layer.name for layer in usage.layers] == [layer.name for layer in eager.layers]
 
 
+def test_what_a_call_writes_is_written_and_nothing_else():
+    """In training: statistics, and how often was drawn."""
+    made = models.vgg_digits(4, image_size=8, width=0.1, rngs=nnx.Rngs(0))
+    model = make_dynamic(made, 0.5, criterion=random)
+    model.train()
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    called = nnx.clone(model)
+    for _ in range(2):  # other draws each time
+        expected = called(x)
+        logits, _ = nnx.jit(measure)(model, x)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    one, other = (dict(nnx.to_flat_state(nnx.state(m))) for m in (called, model))
+    assert one.keys() == other.keys()
+    for path, variable in one.items():
+        if not jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(other[path][...], variable[...], rtol=1e-4, atol=1e-4)
+    model.eval()
+    whole = make_dynamic(made, 0.5)  # a program that holds it writes nothing there
+    whole.eval()
+    jax.jit(lambda x: measure(whole, x)[0])(x)
+
+
 def test_a_plain_model_is_measured_too(images):
     plain = Small(nnx.Rngs(0))
     logits, usage = measure(plain, images)

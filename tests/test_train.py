@@ -435,6 +435,12 @@ def test_pictures_show_what_the_network_sees(config, tmp_path, monkeypatch):
     assert masks["blocks/0/layers/1/conv"].shape == (6, 8, 8)
 
 
+def test_a_schedule_that_never_arrives_is_told(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "ascent", lambda self, target: lambda step: jnp.float32(0.9 * target))
+    with pytest.raises(UserError, match=r"16 steps; the ratio 0\.5 is never reached: change the"):
+        Run.open(config, tmp_path).check_ratios()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     config.dense.learning_rate = 1000.0  # the highest that is allowed
     with pytest.raises(UserError, match=r"not finite|the loss is (nan|inf)"):

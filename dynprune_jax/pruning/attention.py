@@ -8,6 +8,7 @@ maximum or the root mean square. A *criterion* turns attention into the scores t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +49,26 @@ def channel_attention(
     x: Float[Array, "*batch height width channels"], statistic: Statistic = mean
 ) -> Float[Array, "*batch channels"]:
     """Statistic of each channel over height and width, float32."""
-    return statistic(x, (-3, -2))
+    return of_shape((*x.shape[:-3], x.shape[-1]), statistic(x, (-3, -2)), "statistic")
 
 
 def column_attention(
     x: Float[Array, "*batch height width channels"], statistic: Statistic = mean
 ) -> Float[Array, "*batch height width"]:
     """Statistic of each column over its channels, float32."""
-    return statistic(x, (-1,))
+    return of_shape(x.shape[:-1], statistic(x, (-1,)), "statistic")
+
+
+def of_shape(shape: tuple[int, ...], given: Any, whose: str) -> Any:
+    """What a statistic or a criterion has given, if it has that shape.
+
+    Raises:
+      ValueError: for anything else: a mask of another shape may well fit the map.
+    """
+    if getattr(given, "shape", None) != shape:
+        found = getattr(given, "shape", type(given).__name__)
+        raise ValueError(f"the {whose} of a gate gave {found}; it must give the shape {shape}")
+    return given
 
 
 def attention(

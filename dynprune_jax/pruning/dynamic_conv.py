@@ -20,6 +20,7 @@ from dynprune_jax.pruning.attention import (
     column_attention,
     magnitude,
     mean,
+    of_shape,
 )
 from dynprune_jax.pruning.handover import Handover, take_over
 from dynprune_jax.pruning.masks import Masks
@@ -89,7 +90,8 @@ class DynamicConv(nnx.Conv):
 
     Raises:
       ValueError: for a ratio, a probability, a group or a patch out of its range, a statistic or
-        criterion that is no function, or another kind of layer; for a `feature_ratio` of a grouped
+        criterion that is no function, or another kind of layer; when it is called, for one of
+        these that gives another shape; for a `feature_ratio` of a grouped
         convolution, or `choice_of` of one that is not depthwise; when it is called with
         `columns_of`, for an output of another size than the input.
     """
@@ -186,7 +188,7 @@ class DynamicConv(nnx.Conv):
             return masks
         salience = self.salience(x)
         size = self.feature_group
-        scores = self.criterion(_of_groups(salience, size), self.rngs)
+        scores = self._by_criterion(_of_groups(salience, size))
         wanted = jnp.repeat(self._keep(scores, self.feature_ratio), size, axis=-1)
         if not self.salience_scales:
             salience = 1.0 + (salience - jax.lax.stop_gradient(salience))  # exactly 1
@@ -247,7 +249,7 @@ class DynamicConv(nnx.Conv):
             statistic = magnitude if self.follows_features else self.statistic
             of_channels = _of_groups(channel_attention(x, statistic), size)
             if not self.follows_features:
-                of_channels = self.criterion(of_channels, self.rngs)
+                of_channels = self._by_criterion(of_channels)
         if self.column_ratio is not None:
             side = self.patch_side(height, width)
             statistic = magnitude if self.follows_columns else self.statistic
@@ -257,8 +259,11 @@ class DynamicConv(nnx.Conv):
                 of_columns = jnp.mean(patches, axis=(-3, -1))
             of_columns = of_columns.reshape(*batch, height * width // side**2)
             if not self.follows_columns:
-                of_columns = self.criterion(of_columns, self.rngs)
+                of_columns = self._by_criterion(of_columns)
         return of_channels, of_columns
+
+    def _by_criterion(self, scores: Float[Array, "*batch n"]) -> Any:
+        return of_shape(scores.shape, self.criterion(scores, self.rngs), "criterion")
 
     def ranked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """How many scores of each map of a shape it ranks: of channels, columns and outputs."""

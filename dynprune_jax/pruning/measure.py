@@ -31,7 +31,8 @@ from dynprune_jax.pruning.masks import Masks
 def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage]:
     """Runs a model on images and counts what it computed for each.
 
-    It works under `jax.jit` and leaves nothing behind on the model. Every 2-D `nnx.Conv` and every
+    It works under `jax.jit`. What a call of the model writes it writes too, such as the statistics
+    of batch norms in training mode, and nothing else. Every 2-D `nnx.Conv` and every
     `nnx.Linear` is counted, dynamic or not; other products, those of subclasses too, are found in
     the traced program, and spread over the images of the batch even if they are of weights alone.
 
@@ -79,6 +80,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         return call(inputs, *args, **kwargs)
 
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
+    before = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(metered))}
     try:
         with all_handed_over(model):
             logits, sown = call_and_capture(metered, images, *others)
@@ -86,6 +88,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         if not cannot_leave(error):
             raise
         raise ValueError(_does_not_leave("a layer")) from error
+    nnx.update(model, nnx.state(metered, lambda path, v: before.get(path) is not v.get_value()))
     layers = of_kind(sown, LayerUsage)
     gates = dynamic_layers(model)
     _check_counted({order: name for order, name in called.items() if name in gates}, layers)

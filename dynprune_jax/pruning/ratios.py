@@ -220,8 +220,8 @@ def _ratio_of_blocks(
         if prunes and not inside:
             raise ValueError(
                 f"{field} for block {i} is {number}, and no convolution chosen for such a gate"
-                " is in that block (one that sees at most 4 channels only by its full name):"
-                " give 0 for it"
+                " is in that block (one that sees at most 4 channels only by its full name; where"
+                " gates predict, none without a link): give 0 for it"
             )
         spelled |= dict.fromkeys(inside, number)
     return spelled

@@ -51,7 +51,12 @@ def recalibrate(model: nnx.Module, batches: Iterable[Images], *others: Any) -> N
     def made() -> Iterator[Any]:
         for images in batches:
             batch_of(images)  # refuses what holds none
-            yield statistics(state, images)
+            try:
+                yield statistics(state, images)
+            except Exception as error:
+                if isinstance(images, tuple | list):
+                    error.add_note("batches hold what the model is called with: no labels")
+                raise
 
     nnx.update(model, mean_of(made()))
 
