@@ -2,6 +2,7 @@ import functools
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from networks import trained
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _trained_or_fresh, benchmark
 from dynprune_jax.experiments.timing import Compiled, dense_ways, quartiles_ms, summary, timed
+from dynprune_jax.pruning import plan as plan_lib
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.forms import Form
@@ -193,6 +195,18 @@ def test_an_allotment_by_ratios_needs_some(config, tmp_path):
     with pytest.raises(UserError, match=r"config\.static\.allotment is 'gate'"):
         benchmark(config, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_turn_of_steady_use_begins_with_a_call_that_is_not_timed(monkeypatch):
+    calls = []
+
+    def work():
+        calls.append(2.0)  # seconds
+        return jnp.zeros(())
+
+    monkeypatch.setattr(plan_lib, "time", SimpleNamespace(perf_counter=lambda: sum(calls)))
+    assert interleaved({"a": work}, repeats=2, warmup=0, least=5.0) == {"a": [2.0, 2.0]}
+    assert len(calls) == 2 * (1 + 3)
 
 
 def test_interleaved_takes_turns_after_the_warm_up():

@@ -84,6 +84,16 @@ class Told(nnx.Module):
         return x
 
 
+class Blended(Own):
+    """Its convolutions see one map of all images."""
+
+    def __init__(self, num_classes, *, in_channels, image_size, width, dtype, rngs):
+        super().__init__(num_classes, in_channels, width, dtype, rngs)
+
+    def __call__(self, x):
+        return super().__call__(x.mean(0, keepdims=True)).repeat(len(x), axis=0)
+
+
 class Narrow(nnx.Module):
     def __init__(self, num_classes, *, in_channels, image_size, dtype, rngs):
         pass
@@ -120,6 +130,19 @@ def test_a_data_set_of_one_class_is_refused(config, monkeypatch):
     monkeypatch.setattr(build, "load_dataset", lambda *_, **__: one)
     with pytest.raises(UserError, match="name is 'digits'; it has one class"):
         build.build_dataset(config)
+
+
+def test_a_batch_may_be_all_images_and_a_mean_that_of_all_channels(config):
+    config.batch_size = 128
+    build.build_dataset(config)
+    config.batch_size = 129
+    with pytest.raises(UserError, match=r"batch_size is 129; it must be at most .* examples, 128"):
+        build.build_dataset(config)
+    config.data.mean = (0.5,)
+    build.check_channels(config, 3)
+    config.data.mean = (0.5, 0.5)
+    with pytest.raises(UserError, match=r"config\.data\.mean has 2 values; digits has 3 channels"):
+        build.check_channels(config, 3)
 
 
 @pytest.fixture
@@ -171,6 +194,7 @@ def test_it_is_the_factory_that_draws_the_weights(config):
         ("no_such_module:own", "there is no module 'no_such_module' in the current folder, in PY"),
         ("test_build.py:own", "there is no module 'test_build.py' in the current"),
         ("broken:own", r"'broken:own'; broken cannot be imported: No module named 'numpyy'"),
+        ("numpyy_too:own", r"; numpyy_too cannot be imported: No module named 'numpyy'"),
         ("unfinished:own", r"'unfinished:own'; .*\(unfinished.py, line 1\)"),
         ("test_build:nothing", "config.model is 'test_build:nothing'; .*no attribute 'nothing'"),
         ("test_build:TEXT", "'test_build:TEXT'; it is of type str, and must be a function"),
@@ -187,6 +211,7 @@ def test_it_is_the_factory_that_draws_the_weights(config):
             "test_build:of_eight",
             r"shape \(1, 8, 8, 1\) its model gives \(1, 8\), and not .*10",
         ),
+        ("test_build:Blended", "its work cannot be counted: .* sees maps of the shape"),
         ("own:Quarters", "its work cannot be counted: .* sees maps of the shape"),
         ("test_build:of_a_pair", r"its model gives tuple, and not logits of the shape \(1, 10\)"),
         ("test_build:without_blocks", "has no attribute `blocks` that is an nnx.List: give it"),
@@ -194,7 +219,8 @@ def test_it_is_the_factory_that_draws_the_weights(config):
     ],
 )
 def test_what_is_wrong_with_it_is_said(config, tmp_path, monkeypatch, model, message):
-    (tmp_path / "broken.py").write_text("import numpyy")
+    for name in ("broken", "numpyy_too"):
+        (tmp_path / f"{name}.py").write_text("import numpyy")
     (tmp_path / "unfinished.py").write_text("def own(:")
     monkeypatch.syspath_prepend(tmp_path)
     config.model = model

@@ -3,7 +3,9 @@ import errno
 import functools
 import gc
 import json
+import os
 import pickle
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +169,12 @@ def test_a_layer_is_timed_as_several_in_a_row_and_told_as_one(small, monkeypatch
         assert len({float(y.sum()) for y in row}) == len(row)
 
 
+def test_the_batch_of_a_plan_is_all_that_is_in_front_of_a_map():
+    model = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)))
+    shapes = plan_lib._input_shapes(model, jnp.ones((2, 3, 5, 6, 3)))
+    assert shapes["layers/0"].shape == (6, 5, 6, 3)
+
+
 def test_a_kernel_that_fails_on_a_device_is_left_out(small, monkeypatch):
     gate = dynprune_jax.dynamic_layers(small[0])["blocks/1/layers/1/conv"]
     forms = [Form(), Form("pallas", channels=True)]
@@ -240,6 +248,24 @@ def test_a_plan_for_something_else_is_told(small, tmp_path):
     dynprune_jax.compact(dynamic, x, plan=path)
     Plan({}).save(path)  # as one that was made by hand
     dynprune_jax.compact(dynamic, x, plan=path)
+
+
+def test_a_processor_is_known_by_its_name_and_model(tmp_path, monkeypatch):
+    told = tmp_path / "cpuinfo"
+    monkeypatch.setattr(plan_lib, "Path", lambda _: told)
+    assert plan_lib.processor() == "cpu"
+    core = (
+        "processor\t: {}\nmodel name\t: AMD EPYC: a\n\nflags\t:\ncpu family\t: 26\nmodel\t\t: 2\n"
+    )
+    told.write_text(core.format(0) + core.format(1))
+    assert plan_lib.processor() == "AMD EPYC: a (family 26, model 2)"
+    told.write_text("processor\t: 0\nCPU part\t: 0xd40\n")  # as Arm's
+    assert plan_lib.processor() == "cpu"
+    told.write_text(core)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="a GPU")])
+    assert plan_lib.processor() == "a GPU"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5, 7}, raising=False)
+    assert plan_lib.available_cores() == 3
 
 
 def test_networks_that_are_gone_leave_no_weights_behind():
@@ -461,6 +487,11 @@ class Slimmed(Conv):
         return super().__call__(x), jnp.sum(jnp.abs(self.norm.scale[...]))
 
 
+class Watched(Conv):
+    def __call__(self, x):
+        return super().__call__(x), jnp.sum(self.norm.mean[...])
+
+
 class Tied(Conv):
     def __call__(self, x):
         y = nnx.remat(Conv.__call__)(self, x)
@@ -490,7 +521,30 @@ class Scanned(Conv):
         return super().__call__(x) + jax.lax.scan(step, 0.0, None, length=2)[0]
 
 
-@pytest.mark.parametrize("kind", [Penalized, Returned, Normalized, Tied, Cloned, Scanned])
+class Stacked(Conv):
+    """A loop stacks the kernel, and the model keeps the stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nnx.Cache(jnp.zeros((2, 3, 3, 8, 8)))
+
+    def __call__(self, x):
+        kernel = self.conv.kernel[...]
+        _, self.stack[...] = jax.lax.scan(lambda *_: (None, kernel), None, None, length=2)
+        return super().__call__(x)
+
+
+class Repeated(Conv):
+    """The condition of a loop of unknown length gets other values than its body."""
+
+    def __call__(self, x):
+        once = 1 + jnp.argmax(x.ravel()[:1])
+        return jax.lax.fori_loop(0, once, lambda _, x: super(Repeated, self).__call__(x), x)
+
+
+@pytest.mark.parametrize(
+    "kind", [Penalized, Returned, Normalized, Tied, Cloned, Scanned, Stacked, Repeated]
+)
 def test_a_convolution_whose_kernel_is_read_elsewhere_stays_as_it_is(kind):
     model, x = kind(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
     assert type(dynprune_jax.fold_batch_norms(model, x).norm) is nnx.BatchNorm
@@ -499,8 +553,9 @@ def test_a_convolution_whose_kernel_is_read_elsewhere_stays_as_it_is(kind):
     jax.tree.map(np.testing.assert_array_equal, fast(x), model(x))
 
 
-def test_a_norm_whose_scale_is_read_elsewhere_is_not_folded():
-    model, x = Slimmed(), jnp.ones((2, 6, 6, 8))
+@pytest.mark.parametrize("kind", [Slimmed, Watched])
+def test_a_norm_that_is_read_elsewhere_is_not_folded(kind):
+    model, x = kind(), jnp.ones((2, 6, 6, 8))
     fast = dynprune_jax.compact(model, x, plan=Plan({"conv": Form("patches")}))
     assert type(fast.norm) is nnx.BatchNorm
     assert isinstance(fast.conv, CompactConv)
@@ -508,7 +563,9 @@ def test_a_norm_whose_scale_is_read_elsewhere_is_not_folded():
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("given", [{"use_running_average": True}, {"mask": None}])
+@pytest.mark.parametrize(
+    "given", [{"use_running_average": True}, {"use_running_average": None}, {"mask": None}]
+)
 def test_a_norm_that_is_told_to_take_what_is_stored_is_folded(given):
     class Told(Conv):
         def __call__(self, x):
@@ -816,3 +873,7 @@ def test_layers_that_differ_are_measured_apart():
     ]
     cases = {plan_lib._case(conv, x) for conv in convs}
     assert len(cases) == len(convs)
+    # Older plans do not tell of our own convolution.
+    plain, ours = convs[0], convs[len(options) - 1]
+    told = [plan_lib.circumstances(nnx.Sequential(conv), x)["layers"] for conv in (plain, ours)]
+    assert told[0] == told[1]

@@ -1,6 +1,8 @@
 """Batches: each example once, the same again after a restore."""
 
 import json
+import threading
+from contextlib import closing
 from itertools import chain
 
 import grain
@@ -181,3 +183,24 @@ def test_evaluation_counts_each_example_once(count, size, as_split):
         seen.extend(labels[valid].tolist())
     assert seen == list(range(count))
     assert all(valid.all() for _, _, valid in batches[:-1])
+    own = slice(size // 2, None)  # the rows of one of many processes
+    for (images, labels, valid), of_all in zip(
+        eval_batches(examples, size, own), batches, strict=True
+    ):
+        np.testing.assert_array_equal(images, of_all[0][own])
+        np.testing.assert_array_equal(labels, of_all[1][own])
+        np.testing.assert_array_equal(valid, of_all[2])
+
+
+def test_the_next_batch_is_decoded_while_one_is_evaluated(monkeypatch):
+    begun, read = threading.Event(), Split.read
+
+    def reading(split, indices):
+        if 2 in indices:
+            begun.set()
+        return read(split, indices)
+
+    monkeypatch.setattr(Split, "read", reading)
+    with closing(eval_batches(numbered_split(6), 2)) as batches:
+        next(batches)
+        assert begun.wait(5.0)

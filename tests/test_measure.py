@@ -298,6 +298,15 @@ def test_counts_that_do_not_leave_the_model_are_told(call):
         measure(model, jnp.ones((2, 6, 6, 8)))
 
 
+def test_an_error_of_the_model_s_own_stays_what_it_is(images):
+    class Own(nnx.Module):
+        def __call__(self, x):
+            raise ValueError("no such size")
+
+    with pytest.raises(ValueError, match=r"^no such size$"):
+        measure(Own(), images)
+
+
 def test_stacked_layers_are_told():
     def stacked(conv, x):
         return nnx.scan(lambda c, x: c(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(conv, x)

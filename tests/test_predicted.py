@@ -499,6 +499,12 @@ def test_columns_of_a_block_need_one_ratio_and_one_resolution():
     layers = ("blocks/2/layers/0/conv", "blocks/2/layers/2/conv")
     with pytest.raises(ValueError, match="blocks/2/layers/1/conv has no gate on columns"):
         make_dynamic(model, column_ratio=0.5, layers=layers, column_blocks=column_blocks(model))
+    layers = ("blocks/2/layers/0/conv", "blocks/2/layers/1/conv")  # and not the last
+    gates = dynamic_layers(
+        make_dynamic(model, column_ratio=0.5, layers=layers, column_blocks=column_blocks(model))
+    )
+    assert tuple(gates) == layers
+    assert len({id(gate.columns_of) for gate in gates.values()}) == 1
 
 
 def test_the_first_of_a_block_chooses_its_columns_as_a_gate_by_itself():
@@ -762,26 +768,40 @@ def test_surgery_says_what_it_cannot_do():
     all_modules(odd)[norm].__class__ = type("Odd", (nnx.BatchNorm,), {})
     with pytest.raises(ValueError, match=f"links names '{norm}', which is no BatchNorm"):
         predict_channels(odd, {"*": 0.5}, {name: (norm, reader)})
-    with pytest.raises(ValueError, match=f"for '{name}'; it must be a normalization and a reader"):
-        predict_channels(model, {"*": 0.5}, {name: (norm,)})
+    for link in ((norm,), (norm, reader, norm)):
+        said = f"for '{name}'; it must be a normalization and a reader"
+        with pytest.raises(ValueError, match=said):
+            predict_channels(model, {"*": 0.5}, {name: link})
     second = "blocks/0/layers/1/conv"
     both = {name: (norm, second), second: (links(model)[second][0], second)}
     with pytest.raises(ValueError, match=f"'{second}' as what reads the outputs of both"):
         predict_channels(model, 0.5, both)
     with pytest.raises(ValueError, match=f"links goes on behind '{second}', which is no depth"):
         predict_channels(model, {"*": 0.5}, {name: (norm, second, *links(model)[second])})
+    with pytest.raises(ValueError, match="links goes on behind 'head', which is no depthwise"):
+        predict_channels(model, {"*": 0.5}, {name: (norm, "head", *links(model)[second])})
     both[second] = (norm, links(model)[second][1])
     with pytest.raises(ValueError, match=f"{norm} is named as the normalization of several"):
         predict_channels(model, 0.5, both)
     shared = make_dynamic(model, None, 0.5, column_blocks=[[(second, links(model)[second][0])]])
     with pytest.raises(ValueError, match=f"{second} .* or shares a choice of columns: make"):
         make_dynamic(shared, 0.5, layers=second)
+    chain = predict_channels(Chain(1), 0.5, {"conv": ("norm", "reader")})
+    with pytest.raises(ValueError, match=r"reader .* reads what one has chosen, or shares"):
+        make_dynamic(chain, 0.5, layers="reader")
     conv = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a grouped convolution cannot choose"):
         DynamicConv(conv, feature_ratio=0.5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="only a depthwise convolution can hand"):
         DynamicConv(conv, choice_of=Handover(), rngs=nnx.Rngs(0))
     assert not any(isinstance(m, GatedNorm) for _, m in nnx.iter_modules(model))
+
+
+def test_a_block_without_a_ratio_chooses_nothing():
+    model, _, _ = predicted("vgg")
+    gates = dynamic_layers(predict_channels(model, (None, 0.5, 0.5), links(model)))
+    chosen = {name for name, gate in gates.items() if gate.feature_ratio is not None}
+    assert chosen == {name for name in links(model) if not name.startswith("blocks/0/")}
 
 
 def test_a_run_with_predicted_gates(config, tmp_path):

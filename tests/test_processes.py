@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ from conftest import CONFIGS
 
 from dynprune_jax import processes
 from dynprune_jax.errors import UserError
+from dynprune_jax.stopping import Stopped
 from dynprune_jax.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +180,6 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, data_dir):
 def test_a_file_of_process_0_may_be_seen_late(tmp_path, monkeypatch):
     """A network file system may remember for a while that it was not there."""
     path, waited = tmp_path / "config.json", []
-    assert not processes.sees(path)
 
     def sleep(seconds):
         waited.append(seconds)
@@ -185,11 +187,68 @@ def test_a_file_of_process_0_may_be_seen_late(tmp_path, monkeypatch):
             path.touch()
 
     monkeypatch.setattr(processes.time, "sleep", sleep)
+    assert not processes.sees(path)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert processes.sees(path)
     assert len(waited) == 3
     monkeypatch.setattr(processes, "_REMEMBERED_SECONDS", 0.0)
     assert not processes.sees(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("index", "over", "looks", "ends"),
+    [
+        (0, False, [({0, 1}, set()), ({0}, set())], None),  # the others have left
+        (0, False, [(set(), {2, 1})], "process 0 of 3 ends because process 1, 2 is gone;"),
+        (0, True, [(set(), {1}), ({0}, set())], None),  # it ended as all do
+        (0, True, [(set(), {0})], None),
+        (1, False, [(set(), {0})], "process 1 of 3 ends because process 0 is gone;"),
+        (1, True, [], None),
+    ],
+)
+def test_the_death_of_another_is_told_from_the_end(monkeypatch, capsys, index, over, looks, ends):
+    def leave(code):
+        raise SystemExit(code)
+
+    for name in ("_LOOK_SECONDS", "_ENDING_SECONDS"):
+        monkeypatch.setattr(processes, name, 0.0)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(processes, "_look", lambda: looks.pop(0))
+    monkeypatch.setattr(os, "_exit", leave)
+    ended = threading.Event()
+    if over:
+        ended.set()
+    with pytest.raises(SystemExit, match="1") if ends else nullcontext():
+        processes._watch(ended)
+    assert not looks
+    assert (ends or "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [UserError("a mistake"), OSError("full"), Stopped(15, "by hand")])
+def test_the_watch_ends_before_an_error_is_told(monkeypatch, error):
+    """In JAX's own code when Python ends, its thread would take the process down with it."""
+    gone = []
+
+    def watch(ended):
+        ended.wait()
+        time.sleep(0.2)  # its last look
+        gone.append(True)
+
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(processes, "_watch", watch)
+    with pytest.raises(type(error)), processes.joined():
+        raise error
+    assert gone
+
+
+def test_a_mode_for_one_process_is_refused_to_two(monkeypatch):
+    processes.check_alone("study")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="--mode=study is for one process, not 2"):
+        processes.check_alone("study")
 
 
 def test_half_an_environment_gets_a_line(monkeypatch):

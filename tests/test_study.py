@@ -133,6 +133,31 @@ def test_where_no_cut_can_be_made_no_dense_network_is_trained(small, tmp_path, m
         study(small, tmp_path)
 
 
+def test_only_what_is_missing_is_looked_at_before(small, tmp_path, monkeypatch):
+    def trained(*_):
+        raise AssertionError("begun")
+
+    def none(_, points):
+        return [(point, UserError("no factor")) for point in points]
+
+    monkeypatch.setattr(study_lib, "_dense", trained)
+    monkeypatch.setattr(study_lib, "_impossible", none)
+    monkeypatch.setattr(Run, "open", lambda *_: None)
+    monkeypatch.setattr(study_lib, "figures", lambda _: {})
+    small.study.seeds, small.study.cuts, small.study.ablations = (3, 4), (0.99,), ()
+    small.study.methods = ("attention",)
+    for seed in small.study.seeds:
+        with pytest.raises(UserError, match=r"^not done: attention-99; attention-99: no factor$"):
+            study(small, tmp_path)
+        result = row("attention", 0.99, seed, 0.5)
+        (tmp_path / f"attention-99-seed{seed}.json").write_text(json.dumps(result))
+    with pytest.raises(AssertionError, match="begun"):  # the dense networks are missing
+        study(small, tmp_path)
+    small.study.methods = ()  # and can be all that is asked for
+    with pytest.raises(AssertionError, match="begun"):
+        study(small, tmp_path)
+
+
 def test_lower_cuts_of_other_convolutions_are_looked_at_too(small):
     """Gates on fewer convolutions need higher ratios for less, and do not get there in time."""
     small.gate.layers = ("blocks/*/layers/1/conv",)

@@ -9,7 +9,7 @@ from networks import trained
 import dynprune_jax
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.layers import dynamic_layers
-from dynprune_jax.pruning.ratios import least_factor, scale_ratios, set_ratios
+from dynprune_jax.pruning.ratios import least_factor, scale_ratios, scaled, set_ratios
 from dynprune_jax.pruning.surgery import make_dynamic
 
 
@@ -163,6 +163,9 @@ def test_the_least_factor_is_found_whatever_the_proportions(ratios):
     assert least_factor(ratios, lambda factor: 0.5 * factor >= 0.3) == pytest.approx(0.6, rel=1e-3)
     assert least_factor(ratios, lambda factor: True) == pytest.approx(1e-4 / max(ratios))
     assert least_factor(ratios, lambda factor: False) is None
+    smallest = min(filter(None, ratios))
+    most = least_factor(ratios, lambda factor: scaled(smallest, factor) == 0.95)
+    assert most == pytest.approx(0.95 / smallest)
 
 
 def test_a_budget_that_cannot_be_kept_changes_nothing(zoo, images):

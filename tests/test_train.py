@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from networks import mixed_plan
 from PIL import Image
 
-from dynprune_jax import build, plots
+from dynprune_jax import build, plots, processes
 from dynprune_jax import report as report_lib
-from dynprune_jax.checkpoint import Checkpoints
+from dynprune_jax import train as train_lib
+from dynprune_jax.checkpoint import Checkpoints, tree_digest
 from dynprune_jax.data import sources
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.cascade import cascade
@@ -144,10 +145,39 @@ def test_all_processes_evaluate_the_controls_in_one_order(config, workdir, monke
     assert asked == [name for name in CRITERIA if name != "attention"]
 
 
+def test_a_report_is_of_the_weights_that_it_names(config, workdir, monkeypatch):
+    run = Run.open(config, workdir)
+    dense, pruned = run.trained_values()
+    whole, cheap = run.evaluate(run.dense, dense), run.evaluate(run.dynamic, pruned)
+    evaluated, cascades, pictured = [], [], []
+    cascaded = report_lib.cascaded
+
+    def evaluating(run, network, values):
+        evaluated.append(tree_digest(values))
+        return whole if network is run.dense else cheap
+
+    def cascading(*found):
+        cascades.append(found)
+        return cascaded(*found)
+
+    monkeypatch.setattr(Run, "evaluate", evaluating)
+    monkeypatch.setattr(Run, "recalibrated", lambda run, network, values: {"again": values})
+    monkeypatch.setattr(report_lib, "CRITERIA", {config.gate.criterion: None})
+    monkeypatch.setattr(report_lib, "cascaded", cascading)
+    monkeypatch.setattr(report_lib, "_draw", lambda *args: pictured.append(args[-1]))
+    monkeypatch.setattr(report_lib, "write_json", lambda *_: None)
+    write_report(run, dense, pruned)
+    assert evaluated == [tree_digest(values) for values in (dense, pruned, run.gated(dense))]
+    assert cascades == [(cheap, whole, share) for share in config.cascade.shares]
+    assert pictured == [{"again": pruned}]
+
+
 def test_the_same_command_again_changes_nothing(config, workdir):
     before = json.loads((workdir / "report.json").read_text())
     metrics = read_metrics(workdir)
-    for again in (train_and_evaluate(config, workdir), evaluate_workdir(config, workdir)):
+    trained, evaluated = train_and_evaluate(config, workdir), evaluate_workdir(config, workdir)
+    assert "trained_with" in evaluated.keys() - trained.keys()
+    for again in (trained, evaluated):
         for part in ("dense", "pruned", "parameters_digest", "layers", "pruned_by_other_criteria"):
             assert again[part] == before[part]
     # Evaluating again keeps what was told of the training.
@@ -164,6 +194,15 @@ def test_a_row_that_is_lost_is_made_again_and_takes_no_other_with_it(config, wor
     (copy / "metrics.jsonl").write_text("".join(line for line in lines if line != lost))
     train_and_evaluate(config, copy)
     assert sorted(map(str, rows(copy))) == sorted(map(str, rows(workdir)))
+
+
+def test_an_evaluation_that_one_process_owes_is_done_by_all(config, workdir, monkeypatch):
+    run = Run.open(config, workdir)
+    with run.checkpoints("dense") as checkpoints, Feed(run, "dense", run.dense, None) as feed:
+        given = run, "dense", run.dense, run.dense.weights, feed, checkpoints
+        assert train_lib._Phase(*given).done
+        monkeypatch.setattr(processes, "agree", lambda number: max(number, 1))
+        assert not train_lib._Phase(*given).done
 
 
 def rows(workdir):
@@ -192,6 +231,7 @@ IN_THE_LAST_SAVE = (Checkpoints, "wait"), 1, raising(signal.SIGTERM), "8 of 8 of
 BY_AN_ERROR_BEFORE_A_SAVE = (Feed, "advance"), 5, failing, "cut off", None
 AT_STEP_3 = (Feed, "advance"), 2, raising(signal.SIGINT), "SIGINT; step 3 of 16", 3
 BY_AN_ERROR_BEHIND_ONE = (Feed, "advance"), 7, failing, "cut off", 8
+BY_AN_ERROR_IN_AN_EVALUATION = (Run, "evaluate"), 0, failing, "cut off", 8
 AT_STEP_6 = (Feed, "advance"), 5, raising(signal.SIGTERM), "SIGTERM; step 6 of 16", 6
 IN_AN_EVALUATION = (Run, "evaluate"), 0, raising(signal.SIGTERM), "SIGTERM; step 8 of 16", 8
 
@@ -202,7 +242,13 @@ IN_AN_EVALUATION = (Run, "evaluate"), 0, raising(signal.SIGTERM), "SIGTERM; step
     [
         (
             4096,
-            [AT_THE_LAST_SAVE, BY_AN_ERROR_BEFORE_A_SAVE, AT_STEP_3, BY_AN_ERROR_BEHIND_ONE],
+            [
+                AT_THE_LAST_SAVE,
+                BY_AN_ERROR_BEFORE_A_SAVE,
+                AT_STEP_3,
+                BY_AN_ERROR_IN_AN_EVALUATION,
+                BY_AN_ERROR_BEHIND_ONE,
+            ],
         ),
         (0, [IN_THE_LAST_SAVE, AT_STEP_6, IN_AN_EVALUATION]),
     ],
@@ -800,6 +846,13 @@ def test_a_phase_tells_its_rates_and_the_ratios_of_its_last_step(
     assert [row["learning_rate"] for row in rows] == [float(rate(step)) for step in (3, 7, 11, 15)]
 
 
+def test_the_mean_of_predicted_gates_is_that_of_what_they_choose():
+    read = {"b/channel_ratio": 0.25, "b/column_ratio": 0.75}
+    assert train_lib._mean(read) == {"channel_ratio": 0.25, "column_ratio": 0.75}
+    chosen = {"a/feature_ratio": 0.5, "b/channel_ratio": 0.25}
+    assert train_lib._mean(chosen) == {"channel_ratio": 0.5, "column_ratio": None}
+
+
 def test_of_a_lone_gate_the_weights_are_told_apart(config, tmp_path, monkeypatch):
     """Then nothing else is pruned on either, and a point of both has the same ratios."""
     config.gate.channel_ratio, config.gate.column_ratio = (0.0, 0.5), ()
@@ -832,8 +885,9 @@ def test_evaluating_again_keeps_what_was_told_of_the_training(config, tmp_path):
     here = {"device": "1 x cpu", "versions": {"jax": "0.11"}}  # evaluated twice
     (tmp_path / "report.json").write_text(json.dumps({**kept, **here}))
     assert report_lib._told_of_training(run) == kept
-    (tmp_path / "report.json").write_text("{")
-    assert report_lib._told_of_training(run) == {}
+    for other in ("{", json.dumps({**kept, **here, "phases": {"dense": {}}})):
+        (tmp_path / "report.json").write_text(other)
+        assert report_lib._told_of_training(run) == {}
 
 
 def test_a_report_says_what_it_was_measured_on(config, tmp_path):
@@ -849,9 +903,12 @@ def test_a_report_says_what_it_was_measured_on(config, tmp_path):
     assert provenance(Run.open(config, tmp_path))["recalibration_images"] == 100
 
 
-def test_a_work_directory_is_made_empty(tmp_path):
+def test_a_work_directory_is_made_empty(tmp_path, monkeypatch):
     make_folder(tmp_path / "a" / "b")
     assert not [*(tmp_path / "a" / "b").iterdir()]
+    monkeypatch.setattr(processes, "leads", lambda: False)
+    make_folder(tmp_path / "c")  # by another
+    assert not (tmp_path / "c").exists()
 
 
 def test_what_is_done_with_a_finished_run_may_change(config, tmp_path):
@@ -864,6 +921,10 @@ def test_what_is_done_with_a_finished_run_may_change(config, tmp_path):
     stored = (tmp_path / "config.json").read_text()
     keep_config(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == stored
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(stored), "later": 1}))
+    with pytest.raises(UserError, match=r"config\.later is 1 there and None here"):
+        check_workdir(config, tmp_path)
+    (tmp_path / "config.json").write_text(stored)
     config.prune.epochs = 3
     with pytest.raises(UserError, match=r"config\.prune\.epochs is 2 there and 3 here"):
         check_workdir(config, tmp_path)
@@ -871,11 +932,17 @@ def test_what_is_done_with_a_finished_run_may_change(config, tmp_path):
 
 def test_a_place_is_the_same_by_any_name(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     config.data.path = "images"
     keep_config(config, tmp_path)
     (tmp_path / "link").symlink_to("images")
-    for config.data.path in (str(tmp_path / "images"), "./images/", "link"):
+    for config.data.path in (str(tmp_path / "images"), "./images/", "link", "~/images"):
         check_workdir(config, tmp_path)
     for config.data.path in ("other", ""):
         with pytest.raises(UserError, match=r"config\.data\.path is 'images' there and '"):
             check_workdir(config, tmp_path)
+    (tmp_path / "config.json").unlink()
+    keep_config(config, tmp_path)
+    config.data.path = "."  # which is a place, and none is not
+    with pytest.raises(UserError, match=r"config\.data\.path is '' there and '\.' here"):
+        check_workdir(config, tmp_path)
