@@ -329,6 +329,19 @@ def test_the_times_of_a_newer_processor_are_what_was_measured():
         assert {fastest(row) for row in three} == {
             row["other_runtimes_ms"]["ONNX Runtime"] for row in three
         }
+    turns = speed("zen5/imagenette_resnet18_predicted_in_turns")[0]
+    for three, after in ((turns[:3], ", at a cut of {:.1%},"), (turns[3:], "")):
+        (ratios,) = {tuple(row["channel_ratio"]) for row in three}
+        assert ratios == ((0.5, 0.5, 0.4375, 0.375) if after else (0.4377,) * 4)
+        over = [row["other_runtimes_ms"]["ONNX Runtime"] / row["compact_ms"] for row in three]
+        said = (
+            "came to {:.2f}×, {:.2f}× and {:.2f}×"
+            if after
+            else "former to {:.2f}×, {:.2f}× and {:.2f}×"
+        )
+        assert said.format(*(row["speedup"] for row in three)) in section
+        assert after.format(three[0]["mac_reduction"]) in section
+        assert "and to {:.2f}, {:.2f} and {:.2f} times".format(*over) in section
     first, *_ = speed("zen5/cifar10_vgg16_predicted")[1]
     again = speed("zen5/cifar10_vgg16_predicted_again")[1]
     speedups = [row["speedup"] for row in (first, *again)]
