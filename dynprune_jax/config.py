@@ -237,7 +237,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 
 def _key_of(named: Mapping[str, Any]) -> tuple[Callable[[Any], bool], str]:
     """One of the names; a config's file may have added some."""
-    return lambda value: value in named, _one_of(*named)[1]
+    return lambda value: value in named, f"{_one_of(*named)[1]}, or one that your config adds"
 
 
 def _each(

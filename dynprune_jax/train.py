@@ -247,7 +247,7 @@ class _Phase:
                 self._save()
             if self._due("evaluate"):
                 self._lap("outside_step")
-                with contextlib.suppress(Stopped):  # save first; the resumed run evaluates
+                with contextlib.suppress(Stopped):  # the resumed run evaluates
                     self._evaluate(writers, bar, signals)
                 self._lap("evaluation")
             stopped_by = processes.agree(signals.received or 0)

@@ -23,7 +23,7 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   exit 2
 fi
 # Where each task has GPUs of its own it sees no others; JAX would ask for the one of its number.
-if [[ ${SLURM_GPUS_PER_TASK:-} ]]; then
+if [[ ${SLURM_GPUS_PER_TASK:-} && ! ${JAX_LOCAL_DEVICE_IDS:-} ]]; then
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((${SLURM_GPUS_PER_TASK##*:} - 1)))
   export JAX_LOCAL_DEVICE_IDS
 fi

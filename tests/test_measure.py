@@ -99,6 +99,35 @@ def test_what_a_call_writes_is_written_and_nothing_else():
     jax.jit(lambda x: measure(whole, x)[0])(x)
 
 
+@pytest.mark.parametrize("array", [jnp.ones((1, 1, 1, 1)), np.ones((1, 1, 1, 1), np.float32)])
+def test_a_model_may_hold_arrays_that_are_no_variables(array):
+    class Own(nnx.Module):
+        def __init__(self):
+            self.mean, self.conv = array, nnx.Conv(1, 8, (3, 3), rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.conv(x - self.mean)
+
+    _, usage = measure(Own(), jnp.ones((2, 6, 6, 1)))
+    assert usage.dense_macs == 6 * 6 * 9 * 8
+
+
+def test_a_model_that_is_refused_stays_what_it_was():
+    class Own(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+            self.conv = nnx.Conv(1, 8, (3, 3), rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.conv(self.norm(x)[:1])
+
+    model = Own()
+    model.train()
+    with pytest.raises(ValueError, match="sees maps of the shape"):
+        measure(model, jnp.ones((2, 6, 6, 1)))
+    assert model.norm.mean[0] == 0.0
+
+
 def test_a_plain_model_is_measured_too(images):
     plain = Small(nnx.Rngs(0))
     logits, usage = measure(plain, images)

@@ -766,7 +766,7 @@ def test_surgery_says_what_it_cannot_do():
             predict_channels(model, {"*": 0.5}, link)
     odd = nnx.clone(model)  # a subclass may compute something else
     all_modules(odd)[norm].__class__ = type("Odd", (nnx.BatchNorm,), {})
-    with pytest.raises(ValueError, match=f"links names '{norm}', which is no BatchNorm"):
+    with pytest.raises(ValueError, match=f"links names '{norm}', which is a subclass of BatchNorm"):
         predict_channels(odd, {"*": 0.5}, {name: (norm, reader)})
     for link in ((norm,), (norm, reader, norm)):
         said = f"for '{name}'; it must be a normalization and a reader"

@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -186,7 +187,8 @@ def test_a_file_of_process_0_may_be_seen_late(tmp_path, monkeypatch):
         if len(waited) == 3:
             path.touch()
 
-    monkeypatch.setattr(processes.time, "sleep", sleep)
+    patched = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr(processes, "time", patched)
     assert not processes.sees(path)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert processes.sees(path)

@@ -67,7 +67,10 @@ def of_shape(shape: tuple[int, ...], given: Any, whose: str) -> Any:
     """
     if getattr(given, "shape", None) != shape:
         found = getattr(given, "shape", type(given).__name__)
-        raise ValueError(f"the {whose} of a gate gave {found}; it must give the shape {shape}")
+        raise ValueError(
+            f"the {whose} of a gate gave {found}; it must give the shape {shape}, as by"
+            " jnp.broadcast_to"
+        )
     return given
 
 

@@ -202,14 +202,16 @@ def _follow(jaxpr: Any, own: set[int]) -> list[int] | None:
             continue
         within = bodies(eqn)
         before = 1 if eqn.primitive.name == "cond" else 0  # which branch to take
-        handed = eqn.params.get("num_carry", len(eqn.outvars))  # a loop stacks what is behind
         if not within or any(len(body.invars) + before != len(eqn.invars) for body in within):
             return None
         for body in within:
             out = _follow(body, {id(body.invars[i - before]) for i in places if i >= before})
-            if out is None or any(i >= handed for i in out):
+            if out is None:
                 return None
-            own = own | {id(eqn.outvars[i]) for i in out}
+            for i in out:
+                if eqn.outvars[i].aval.shape != body.outvars[i].aval.shape:  # stacked by a loop
+                    return None
+                own = own | {id(eqn.outvars[i])}
     return [i for i, var in enumerate(jaxpr.outvars) if id(var) in own]
 
 

@@ -31,8 +31,9 @@ from dynprune_jax.pruning.masks import Masks
 def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage]:
     """Runs a model on images and counts what it computed for each.
 
-    It works under `jax.jit`. What a call of the model writes it writes too, such as the statistics
-    of batch norms in training mode, and nothing else. Every 2-D `nnx.Conv` and every
+    It works under `jax.jit`. What a call writes to the variables that the model has it writes too,
+    such as the statistics of batch norms in training mode: as for a call, the model must then be an
+    argument of what is transformed. Nothing else is left on it. Every 2-D `nnx.Conv` and every
     `nnx.Linear` is counted, dynamic or not; other products, those of subclasses too, are found in
     the traced program, and spread over the images of the batch even if they are of weights alone.
 
@@ -80,7 +81,8 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         return call(inputs, *args, **kwargs)
 
     metered = intercept(model, (nnx.Conv, nnx.Linear), count)
-    before = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(metered))}
+    variables = nnx.to_flat_state(nnx.state(metered, nnx.Variable))  # a model may hold arrays too
+    before = {path: variable.get_value() for path, variable in variables}
     try:
         with all_handed_over(model):
             logits, sown = call_and_capture(metered, images, *others)
@@ -88,7 +90,6 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         if not cannot_leave(error):
             raise
         raise ValueError(_does_not_leave("a layer")) from error
-    nnx.update(model, nnx.state(metered, lambda path, v: before.get(path) is not v.get_value()))
     layers = of_kind(sown, LayerUsage)
     gates = dynamic_layers(model)
     _check_counted({order: name for order, name in called.items() if name in gates}, layers)
@@ -104,6 +105,10 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
     whole = {name for name in counted if arrived[name] == calls[name]}
     rest = _dense_macs_without(model, counted, whole, images, *others)
     twice = sum(layer.dense_macs for layer in layers if layer.name not in whole)
+    nnx.update(  # as the last: a model that is refused stays what it was
+        model,
+        nnx.state(metered, lambda path, v: path in before and before[path] is not v.get_value()),
+    )
     return logits, Usage(tuple(layers), rest - twice)
 
 

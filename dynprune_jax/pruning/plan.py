@@ -273,7 +273,7 @@ def processor() -> str:
     of_last_core = dict(pairs)
     name = of_last_core.get("model name", kind)
     if "cpu family" in of_last_core:
-        name += f" (family {of_last_core['cpu family']}, model {of_last_core['model']})"
+        name += f" (family {of_last_core['cpu family']}, model {of_last_core.get('model')})"
     return name
 
 

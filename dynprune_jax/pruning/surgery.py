@@ -333,4 +333,5 @@ def _check_kind(
     # A gate takes the place of a normalization: a subclass may compute something else.
     known = (nnx.BatchNorm, GatedNorm)
     if not (type(found) in known if kind is nnx.BatchNorm else isinstance(found, kind)):
-        raise ValueError(f"{field} names {name!r}, which is no {kind.__name__}")
+        odd = "a subclass of" if isinstance(found, kind) else "no"
+        raise ValueError(f"{field} names {name!r}, which is {odd} {kind.__name__}")
