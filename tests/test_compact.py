@@ -534,6 +534,32 @@ class Stacked(Conv):
         return super().__call__(x)
 
 
+class Rotated(Conv):
+    """The second turn of a loop reads the kernel where the first had something else."""
+
+    def __call__(self, x):
+        def step(carry, _):
+            first, kernel, total = carry
+            return (kernel, kernel, total + jnp.sum(first**2)), None
+
+        kernel = self.conv.kernel[...]
+        (_, _, total), _ = jax.lax.scan(step, (0 * kernel, kernel, 0.0), None, length=2)
+        return super().__call__(x) + total
+
+
+class Carried(Conv):
+    """The same, of a kernel that is no part of what is carried at first."""
+
+    def __call__(self, x):
+        kernel = self.conv.kernel[...]
+
+        def step(carry, _):
+            return (kernel, carry[1] + jnp.sum(carry[0] ** 2)), None
+
+        (_, total), _ = jax.lax.scan(step, (0 * kernel, 0.0), None, length=2)
+        return super().__call__(x) + total
+
+
 class Repeated(Conv):
     """The condition of a loop of unknown length gets other values than its body."""
 
@@ -543,7 +569,8 @@ class Repeated(Conv):
 
 
 @pytest.mark.parametrize(
-    "kind", [Penalized, Returned, Normalized, Tied, Cloned, Scanned, Stacked, Repeated]
+    "kind",
+    [Penalized, Returned, Normalized, Tied, Cloned, Scanned, Stacked, Rotated, Carried, Repeated],
 )
 def test_a_convolution_whose_kernel_is_read_elsewhere_stays_as_it_is(kind):
     model, x = kind(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)

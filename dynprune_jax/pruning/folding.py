@@ -204,15 +204,34 @@ def _follow(jaxpr: Any, own: set[int]) -> list[int] | None:
         before = 1 if eqn.primitive.name == "cond" else 0  # which branch to take
         if not within or any(len(body.invars) + before != len(eqn.invars) for body in within):
             return None
+        loops = eqn.primitive.name in ("scan", "while")
         for body in within:
-            out = _follow(body, {id(body.invars[i - before]) for i in places if i >= before})
+            given = {i - before for i in places if i >= before}
+            out = _follow(body, {id(body.invars[i]) for i in given})
             if out is None:
                 return None
             for i in out:
-                if eqn.outvars[i].aval.shape != body.outvars[i].aval.shape:  # stacked by a loop
+                stacked = eqn.outvars[i].aval.shape != body.outvars[i].aval.shape
+                # What the next turn gets in another place was not followed there.
+                if stacked or (loops and i + _constants(eqn, body) not in given):
                     return None
                 own = own | {id(eqn.outvars[i])}
     return [i for i, var in enumerate(jaxpr.outvars) if id(var) in own]
+
+
+def _constants(loop: Any, body: Any) -> int:
+    """How many inputs of a loop's body are neither carried from turn to turn nor cut up, by shape.
+
+    Parameters that tell have come and gone with JAX's versions.
+    """
+    carried, cut = (
+        sum((a.aval.shape == b.aval.shape) is same for a, b in zip(whole, turn, strict=True))
+        for whole, turn, same in (
+            (loop.outvars, body.outvars, True),
+            (loop.invars, body.invars, False),
+        )
+    )
+    return len(body.invars) - carried - cut
 
 
 def _pairs_in(jaxpr: Any, calls: Counter[str]) -> list[tuple[str, str]]:
