@@ -543,7 +543,7 @@ class Rotated(Conv):
             return (kernel, kernel, total + jnp.sum(first**2)), None
 
         kernel = self.conv.kernel[...]
-        (_, _, total), _ = jax.lax.scan(step, (0 * kernel, kernel, 0.0), None, length=2)
+        (_, _, total), _ = jax.lax.scan(step, (jnp.zeros_like(kernel), kernel, 0.0), None, length=2)
         return super().__call__(x) + total
 
 
@@ -556,7 +556,7 @@ class Carried(Conv):
         def step(carry, _):
             return (kernel, carry[1] + jnp.sum(carry[0] ** 2)), None
 
-        (_, total), _ = jax.lax.scan(step, (0 * kernel, 0.0), None, length=2)
+        (_, total), _ = jax.lax.scan(step, (jnp.zeros_like(kernel), 0.0), None, length=2)
         return super().__call__(x) + total
 
 
