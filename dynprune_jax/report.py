@@ -101,7 +101,7 @@ def _told_of_training(run: Run) -> dict[str, Any]:
         if not all(timing.keys() >= told for timing in old["phases"].values()):
             return {}
         kept = {name: old[name] for name in ("command", "phases", "seconds")}
-        trained = {name: old[name] for name in ("versions", "device")}
+        trained = {name: old[name] for name in ("versions", "device") if name in old}
         return kept | {"trained_with": old.get("trained_with", trained)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not a report
         return {}

@@ -885,6 +885,8 @@ def test_evaluating_again_keeps_what_was_told_of_the_training(config, tmp_path):
     here = {"device": "1 x cpu", "versions": {"jax": "0.11"}}  # evaluated twice
     (tmp_path / "report.json").write_text(json.dumps({**kept, **here}))
     assert report_lib._told_of_training(run) == kept
+    (tmp_path / "report.json").write_text(json.dumps(told))  # an older one tells less
+    assert report_lib._told_of_training(run) == {**told, "trained_with": {}}
     for other in ("{", json.dumps({**kept, **here, "phases": {"dense": {}}})):
         (tmp_path / "report.json").write_text(other)
         assert report_lib._told_of_training(run) == {}

@@ -90,10 +90,10 @@ class DynamicConv(nnx.Conv):
 
     Raises:
       ValueError: for a ratio, a probability, a group or a patch out of its range, a statistic or
-        criterion that is no function, or another kind of layer; when it is called, for one of
-        these that gives another shape; for a `feature_ratio` of a grouped
-        convolution, or `choice_of` of one that is not depthwise; when it is called with
-        `columns_of`, for an output of another size than the input.
+        criterion that is no function, or another kind of layer; for a `feature_ratio` of a grouped
+        convolution, or `choice_of` of one that is not depthwise; when it is called, for a statistic
+        or criterion that gives another shape and, with `columns_of`, for an output of another size
+        than the input.
     """
 
     def __init__(
