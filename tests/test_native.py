@@ -173,6 +173,19 @@ def test_a_kernel_in_pairs_is_for_features():
 
 
 @needs_compiler
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are not told where")
+def test_a_thread_that_moves_may_run_where_it_might_before():
+    x, kernel = jnp.ones((1, 16, 16, 64)), jnp.ones((3, 3, 64, 64))
+    for _ in range(50):  # on two busy processors helpers move in most calls
+        native_and_dense(x, kernel, masks.Masks())
+    threads = [int(name) for name in os.listdir("/proc/self/task")]
+    assert len(threads) > 1
+    assert {frozenset(os.sched_getaffinity(thread)) for thread in threads} == {
+        frozenset(os.sched_getaffinity(0))
+    }
+
+
+@needs_compiler
 def test_what_is_not_kept_is_not_read():
     x = jnp.ones((1, 3, 3, 2)).at[:, :, :, 1].set(jnp.nan).at[:, 2].set(jnp.inf)
     channels = jnp.asarray([[True, False]])

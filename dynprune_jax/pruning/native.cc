@@ -11,6 +11,8 @@
 // image wants some, its panels are of 32 of those; for each tap of a panel the rows of the kept
 // channels are packed side by side just before they are multiplied, in memory that stays cached.
 //
+// (With AVX-512 while the first tile is multiplied by them, which hides most of what it takes.)
+//
 // Where an image wants few, that reads nearly every line of the kernel that its kept channels have.
 // So a kernel can come in pairs of a channel and a feature too, all taps of a pair side by side:
 // they are packed together, and what is read is little more than what is multiplied.
@@ -21,6 +23,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -28,11 +31,15 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
 #endif
 #if __has_include(<unistd.h>)
 #include <unistd.h>
@@ -60,11 +67,16 @@ constexpr int kHalf = 16;   // panels of wanted features are of one or two of th
 constexpr int kThin = 8;    // channels of a map whose patches are multiplied, at the most
 constexpr int64_t kFew = 1 << 16;  // multiplications that are done before another thread wakes up
 constexpr int kSpins = 200;        // times that a thread yields before it sleeps until others end
+constexpr int kNeighbours = 6;     // of sixteen channels, that are worth to be transposed together
+// By then a thread that was woken on another processor has begun: that takes 20 to 30 of these.
+constexpr std::chrono::microseconds kLate{50};
 
 template <int Lanes>
 struct VectorOf {
   typedef float Type __attribute__((vector_size(4 * Lanes), aligned(4), may_alias));
 };
+template <int Lanes>
+using Vector = typename VectorOf<Lanes>::Type;
 
 // Bytes that the tiles and sums of a task may take: a share of the second level cache.
 int64_t CacheBytes() {
@@ -85,6 +97,7 @@ struct Convolution {
   const bool *channel_mask, *column_mask, *feature_mask, *out_column_mask;
   int64_t wanted;  // features, of the image that wants the most
   int64_t panels;  // that they are computed in, of at most 32 each
+  bool even;       // whether panels of wanted features are about as wide; if not, all but the last
   bool pairs;      // how the kernel is laid out
   float* y;
   std::shared_ptr<const Convolution> whole;  // whose patches are the columns of this one, or null
@@ -123,7 +136,7 @@ struct Ready {
   std::vector<Column> kept;
   std::vector<Tile> tiles;
   std::vector<int32_t> landings_down, landings_across;
-  std::vector<int32_t> landings;  // of each tile, tap and column: the row of sums, or -1
+  std::vector<int32_t> landings;  // of each tile, tap and column: the place, or one behind all
   std::vector<float> packed;      // of each tile, channel and column
   // Of patches: the rows of the map that they see with the zeros around them, how far apart two
   // of those and of their images are, and where each value stands, from a patch's first.
@@ -134,21 +147,25 @@ struct Ready {
   int64_t places(const Convolution& c) const { return task.images * task.rows * c.out_width; }
 };
 
-// Adds the product of a tile of M columns with V vectors of the kernel's rows to M rows of sums, or
-// sets the sums to it.
-template <int M, int V, int Lanes>
-void MultiplyPart(int64_t depth, const float* __restrict tile, const float* __restrict kernel,
-                  const int32_t* __restrict rows, float* const* sums, bool adds, int part,
-                  int64_t next) {
-  using Vector = typename VectorOf<Lanes>::Type;
-  Vector total[M][V] = {};
-  if (adds)
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v)
-        total[m][v] = *reinterpret_cast<const Vector*>(sums[m] + part + v * Lanes);
-  for (int64_t k = 0; k < depth; ++k) {
+// Where the products of a tile are added: the sums of all places, and the place of each column.
+struct Sums {
+  float* first;
+  int64_t apart;  // from the sums of one place to those of the next
+  const int32_t* places;
+  bool adds;  // to what is there; if not, they are set
+
+  float* of(int column) const { return first + places[column] * apart; }
+};
+
+// Rows of the kernel, read where they are: one for each channel of a tile.
+struct InPlace {
+  static constexpr bool kHalves = true;  // whether half a vector may be loaded
+  const float* kernel;
+  const int32_t* rows;
+  int64_t next;  // from a row to that of the next tap, which is fetched; 0: none is
+
+  template <int V, int Lanes>
+  void Load(int64_t k, int part, Vector<Lanes> (&weights)[V]) const {
     const float* row = kernel + int64_t{rows[k]} * kPanel + part;
     // Of rows that are picked out, the processor cannot guess the next by itself.
     const float* soon = kernel + int64_t{rows[k + kAhead]} * kPanel + part;
@@ -158,9 +175,76 @@ void MultiplyPart(int64_t depth, const float* __restrict tile, const float* __re
       __builtin_prefetch(row + next, 0, 2);
       if (V * Lanes > 16) __builtin_prefetch(row + next + 16, 0, 2);
     }
-    Vector weights[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weights[v] = *reinterpret_cast<const Vector*>(row + v * Lanes);
+    for (int v = 0; v < V; ++v)
+      weights[v] = *reinterpret_cast<const Vector<Lanes>*>(row + v * Lanes);
+  }
+};
+
+// Rows that were packed one after the other.
+struct Packed {
+  static constexpr bool kHalves = true;
+  const float* rows;
+
+  template <int V, int Lanes>
+  void Load(int64_t k, int part, Vector<Lanes> (&weights)[V]) const {
+    const float* row = rows + k * kPanel + part;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      weights[v] = *reinterpret_cast<const Vector<Lanes>*>(row + v * Lanes);
+  }
+};
+
+#if defined(__AVX512F__)
+// Rows that are packed while they are multiplied: most of what that takes hides behind products.
+struct Packing {
+  static constexpr bool kHalves = false;
+  // Sixteen wanted features: where they stand in each vector of the kernel that has any of them.
+  struct Wanted {
+    const float* from[kLanes];
+    __m512i places[kLanes];
+    __mmask16 masks[kLanes];
+    int vectors;
+  };
+  Wanted wanted[kPanel / kLanes];
+  const int32_t* channels;
+  int64_t next;
+  float* rows;
+
+  template <int V, int Lanes>
+  void Load(int64_t k, int part, Vector<Lanes> (&weights)[V]) const {
+    const int64_t channel = int64_t{channels[k]} * kPanel;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Wanted& found = wanted[part / kLanes + v];
+      __m512 row = _mm512_setzero_ps();
+      for (int i = 0; i < found.vectors; ++i) {
+        const float* at = found.from[i] + channel;
+        __builtin_prefetch(at + next, 0, 2);
+        row = _mm512_mask_permutexvar_ps(row, found.masks[i], found.places[i],
+                                         _mm512_loadu_ps(at));
+      }
+      _mm512_storeu_ps(rows + k * kPanel + part + v * kLanes, row);
+      weights[v] = row;
+    }
+  }
+};
+#endif
+
+// Multiplies a tile of M columns with V vectors of the kernel's rows.
+template <int M, int V, int Lanes, typename Weights>
+void MultiplyPart(int64_t depth, const float* __restrict tile, const Weights& rows,
+                  const Sums& sums, int part) {
+  Vector<Lanes> total[M][V] = {};
+  if (sums.adds)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        total[m][v] = *reinterpret_cast<const Vector<Lanes>*>(sums.of(m) + part + v * Lanes);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<Lanes> weights[V];
+    rows.template Load<V, Lanes>(k, part, weights);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -170,22 +254,22 @@ void MultiplyPart(int64_t depth, const float* __restrict tile, const float* __re
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      *reinterpret_cast<Vector*>(sums[m] + part + v * Lanes) = total[m][v];
+      *reinterpret_cast<Vector<Lanes>*>(sums.of(m) + part + v * Lanes) = total[m][v];
 }
 
 // The same with the first `width` features of the rows.
-template <int M>
-void Multiply(int64_t depth, int64_t width, const float* tile, const float* kernel,
-              const int32_t* rows, float* const* sums, bool adds, int64_t next) {
+template <int M, typename Weights>
+void Multiply(int64_t depth, int64_t width, const float* tile, const Weights& rows,
+              const Sums& sums) {
   int part = 0;
   // Of the widest vectors the last may be half empty, and half of one takes half the time.
-  constexpr int kLess = kLanes > 8 ? kLanes / 2 : 0;
+  constexpr int kLess = kLanes > 8 && Weights::kHalves ? kLanes / 2 : 0;
   for (; part + kLanes + kLess < width; part += kVectors * kLanes)
-    MultiplyPart<M, kVectors, kLanes>(depth, tile, kernel, rows, sums, adds, part, next);
+    MultiplyPart<M, kVectors, kLanes>(depth, tile, rows, sums, part);
   for (; part + kLess < width; part += kLanes)
-    MultiplyPart<M, 1, kLanes>(depth, tile, kernel, rows, sums, adds, part, next);
-  if (part < width)
-    MultiplyPart<M, 1, kLanes / 2>(depth, tile, kernel, rows, sums, adds, part, next);
+    MultiplyPart<M, 1, kLanes>(depth, tile, rows, sums, part);
+  if constexpr (kLess > 0)
+    if (part < width) MultiplyPart<M, 1, kLess>(depth, tile, rows, sums, part);
 }
 
 #if defined(__AVX512F__)
@@ -224,15 +308,23 @@ template <int M>
 void Pack(int64_t depth, const int32_t* channels, const float* const* columns, float* tile) {
   for (int64_t k = 0; k < depth; ++k, tile += M) {
 #if defined(__AVX512F__)
-    // Sixteen that are neighbours, as they all are where none is left out, go together.
-    for (; k + 16 <= depth && channels[k + 15] - channels[k] == 15; k += 16) {
+    // Those among sixteen neighbours go together, unless they are few.
+    while (k < depth) {
+      __mmask16 kept = 0;
+      int count = 0;
+      for (; k + count < depth && channels[k + count] - channels[k] < 16; ++count)
+        kept |= 1 << (channels[k + count] - channels[k]);
+      if (count < kNeighbours) break;
       __m512 v[16] = {};
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) v[m] = _mm512_loadu_ps(columns[m] + channels[k]);
+      for (int m = 0; m < M; ++m)
+        v[m] = _mm512_maskz_compress_ps(
+            kept, _mm512_maskz_loadu_ps(kept, columns[m] + channels[k]));
       Transpose(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i, tile += M)
-        _mm512_mask_storeu_ps(tile, __mmask16((1 << M) - 1), v[i]);
+      for (int i = 0; i < 16; ++i)
+        if (i < count) _mm512_mask_storeu_ps(tile + i * M, __mmask16((1 << M) - 1), v[i]);
+      k += count, tile += count * M;
     }
     if (k == depth) break;
 #endif
@@ -244,8 +336,9 @@ void Pack(int64_t depth, const int32_t* channels, const float* const* columns, f
 // Both for each number of columns that a tile can have.
 template <int... M>
 struct ForTiles {
-  static constexpr void (*multiply[])(int64_t, int64_t, const float*, const float*, const int32_t*,
-                                      float* const*, bool, int64_t) = {Multiply<M + 1>...};
+  template <typename Weights>
+  static constexpr void (*multiply[])(int64_t, int64_t, const float*, const Weights&,
+                                      const Sums&) = {Multiply<M + 1, Weights>...};
   static constexpr void (*pack[])(int64_t, const int32_t*, const float* const*,
                                   float*) = {Pack<M + 1>...};
 };
@@ -396,6 +489,7 @@ const float* ColumnValues(const Convolution& c, const Column& column, const Read
 // Packs the values of a tile, and notes where each tap of each of its columns lands.
 void FillTile(const Convolution& c, const Tile& tile, Ready& ready) {
   const Task& task = ready.task;
+  const int64_t nowhere = ready.places(c);
   const float* columns[kTile];
   int32_t* landings = ready.landings.data() + tile.first * c.taps();
   for (int64_t m = 0; m < tile.columns; ++m) {
@@ -409,7 +503,7 @@ void FillTile(const Convolution& c, const Tile& tile, Ready& ready) {
       const bool* wanted = c.out_column_mask ? c.out_column_mask + out_row * c.out_width : nullptr;
       for (int64_t j = 0; j < c.kernel_width; ++j, ++tap) {
         const bool lands = down[i] >= 0 && across[j] >= 0 && (!wanted || wanted[across[j]]);
-        landings[tap * tile.columns + m] = lands ? first + across[j] : -1;
+        landings[tap * tile.columns + m] = lands ? first + across[j] : nowhere;
       }
     }
   }
@@ -448,47 +542,55 @@ Panel FindPanel(const Convolution& c, const Ready& ready, int64_t image, int64_t
   const int32_t* all = ready.features.members.data() + first[0];
   const int64_t halves = Parts(c.wanted, kHalf);
   const auto start = [&](int64_t panel) {
-    return std::min(halves * panel / c.panels * kHalf, count);
+    return std::min(c.even ? halves * panel / c.panels * kHalf : panel * kPanel, count);
   };
   const int64_t begin = start(panel), end = start(panel + 1);
   if (begin == count && panel > 0) return {all, 0, 0, 0};
   return {all + begin, end - begin, panel > 0 ? all[begin] : 0, end < count ? all[end] : c.features};
 }
 
+// Where, in the kernel, the row of the first channel begins that has a feature of one tap.
+const float* FindRow(const Convolution& c, int64_t feature, int64_t tap) {
+  return c.kernel + (feature / kPanel * c.taps() + tap) * c.channels * kPanel + feature % kPanel;
+}
+
+#if defined(__AVX512F__)
+// Packs, of one tap, the rows of some channels with the features of a panel side by side, as soon
+// as they are multiplied.
+Packing PackRows(const Convolution& c, const Panel& panel, int64_t tap, const int32_t* channels,
+                 float* rows) {
+  Packing packing;
+  packing.channels = channels, packing.next = c.channels * kPanel, packing.rows = rows;
+  for (int64_t begin = 0; begin < panel.width; begin += kLanes) {
+    Packing::Wanted& wanted = packing.wanted[begin / kLanes];
+    const int64_t end = std::min(begin + kLanes, panel.width);
+    wanted.vectors = 0;
+    for (int64_t j = begin; j < end; ++wanted.vectors) {
+      const int32_t first = panel.features[j] / kLanes * kLanes;
+      int32_t places[kLanes] = {};
+      __mmask16 mask = 0;
+      for (; j < end && panel.features[j] < first + kLanes; ++j) {
+        places[j - begin] = panel.features[j] - first;
+        mask |= 1 << (j - begin);
+      }
+      wanted.from[wanted.vectors] = FindRow(c, first, tap);
+      wanted.places[wanted.vectors] = _mm512_loadu_si512(places);
+      wanted.masks[wanted.vectors] = mask;
+    }
+  }
+  return packing;
+}
+#else
 // Packs, of one tap, the rows of some channels with the features of a panel side by side.
 void PackRows(const Convolution& c, const Panel& panel, int64_t tap, const int32_t* channels,
               int64_t depth, float* rows) {
   const float* from[kPanel];
-  const auto source = [&](int64_t feature) {
-    return c.kernel + (feature / kPanel * c.taps() + tap) * c.channels * kPanel + feature % kPanel;
-  };
-#if defined(__AVX512F__)
-  // Of each vector that has a wanted feature: those to the front, over what came before.
-  __mmask16 masks[kPanel];
-  int counts[kPanel], vectors = 0;
-  for (int64_t j = 0; j < panel.width; ++vectors) {
-    const int32_t first = panel.features[j] / kLanes * kLanes;
-    from[vectors] = source(first), masks[vectors] = 0, counts[vectors] = 0;
-    for (; j < panel.width && panel.features[j] < first + kLanes; ++j, ++counts[vectors])
-      masks[vectors] |= 1 << (panel.features[j] - first);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    float* row = rows + k * kPanel;
-    for (int v = 0; v < vectors; ++v) {
-      const float* at = from[v] + int64_t{channels[k]} * kPanel;
-      const __m512 all = _mm512_loadu_ps(at);
-      __builtin_prefetch(at + c.channels * kPanel, 0, 2);
-      _mm512_storeu_ps(row, _mm512_maskz_compress_ps(masks[v], all));
-      row += counts[v];
-    }
-  }
-#else
-  for (int64_t j = 0; j < panel.width; ++j) from[j] = source(panel.features[j]);
+  for (int64_t j = 0; j < panel.width; ++j) from[j] = FindRow(c, panel.features[j], tap);
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t j = 0; j < panel.width; ++j)
       rows[k * kPanel + j] = from[j][int64_t{channels[k]} * kPanel];
-#endif
 }
+#endif
 
 // Writes the sums of one image where their features are, and 0 between them.
 void WriteSums(const float* sums, int64_t places, const Panel& panel, int64_t features, float* y) {
@@ -508,7 +610,8 @@ void WriteSums(const float* sums, int64_t places, const Panel& panel, int64_t fe
     __mmask16 there, wanted;
     int64_t first;
   };
-  thread_local std::vector<Spread> vectors;
+  thread_local std::vector<Spread> buffer;
+  std::vector<Spread>& vectors = buffer;  // looked up once
   vectors.clear();
   for (int64_t at = panel.low, j = 0; at < panel.high; at += kLanes) {
     const int64_t end = std::min(at + kLanes, panel.high);
@@ -551,26 +654,22 @@ void PackPairs(const Convolution& c, const Panel& panel, const int32_t* channels
 
 // Computes the 32 features of a panel for all of a task.
 void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
-  thread_local std::vector<float> buffer;   // of each place of the output; the last is nowhere
-  thread_local std::vector<float> packed;   // rows of the kernel of one image
-  thread_local std::vector<int32_t> order;  // 0, 1, 2, ...: packed rows are not picked out
+  thread_local std::vector<float> buffer;  // of each place of the output; the last is nowhere
+  thread_local std::vector<float> packed;  // rows of the kernel of one image
   const Task& task = ready.task;
   const int64_t taps = c.taps(), nowhere = ready.places(c);
   const int64_t low = index * kPanel, high = std::min(low + kPanel, c.features);
   float* const y = c.y + (task.image * c.out_height + task.row) * c.out_width * c.features;
   // Where each place gets one tap of one column, the output itself takes the sums.
   const auto landed = [&] {
-    return std::count_if(ready.landings.begin(), ready.landings.end(),
-                         [](int32_t landing) { return landing >= 0; });
+    const std::vector<int32_t>& all = ready.landings;
+    return int64_t(all.size()) == nowhere && std::count(all.begin(), all.end(), nowhere) == 0;
   };
-  const bool once = taps == 1 && !c.feature_mask && high - low == kPanel && landed() == nowhere;
-  buffer.resize(((once ? 0 : nowhere) + 1) * kPanel);
-  float* sums = buffer.data();
-  if (!once) std::memset(sums, 0, nowhere * kPanel * sizeof(float));
-  if (c.feature_mask) {
-    packed.resize(((c.pairs ? taps : 1) * c.channels + 1) * kPanel);
-    for (int64_t k = order.size(); k < c.channels + kAhead; ++k) order.push_back(k);
-  }
+  const bool once = taps == 1 && !c.feature_mask && high - low == kPanel && landed();
+  if (!once) buffer.assign((nowhere + 1) * kPanel, 0.0f);
+  if (c.feature_mask) packed.resize(((c.pairs ? taps : 1) * c.channels + 1) * kPanel);
+  float* const sums = buffer.data();
+  float* const rows = packed.data();
   Panel panel{nullptr, high - low, low, high};
   int64_t image;  // that `panel` is of, and what is packed
 
@@ -580,23 +679,18 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
     panel = FindPanel(c, ready, image, index);
     return true;
   };
-  float* rows[kTile];  // of sums, for each column of a tile
-  const auto lands = [&](const Tile& tile, int64_t tap) {
-    const int32_t* landing = ready.landings.data() + tile.first * taps + tap * tile.columns;
-    bool any = false;
-    for (int64_t m = 0; m < tile.columns; ++m) {
-      any |= landing[m] >= 0;
-      if (once)
-        rows[m] = landing[m] < 0 ? sums : y + landing[m] * c.features + low;
-      else
-        rows[m] = sums + (landing[m] < 0 ? nowhere : landing[m]) * kPanel;
-    }
-    return any;
+  const auto landings = [&](const Tile& tile, int64_t tap) {
+    return ready.landings.data() + tile.first * taps + tap * tile.columns;
   };
-  const auto multiply = [&](const Tile& tile, const float* kernel, const int32_t* channels,
-                            int64_t next) {
-    Of::multiply[tile.columns - 1](tile.depth, panel.width, ready.packed.data() + tile.packed,
-                                   kernel, channels, rows, !once, next);
+  const auto lands = [&](const Tile& tile, int64_t tap) {
+    const int32_t* all = landings(tile, tap);
+    return std::any_of(all, all + tile.columns, [=](int32_t place) { return place != nowhere; });
+  };
+  const auto multiply = [&](const Tile& tile, int64_t tap, const auto& weights) {
+    using Weights = std::decay_t<decltype(weights)>;
+    const Sums to{once ? y + low : sums, once ? c.features : kPanel, landings(tile, tap), !once};
+    Of::multiply<Weights>[tile.columns - 1](tile.depth, panel.width,
+                                            ready.packed.data() + tile.packed, weights, to);
   };
   const auto channels = [&](const Tile& tile) {
     return ready.channels.members.data() + tile.first_channel;
@@ -605,10 +699,9 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
   if (c.pairs) {
     image = -1;
     for (const Tile& tile : ready.tiles) {
-      if (begins(tile)) PackPairs(c, panel, channels(tile), tile.depth, packed.data());
+      if (begins(tile)) PackPairs(c, panel, channels(tile), tile.depth, rows);
       for (int64_t tap = 0; tap < taps; ++tap)
-        if (lands(tile, tap))
-          multiply(tile, packed.data() + tap * tile.depth * kPanel, order.data(), 0);
+        if (lands(tile, tap)) multiply(tile, tap, Packed{rows + tap * tile.depth * kPanel});
     }
   } else {
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -617,13 +710,20 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
       const float* kernel = c.kernel + (index * taps + tap) * c.channels * kPanel;
       for (const Tile& tile : ready.tiles) {
         if (!lands(tile, tap)) continue;
-        if (c.feature_mask) {
-          if (begins(tile)) PackRows(c, panel, tap, channels(tile), tile.depth, packed.data());
-          multiply(tile, packed.data(), order.data(), 0);
-        } else {
-          multiply(tile, kernel, channels(tile), next);
+        if (!c.feature_mask) {
+          multiply(tile, tap, InPlace{kernel, channels(tile), next});
           next = 0;
+          continue;
         }
+#if defined(__AVX512F__)
+        if (begins(tile)) {
+          multiply(tile, tap, PackRows(c, panel, tap, channels(tile), rows));
+          continue;
+        }
+#else
+        if (begins(tile)) PackRows(c, panel, tap, channels(tile), tile.depth, rows);
+#endif
+        multiply(tile, tap, Packed{rows});
       }
     }
   }
@@ -680,10 +780,31 @@ std::vector<Task> Divide(const Convolution& c, int64_t threads) {
   return tasks;
 }
 
+#if defined(__linux__)
+int Processor() { return sched_getcpu(); }
+
+// Moves this thread to another processor that it may run on; where it may run stays as it was.
+void LeaveProcessor() {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(sched_getcpu(), &others);
+  if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof(others), &others) == 0)
+    sched_setaffinity(0, sizeof(allowed), &allowed);
+}
+#else
+int Processor() { return -1; }
+void LeaveProcessor() {}
+#endif
+
 // Runs `run(i)` for each i below `count` on the threads of a pool and on this one.
 //
 // Threads take one after the other; one that comes late finds none left. Only what a thread has
 // begun is waited for, so a helper that never gets a turn holds up nobody.
+//
+// Linux may wake a helper on the processor of this thread, though another is idle; and once it has,
+// it does so in call after call. Then each waits for the other. So a helper that finds itself there
+// leaves; and so does this thread if none has begun for too long, as one may be waiting for it.
 template <typename Function>
 void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
   if (count == 1) return run(0);
@@ -691,24 +812,40 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
     Function run;
     int64_t count;
     std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> helped{false};
+    std::atomic<int> processor{Processor()};  // of the thread that is helped
     std::mutex mutex;
     std::condition_variable finished;
 
     Shared(Function run, int64_t count) : run(std::move(run)), count(count) {}
-    void Take() {
-      for (int64_t i; (i = next.fetch_add(1)) < count;) {
-        run(i);
-        if (done.fetch_add(1) + 1 == count) {
-          std::lock_guard<std::mutex> lock(mutex);
-          finished.notify_all();
-        }
+    bool TakeOne() {
+      const int64_t i = next.fetch_add(1);
+      if (i >= count) return false;
+      run(i);
+      if (done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_all();
       }
+      return true;
+    }
+    void Help() {
+      helped = true;
+      if (next < count && Processor() == processor) LeaveProcessor();
+      while (TakeOne()) continue;
     }
   };
   auto shared = std::make_shared<Shared>(std::move(run), count);
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Take(); });
-  shared->Take();
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Help(); });
+  const auto late = std::chrono::steady_clock::now() + kLate;
+  bool stays = helpers > 0;
+  while (shared->TakeOne())
+    if (stays && !shared->helped && shared->next < count &&
+        std::chrono::steady_clock::now() > late) {
+      stays = false;
+      shared->processor = -1;  // who was waiting for it may stay
+      LeaveProcessor();
+    }
   for (int spin = 0; spin < kSpins && shared->done < count; ++spin) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->finished.wait(lock, [&] { return shared->done == count; });
@@ -736,6 +873,7 @@ void RunTogether(ffi::ThreadPool& pool, Convolution c, const Task& task, int64_t
   thread_local std::shared_ptr<Shared> last;
   if (last.use_count() != 1) last = std::make_shared<Shared>();
   const std::shared_ptr<Shared> shared = last;
+  c.even = true;  // each thread has some
   if (c.feature_mask && c.panels < 2 * threads)  // narrower ones, so that each has as much to do
     c.panels = std::min(Parts(c.wanted, kHalf), Parts(c.panels, threads) * threads);
   // Neighbours are for one thread: where the panels of two meet, both write to one cache line.
@@ -809,7 +947,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   c.wanted = c.feature_mask ? 1 : c.features;  // where none is wanted, a panel writes zeros
   for (int64_t i = 0; c.feature_mask && i < c.batch; ++i)
     c.wanted = std::max(c.wanted, Count(c.feature_mask + i * c.features, c.features));
-  c.panels = Parts(c.wanted, kPanel);
+  c.panels = Parts(c.wanted, kPanel), c.even = false;
   if (c.channels <= kThin && c.taps() > 1 && !c.channel_mask && !c.column_mask && !c.pairs)
     c = OfPatches(c);
 
