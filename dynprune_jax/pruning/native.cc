@@ -97,7 +97,7 @@ struct Convolution {
   const bool *channel_mask, *column_mask, *feature_mask, *out_column_mask;
   int64_t wanted;  // features, of the image that wants the most
   int64_t panels;  // that they are computed in, of at most 32 each
-  bool even;       // whether panels of wanted features are about as wide; if not, all but the last
+  bool even;       // whether panels of wanted features are about as wide; if not, they are filled
   bool pairs;      // how the kernel is laid out
   float* y;
   std::shared_ptr<const Convolution> whole;  // whose patches are the columns of this one, or null
@@ -555,9 +555,8 @@ const float* FindRow(const Convolution& c, int64_t feature, int64_t tap) {
 }
 
 #if defined(__AVX512F__)
-// Packs, of one tap, the rows of some channels with the features of a panel side by side, as soon
-// as they are multiplied.
-Packing PackRows(const Convolution& c, const Panel& panel, int64_t tap, const int32_t* channels,
+// How to pack, of one tap, the rows of some channels with the features of a panel side by side.
+Packing HowToPack(const Convolution& c, const Panel& panel, int64_t tap, const int32_t* channels,
                  float* rows) {
   Packing packing;
   packing.channels = channels, packing.next = c.channels * kPanel, packing.rows = rows;
@@ -667,7 +666,7 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
   };
   const bool once = taps == 1 && !c.feature_mask && high - low == kPanel && landed();
   if (!once) buffer.assign((nowhere + 1) * kPanel, 0.0f);
-  if (c.feature_mask) packed.resize(((c.pairs ? taps : 1) * c.channels + 1) * kPanel);
+  if (c.feature_mask) packed.resize((c.pairs ? taps : 1) * c.channels * kPanel);
   float* const sums = buffer.data();
   float* const rows = packed.data();
   Panel panel{nullptr, high - low, low, high};
@@ -717,7 +716,7 @@ void MultiplyPanel(const Convolution& c, const Ready& ready, int64_t index) {
         }
 #if defined(__AVX512F__)
         if (begins(tile)) {
-          multiply(tile, tap, PackRows(c, panel, tap, channels(tile), rows));
+          multiply(tile, tap, HowToPack(c, panel, tap, channels(tile), rows));
           continue;
         }
 #else
@@ -783,18 +782,20 @@ std::vector<Task> Divide(const Convolution& c, int64_t threads) {
 #if defined(__linux__)
 int Processor() { return sched_getcpu(); }
 
-// Moves this thread to another processor that it may run on; where it may run stays as it was.
-void LeaveProcessor() {
+// Moves this thread, if it may run on two processors, from this one to the other, and allows both
+// again. Of more it cannot be told which is idle.
+void Leave(int processor) {
   cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+  if (processor < 0 || sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
   cpu_set_t others = allowed;
-  CPU_CLR(sched_getcpu(), &others);
-  if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof(others), &others) == 0)
+  CPU_CLR(processor, &others);
+  if (CPU_COUNT(&allowed) == 2 && CPU_COUNT(&others) == 1 &&
+      sched_setaffinity(0, sizeof(others), &others) == 0)
     sched_setaffinity(0, sizeof(allowed), &allowed);
 }
 #else
 int Processor() { return -1; }
-void LeaveProcessor() {}
+void Leave(int) {}
 #endif
 
 // Runs `run(i)` for each i below `count` on the threads of a pool and on this one.
@@ -830,7 +831,8 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
     }
     void Help() {
       helped = true;
-      if (next < count && Processor() == processor) LeaveProcessor();
+      const int here = Processor();
+      if (next < count && here == processor) Leave(here);
       while (TakeOne()) continue;
     }
   };
@@ -843,8 +845,9 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
     if (stays && !shared->helped && shared->next < count &&
         std::chrono::steady_clock::now() > late) {
       stays = false;
-      shared->processor = -1;  // who was waiting for it may stay
-      LeaveProcessor();
+      const int here = shared->processor.exchange(-1);  // who was waiting for it may stay
+      Leave(here);
+      shared->processor = Processor();
     }
   for (int spin = 0; spin < kSpins && shared->done < count; ++spin) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(shared->mutex);
