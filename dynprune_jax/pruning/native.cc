@@ -9,9 +9,8 @@
 // before the next, so that those rows of the kernel stay in the first or second level cache. Where
 // all features are wanted the kernel is read in place: none is gathered for an image. Where an
 // image wants some, its panels are of 32 of those; for each tap of a panel the rows of the kept
-// channels are packed side by side just before they are multiplied, in memory that stays cached.
-//
-// (With AVX-512 while the first tile is multiplied by them, which hides most of what it takes.)
+// channels are packed side by side just before they are multiplied, in memory that stays cached
+// (with AVX-512 while the first tile is multiplied by them, which hides most of what that takes).
 //
 // Where an image wants few, that reads nearly every line of the kernel that its kept channels have.
 // So a kernel can come in pairs of a channel and a feature too, all taps of a pair side by side:
@@ -68,7 +67,7 @@ constexpr int kThin = 8;    // channels of a map whose patches are multiplied, a
 constexpr int64_t kFew = 1 << 16;  // multiplications that are done before another thread wakes up
 constexpr int kSpins = 200;        // times that a thread yields before it sleeps until others end
 constexpr int kNeighbours = 6;     // of sixteen channels, that are worth to be transposed together
-// By then a thread that was woken on another processor has begun: that takes 20 to 30 of these.
+// By then a thread that was woken on another processor has begun: it takes 20 to 30 microseconds.
 constexpr std::chrono::microseconds kLate{50};
 
 template <int Lanes>
@@ -549,7 +548,8 @@ Panel FindPanel(const Convolution& c, const Ready& ready, int64_t image, int64_t
   return {all + begin, end - begin, panel > 0 ? all[begin] : 0, end < count ? all[end] : c.features};
 }
 
-// Where, in the kernel, the row of the first channel begins that has a feature of one tap.
+// Where the weight of a feature stands, of one tap and the first channel; that of the next channel
+// is kPanel further.
 const float* FindRow(const Convolution& c, int64_t feature, int64_t tap) {
   return c.kernel + (feature / kPanel * c.taps() + tap) * c.channels * kPanel + feature % kPanel;
 }
@@ -635,7 +635,7 @@ void WriteSums(const float* sums, int64_t places, const Panel& panel, int64_t fe
 #endif
 }
 
-// The same of all taps, one tap after the other, from a kernel in pairs.
+// Packs such rows of all taps, one tap after the other, from a kernel in pairs.
 void PackPairs(const Convolution& c, const Panel& panel, const int32_t* channels, int64_t depth,
                float* rows) {
   const int64_t taps = c.taps();
@@ -782,8 +782,8 @@ std::vector<Task> Divide(const Convolution& c, int64_t threads) {
 #if defined(__linux__)
 int Processor() { return sched_getcpu(); }
 
-// Moves this thread, if it may run on two processors, from this one to the other, and allows both
-// again. Of more it cannot be told which is idle.
+// Moves this thread, if it may run on exactly two processors, from this one to the other, and then
+// allows both again. Of more it cannot be told which is idle.
 void Leave(int processor) {
   cpu_set_t allowed;
   if (processor < 0 || sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
