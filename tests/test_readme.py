@@ -408,9 +408,7 @@ def test_the_spread_of_predicted_gates_at_batch_1_is_what_was_measured():
         found = [row["speedup"] for row in rows]
         for page in places:
             assert re.search(rf"{min(found):.2f}× (and|to) {max(found):.2f}×", page)
-            assert f"in the median {statistics.median(found):.2f}×" in page.replace(
-                "in the median to", "in the median"
-            )
+            assert re.search(rf"in the median (to )?{statistics.median(found):.2f}×", page)
     assert f"At commit {commit} it often did not" in pages[0]
     found = sorted(row["speedup"] for row in runs)
     assert runs[0]["speedup"] == found[-2]

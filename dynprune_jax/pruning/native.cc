@@ -845,8 +845,7 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, Function run) {
     if (stays && !shared->helped && shared->next < count &&
         std::chrono::steady_clock::now() > late) {
       stays = false;
-      const int here = shared->processor.exchange(-1);  // who was waiting for it may stay
-      Leave(here);
+      Leave(shared->processor.exchange(-1));  // a helper that was waiting for it may stay
       shared->processor = Processor();
     }
   for (int spin = 0; spin < kSpins && shared->done < count; ++spin) std::this_thread::yield();
