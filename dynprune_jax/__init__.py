@@ -9,6 +9,7 @@ from dynprune_jax.pruning.folding import fold_batch_norms
 from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.macs import LayerUsage, Usage
+from dynprune_jax.pruning.make_static import make_static
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.plan import Plan, measure_plan
 from dynprune_jax.pruning.ratios import scale_ratios, set_ratios
@@ -33,6 +34,7 @@ __all__ = [
     "fold_batch_norms",
     "load_exported",
     "make_dynamic",
+    "make_static",
     "margin",
     "measure",
     "measure_plan",

@@ -40,17 +40,22 @@ class Evaluation:
         """Fraction of the examples classified correctly, in [0, 1]."""
         return float(np.mean(self.correct))
 
-    def summary(self) -> dict[str, Any]:
-        """Accuracy and MACs as a report holds them; MACs are per image."""
+    def summary(self, dense: Usage | None = None) -> dict[str, Any]:
+        """Accuracy and MACs as a report holds them; MACs are per image.
+
+        Args:
+          dense: of the network whose dense MACs the reductions are of; None: of this one.
+        """
         usage = self.usage
+        dense = usage if dense is None else dense
         return {
             "accuracy": self.accuracy,
             "examples": len(self.correct),
             "macs_per_image": _spread(usage.macs),
             "executed_macs_per_image": _spread(usage.executed_macs),
             "gate_operations_per_image": usage.gate_operations,
-            "mac_reduction": usage.mac_reduction,
-            "executed_mac_reduction": usage.executed_mac_reduction,
+            "mac_reduction": _reduction(usage.macs, dense.dense_macs),
+            "executed_mac_reduction": _reduction(usage.executed_macs, dense.dense_executed_macs),
         }
 
 
@@ -74,7 +79,7 @@ def cascaded(first: Evaluation, second: Evaluation, share: float) -> dict[str, A
     def both(macs: str) -> tuple[dict[str, float], float]:
         dense = getattr(second.usage, macs)
         together = getattr(first.usage, macs) + again * dense
-        return _spread(together), float(1.0 - np.mean(together) / np.mean(dense))
+        return _spread(together), _reduction(together, dense)
 
     macs, reduction = both("macs")
     executed, executed_reduction = both("executed_macs")
@@ -153,6 +158,10 @@ def evaluate(
         usages.append(jax.tree.map(lambda leaf, valid=valid: leaf[valid], usage))
     usage = jax.tree.map(lambda *leaves: np.concatenate(leaves), *usages)
     return Evaluation(np.concatenate(correct), np.concatenate(margins), usage)
+
+
+def _reduction(macs: np.ndarray, dense: np.ndarray | int) -> float:
+    return float(1.0 - np.mean(macs) / np.mean(dense))
 
 
 def _spread(per_image: np.ndarray) -> dict[str, float]:

@@ -47,7 +47,7 @@ def write_report(
     """
     final = pruned if pruned is not None else dense
     assert final is not None  # config.check has seen to it
-    whole = cheap = untrained = None
+    whole = cheap = untrained = plain = None
     controls: dict[str, Evaluation] = {}
     # In an order that all processes have, which a set of strings has not.
     others = [name for name in CRITERIA if name != run.config.gate.criterion]
@@ -55,7 +55,7 @@ def write_report(
         if dense is not None:
             whole = run.evaluate(run.dense, dense)
         if run.dynamic is not None and pruned is not None:
-            total = 3 + len(others)
+            total = 4 + len(others)
             progress(1, total)
             cheap = run.evaluate(run.dynamic, pruned)
             progress(2, total)
@@ -64,6 +64,10 @@ def write_report(
             for done, criterion in enumerate(others, 3):
                 progress(done, total)
                 controls[criterion] = run.evaluate(run.network_with(criterion), pruned)
+            progress(total - 1, total)
+            if (model := run.made_static(pruned)) is not None:
+                network = Network(model)
+                plain = run.evaluate(network, network.weights)
     shown = cheap or whole
     assert shown is not None
     report = {
@@ -74,6 +78,7 @@ def write_report(
             cascaded(cheap, whole, share) for share in run.config.cascade.shares if cheap and whole
         ],
         "pruned_by_other_criteria": {k: controls[k].summary() for k in sorted(controls)},
+        "pruned_made_static": plain and plain.summary(shown.usage),
         "dense_macs_per_image": shown.usage.dense_macs,
         "dense_executed_macs_per_image": shown.usage.dense_executed_macs,
         "layers": _layers(shown, run.dynamic),
@@ -174,6 +179,7 @@ def _print_table(report: dict[str, Any], run: Run) -> None:
         "  dense weights": report["pruned_without_targeted_dropout"],
         **{f"  {row['share']:.0%} dense again": row for row in report["cascade"]},
         **{f"  {k} choice": row for k, row in report["pruned_by_other_criteria"].items()},
+        "  made static": report["pruned_made_static"],
     }
     for name, row in rows.items():
         if row is None:

@@ -43,6 +43,7 @@ from dynprune_jax.network import Network, Values
 from dynprune_jax.optim import learning_rate, sgd
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
 from dynprune_jax.pruning.layers import by_name
+from dynprune_jax.pruning.make_static import make_static, predicted_gates
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.recalibrate import batch_statistics, mean_of
 from dynprune_jax.pruning.schedules import RatioSchedule, ratio_ascent
@@ -424,6 +425,31 @@ class Run:
         started = None if dense is None else self.gated(dense)
         found = {"dense": started, "dropout": pruned}
         return {name: values for name, values in found.items() if values is not None}
+
+    def made_static(self, values: Values) -> nnx.Module | None:
+        """The plain model with what predicted gates want most of training images.
+
+        Of `config.eval_batch_size`, see `make_static`.
+
+        Args:
+          values: of the dynamic network.
+
+        Returns:
+          The model, in evaluation mode; None where the run has no such gates or has others too, or
+          its model cannot lose their filters.
+        """
+        if self.dynamic is None or not predicted_gates(self.dynamic.bind()):
+            return None
+        split = self.dataset.train
+        some = np.random.default_rng(0).permutation(len(split))[: self.config.eval_batch_size]
+        images = evaluation_images(self.config, jnp.asarray(split.read(some)[0]))
+        model = self.dynamic.bind(self.recalibrated(self.dynamic, values))
+        try:
+            static = make_static(model, self.links, images)
+        except ValueError:  # filters cannot leave a model of somebody's own
+            return None
+        static.eval()
+        return static
 
     def start_state(self) -> TrainState:
         """Reads the dense weights that phase two starts from.

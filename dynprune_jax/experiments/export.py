@@ -23,7 +23,9 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     """Exports the network of a finished run for inference.
 
-    Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images, and
+    Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images; where
+    gates are predicted, and there are no others, `exported_static.bin`, which does too, and has
+    what they want most for good (the report tells what it loses); and
     for each of `config.benchmark.batch_sizes` `exported_compact_N.bin`, which skips what the gates
     leave out, on the device at hand; on CPUs it needs this package and a C++ compiler. All take
     uint8 images, `(batch, side, side, channels)` with the side `config.data.image_size`, which they
@@ -50,17 +52,22 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     # A plan that does not fit is found before anything is written.
     compacts = {size: _compact(run, model, size) for size in config.benchmark.batch_sizes}
     any_number = jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}")
+    seen = jax.ShapeDtypeStruct(any_number, jnp.uint8)
     written = [
         _write(
             run.workdir / "exported.bin",
-            export_model(
-                nnx.Sequential(prepare, model),
-                jax.ShapeDtypeStruct(any_number, jnp.uint8),
-                platforms=_PLATFORMS,
-            ),
+            export_model(nnx.Sequential(prepare, model), seen, platforms=_PLATFORMS),
             f"any number of images, on {', '.join(_PLATFORMS)}",
         )
     ]
+    if (static := run.made_static(values)) is not None:
+        written.append(
+            _write(
+                run.workdir / "exported_static.bin",
+                export_model(nnx.Sequential(prepare, static), seen, platforms=_PLATFORMS),
+                "the same, and the same channels for all inputs",
+            )
+        )
     for size, fast in compacts.items():
         stored = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
         written.append(

@@ -151,9 +151,9 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     cascades = config.cascade.shares if any(ratios.values()) else ()
     report = {
         "dense": whole.summary(),
-        "pruned": left_over.summary(),
+        "pruned": left_over.summary(whole.usage),
         "cascade": [cascaded(left_over, whole, share) for share in cascades],
-        "pruned_without_training": run.evaluate(network, network.weights).summary(),
+        "pruned_without_training": run.evaluate(network, network.weights).summary(whole.usage),
         "criterion": config.static.criterion,
         "filters": {
             name: {"kept": len(kept), "ratio": ratios[name]}
@@ -165,11 +165,6 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
         "phases": timings,
         "seconds": time.perf_counter() - started,
     }
-    for name in ("pruned", "pruned_without_training"):  # counted against the dense network
-        for part in ("", "executed_"):
-            left = report[name][f"{part}macs_per_image"]["mean"]
-            all_of_it = report["dense"][f"{part}macs_per_image"]["mean"]
-            report[name][f"{part}mac_reduction"] = 1.0 - left / all_of_it
     write_json(run.workdir / "report.json", report)
     say(
         f"{config.model} on {config.data.name}, filters by {config.static.criterion}: accuracy"

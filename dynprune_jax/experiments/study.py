@@ -240,6 +240,8 @@ def _pruned(
     row = _row(name, cut, changed, report, report["pruned"], untrained)
     others = report.get("pruned_by_other_criteria", {})
     row["accuracy_by_other_criteria"] = {k: other["accuracy"] for k, other in others.items()}
+    if plain := report.get("pruned_made_static"):
+        row["accuracy_made_static"] = plain["accuracy"]
     told = ("share", "threshold", "accuracy", "mac_reduction", "executed_mac_reduction")
     row["cascade"] = [{key: found[key] for key in told} for found in report["cascade"]]
     return row

@@ -99,6 +99,7 @@ def _at_one_cut(
 def _controls(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
     """A table of what the same weights do with other choices than their gates'."""
     lines = []
+    made_static = any("accuracy_made_static" in row for row in rows)
     for name, label in names.items():
         if {"dense", "distillation"} & {*name.split("+")} or find_method(name).is_static:
             continue
@@ -110,6 +111,9 @@ def _controls(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> li
                 _cell([other[control] for other in others if control in other])
                 for control in ("shared", "random", "inverse")
             ]
+            if made_static:
+                key = "accuracy_made_static"
+                cells.append(_cell([r[key] for r in rows if key in r and _is(r, name, cut)]))
             lines.append([label, f"{cut:.0%}", _cell(_accuracies(rows, name, cut)), *cells])
     header = [
         "weights trained for",
@@ -119,7 +123,7 @@ def _controls(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> li
         "random",
         "inverse",
     ]
-    return _markdown(header, lines)
+    return _markdown([*header, *(["made static"] if made_static else [])], lines)
 
 
 def _cascades(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:

@@ -1,0 +1,170 @@
+"""Predicted gates whose choice is made once for all inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import mixed_plan, run, trained
+
+from dynprune_jax import (
+    compact,
+    find_links,
+    load_exported,
+    make_dynamic,
+    make_static,
+    measure,
+    predict_channels,
+)
+from dynprune_jax.build import evaluation_images
+from dynprune_jax.experiments.export import export
+from dynprune_jax.models.links import links
+from dynprune_jax.pruning.dynamic_conv import DynamicConv
+from dynprune_jax.pruning.handover import GatedNorm
+from dynprune_jax.pruning.layers import all_modules, dynamic_layers
+from dynprune_jax.pruning.make_static import wanted_of
+from dynprune_jax.report import write_report
+from dynprune_jax.run import Run
+
+NETWORKS = {
+    "vgg_digits": (8, 1),
+    "small_resnet20": (8, 3),
+    "small_resnet50": (16, 3),
+    "small_mobilenet": (8, 3),
+}
+_NUMBERS = nnx.Any(nnx.Param, nnx.BatchStat)
+
+
+def predicted(name, ratio=0.4, **options):
+    side, channels = NETWORKS[name]
+    model = trained(name, image_size=side, in_channels=channels, width=0.25)
+    model.eval()
+    dynamic = predict_channels(model, ratio, links(model), **options)
+    images = np.random.default_rng(0).normal(size=(6, side, side, channels))
+    return dynamic, links(model), jnp.asarray(images, jnp.float32)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gates_that_choose_alike_for_all_inputs_are_not_missed(name, scales):
+    dynamic, found, images = predicted(name, salience_scales=scales, channel_group=2)
+    expected, usage = nnx.jit(measure)(dynamic, images)
+    before = jax.tree.map(np.array, nnx.state(dynamic, _NUMBERS))
+    static = make_static(dynamic, found, images)
+    np.testing.assert_allclose(run(static, images), expected, rtol=1e-4, atol=1e-6)
+    modules = [module for _, module in nnx.iter_modules(static)]
+    assert not any(isinstance(module, DynamicConv | GatedNorm) for module in modules)
+    assert not nnx.state(static, nnx.Not(_NUMBERS))
+    _, left = nnx.jit(measure)(static, images)
+    macs = {layer.name: layer.dense_macs for layer in left.layers}
+    for layer in usage.layers:
+        if layer.name != "head":  # which reads all features from behind a gate
+            assert macs[layer.name] == layer.macs[0], layer.name
+    assert left.dense_macs <= usage.macs[0]
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(dynamic, _NUMBERS))
+
+
+def test_what_most_images_want_most_stays_scaled_by_its_mean():
+    """Against NumPy, image by image, with gates that choose otherwise for each."""
+    dynamic, found, images = predicted("vgg_digits", 0.5)
+    rng = np.random.default_rng(1)
+    gates = {k: v for k, v in dynamic_layers(dynamic).items() if v.feature_ratio is not None}
+    for gate in gates.values():
+        drawn = 3.0 * rng.normal(size=gate.salience_kernel.shape)
+        gate.salience_kernel[...] = jnp.asarray(drawn, jnp.float32)
+    wanted = {}
+    for image in images:
+        for name, (share, salience) in wanted_of(dynamic, image[None]).items():
+            assert set(np.asarray(share)) == {0.0, 1.0}
+            wanted.setdefault(name, []).append(np.where(share, salience, np.nan))
+    assert any(len({str(np.isnan(one)) for one in each}) > 1 for each in wanted.values())
+    static = make_static(dynamic, found, images)
+    before, after = all_modules(dynamic), all_modules(static)
+    for name, gate in gates.items():
+        each = np.stack(wanted[name])
+        total = np.nansum(each, axis=0)
+        count = int(np.sum(~np.isnan(each[0])))
+        kept = np.sort(np.argsort(-total, kind="stable")[:count])
+        scale = np.nanmean(each[:, kept], axis=0)
+        norm, reader = found[name]
+        for part in ("scale", "bias"):
+            expected = getattr(before[norm], part)[...][kept] * scale
+            found_there = getattr(after[norm], part)[...]
+            np.testing.assert_allclose(found_there, expected, rtol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(after[norm].mean[...], before[norm].mean[...][kept])
+        np.testing.assert_array_equal(
+            after[name].kernel.shape[-1], count, err_msg=f"{name}: {gate.out_features}"
+        )
+        assert after[reader].kernel.shape[-2] == count
+
+
+def test_what_cannot_be_made_static_is_refused():
+    dynamic, found, images = predicted("vgg_digits")
+    first, second = list(found)[:2]
+    with pytest.raises(ValueError, match=f"links is not what the gate of {first} was made with"):
+        make_static(dynamic, {k: v for k, v in found.items() if k != first}, images)
+    with pytest.raises(ValueError, match=f"links is not what the gate of {first} was made with"):
+        make_static(dynamic, found | {first: found[second]}, images)
+    with pytest.raises(ValueError, match="give a batch of some"):
+        make_static(dynamic, found, images[:0])
+    with pytest.raises(ValueError, match="this model is compact"):
+        make_static(compact(dynamic, images[:1], plan=None), found, images)
+    plain = trained("vgg_digits", image_size=8, in_channels=1, width=0.25)
+    for other in (
+        plain,
+        make_dynamic(plain, 0.5),
+        predict_channels(plain, 0.5, found, column_ratio=0.5),
+    ):
+        with pytest.raises(ValueError, match="VGG has no predicted gates, or has gates on columns"):
+            make_static(other, found, images)
+
+
+class Counts(nnx.Module):
+    """Its code counts the channels of a map."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.reader = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+
+    def __call__(self, x):
+        return self.reader(nnx.relu(self.norm(self.conv(x))).reshape(*x.shape[:-1], 8))
+
+
+def test_filters_that_code_counts_on_stay_and_that_is_said():
+    model = Counts(nnx.Rngs(0))
+    model.eval()
+    images = jnp.ones((2, 4, 4, 8))
+    found = find_links(model, images)
+    assert found == {"conv": ("norm", "reader")}
+    dynamic = predict_channels(model, 0.5, found)
+    with pytest.raises(ValueError, match=r"Counts cannot lose filters|filters of conv cannot"):
+        make_static(dynamic, found, images)
+
+
+@pytest.mark.usefixtures("symbolic_shapes")
+def test_a_run_reports_and_exports_it(config, tmp_path, monkeypatch):
+    config.gate.kind, config.gate.column_ratio = "predicted", ()
+    config.benchmark.batch_sizes = (4,)
+    opened = Run.open(config, tmp_path)
+    dense = opened.dense.weights
+    opened.claim()
+    report = write_report(opened, dense, opened.gated(dense))
+    whole, pruned, static = (report[k] for k in ("dense", "pruned", "pruned_made_static"))
+    assert static["accuracy"] == pruned["accuracy"]  # new gates choose alike for all inputs
+    assert static["gate_operations_per_image"] == 0
+    left = static["macs_per_image"]["mean"]
+    assert left <= pruned["macs_per_image"]["mean"]
+    assert static["mac_reduction"] == pytest.approx(1 - left / whole["macs_per_image"]["mean"])
+    monkeypatch.setattr(Run, "trained_values", lambda run: (dense, run.gated(dense)))
+    dynamic = opened.dynamic.bind(opened.gated(dense))
+    mixed_plan(dynamic).save(tmp_path / "plan_batch_4.json")
+    files = {file.name: file for file in export(config, tmp_path)}
+    assert list(files) == ["exported.bin", "exported_static.bin", "exported_compact_4.bin"]
+    stored, _ = opened.dataset.test.read(np.arange(3))
+    dynamic.eval()
+    expected = nnx.jit(dynamic)(evaluation_images(config, jnp.asarray(stored)))
+    logits = load_exported(files["exported_static.bin"].read_bytes())(stored)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    config.gate.column_ratio = (0.0, 0.2)
+    assert Run.open(config, tmp_path / "columns").made_static(dense) is None
