@@ -59,7 +59,7 @@ from dynprune_jax.workdir import (
     make_folder,
     refuse_study,
 )
-from dynprune_jax.writers import progress_bar
+from dynprune_jax.writers import progress_bar, say
 
 _COUNTED_IMAGES = 16
 
@@ -276,10 +276,13 @@ class Run:
           *values: parameters, batch statistics and, if not the model's own, ratios by name.
         """
         merged = _merged(network.settings, *values)
-        if not self.config.prune.recalibration_images or not network.values(PruneRatio):
-            return merged
+        return self._with_new_statistics(network, merged) if network.values(PruneRatio) else merged
+
+    def _with_new_statistics(self, network: Network, values: Values) -> dict[str, Any]:
+        if not self.config.prune.recalibration_images:
+            return dict(values)
         statistics = self._statistics(network)
-        placed = sharding.replicate(merged, self.mesh)
+        placed = sharding.replicate(values, self.mesh)
 
         def made() -> Iterator[Values]:
             batches = self._recalibration_batches
@@ -290,7 +293,7 @@ class Run:
                 given = sharding.replicate(batch, self.mesh)
                 yield jax.device_get(statistics(placed, *given))
 
-        return merged | mean_of(made())
+        return dict(values) | mean_of(made())
 
     @functools.cached_property
     def _statistics(self) -> Callable[[Network], Callable[..., Values]]:
@@ -427,16 +430,17 @@ class Run:
         return {name: values for name, values in found.items() if values is not None}
 
     def made_static(self, values: Values) -> nnx.Module | None:
-        """The plain model with what predicted gates want most of training images.
+        """The plain model with what predicted gates want most often, see `make_static`.
 
-        Of `config.eval_batch_size`, see `make_static`.
+        Of as many training images as `config.eval_batch_size`; with batch statistics made anew if
+        the config asks for it.
 
         Args:
           values: of the dynamic network.
 
         Returns:
           The model, in evaluation mode; None where the run has no such gates or has others too, or
-          its model cannot lose their filters.
+          its model cannot lose their filters, which is then said.
         """
         if self.dynamic is None or not predicted_gates(self.dynamic.bind()):
             return None
@@ -445,9 +449,11 @@ class Run:
         images = evaluation_images(self.config, jnp.asarray(split.read(some)[0]))
         model = self.dynamic.bind(self.recalibrated(self.dynamic, values))
         try:
-            static = make_static(model, self.links, images)
-        except ValueError:  # filters cannot leave a model of somebody's own
+            network = Network(make_static(model, self.links, images))
+        except ValueError as error:  # filters cannot leave a model of somebody's own
+            say(f"not made static: {error}")
             return None
+        static = network.bind(self._with_new_statistics(network, network.weights))
         static.eval()
         return static
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own
 import pytest
 from flax import nnx
 from networks import mixed_plan, run, trained
@@ -22,7 +23,6 @@ from dynprune_jax.models.links import links
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.handover import GatedNorm
 from dynprune_jax.pruning.layers import all_modules, dynamic_layers
-from dynprune_jax.pruning.make_static import wanted_of
 from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 
@@ -64,38 +64,44 @@ def test_gates_that_choose_alike_for_all_inputs_are_not_missed(name, scales):
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(dynamic, _NUMBERS))
 
 
-def test_what_most_images_want_most_stays_scaled_by_its_mean():
+def test_what_most_images_want_stays_scaled_by_its_mean_salience():
     """Against NumPy, image by image, with gates that choose otherwise for each."""
-    dynamic, found, images = predicted("vgg_digits", 0.5)
+    dynamic, found, images = predicted("vgg_digits", 0.5, drop_probability=0.5)
     rng = np.random.default_rng(1)
     gates = {k: v for k, v in dynamic_layers(dynamic).items() if v.feature_ratio is not None}
     for gate in gates.values():
         drawn = 3.0 * rng.normal(size=gate.salience_kernel.shape)
         gate.salience_kernel[...] = jnp.asarray(drawn, jnp.float32)
-    wanted = {}
+    one_by_one = {name: [] for name in gates}
+    dynamic.eval()
     for image in images:
-        for name, (share, salience) in wanted_of(dynamic, image[None]).items():
-            assert set(np.asarray(share)) == {0.0, 1.0}
-            wanted.setdefault(name, []).append(np.where(share, salience, np.nan))
-    assert any(len({str(np.isnan(one)) for one in each}) > 1 for each in wanted.values())
+        for layer in nnx.jit(measure)(dynamic, image[None])[1].layers:
+            if layer.name in gates:
+                masks = layer.masks
+                one_by_one[layer.name].append(np.where(masks.features, masks.salience, np.nan)[0])
+    dynamic.train()  # to find what is wanted there is no chance
     static = make_static(dynamic, found, images)
     before, after = all_modules(dynamic), all_modules(static)
+    varied, read = 0, np.arange(1)
     for name, gate in gates.items():
-        each = np.stack(wanted[name])
-        total = np.nansum(each, axis=0)
-        count = int(np.sum(~np.isnan(each[0])))
-        kept = np.sort(np.argsort(-total, kind="stable")[:count])
-        scale = np.nanmean(each[:, kept], axis=0)
+        each = np.stack(one_by_one[name])
+        votes = np.sum(~np.isnan(each), axis=0)
+        varied += np.sum((votes > 0) & (votes < len(images)))
+        salience = np.nansum(each, axis=0) / np.maximum(votes, 1)
+        order = sorted(range(len(votes)), key=lambda i: (votes[i], salience[i]), reverse=True)
+        kept = np.array(sorted(order[: int(np.sum(~np.isnan(each[0])))]))
+        assert len(kept) < gate.out_features
         norm, reader = found[name]
         for part in ("scale", "bias"):
-            expected = getattr(before[norm], part)[...][kept] * scale
-            found_there = getattr(after[norm], part)[...]
-            np.testing.assert_allclose(found_there, expected, rtol=1e-5, err_msg=name)
+            expected = getattr(before[norm], part)[...][kept] * salience[kept]
+            np.testing.assert_allclose(getattr(after[norm], part)[...], expected, rtol=1e-5)
         np.testing.assert_array_equal(after[norm].mean[...], before[norm].mean[...][kept])
-        np.testing.assert_array_equal(
-            after[name].kernel.shape[-1], count, err_msg=f"{name}: {gate.out_features}"
-        )
-        assert after[reader].kernel.shape[-2] == count
+        kernel = np.asarray(before[name].kernel[...])[:, :, read][..., kept]
+        np.testing.assert_array_equal(after[name].kernel[...], kernel)
+        read = kept
+        assert after[reader].kernel.shape[-2] == len(kept)
+    assert varied > 20
+    assert not after["blocks/0/layers/0/norm"].use_running_average
 
 
 def test_what_cannot_be_made_static_is_refused():
@@ -119,33 +125,62 @@ def test_what_cannot_be_made_static_is_refused():
             make_static(other, found, images)
 
 
-class Counts(nnx.Module):
-    """Its code counts the channels of a map."""
+@pytest.mark.parametrize("kind", [own.Small, own.Jitted, own.Rematerialised])
+def test_a_model_of_ones_own_may_have_programs_within(kind):
+    model, images = small(kind)
+    found = find_links(model, images)
+    dynamic = predict_channels(model, 0.5, found)
+    static = make_static(dynamic, found, images)
+    np.testing.assert_allclose(run(static, images), run(dynamic, images), rtol=1e-4, atol=1e-6)
 
-    def __init__(self, rngs):
-        self.conv = nnx.Conv(8, 8, (3, 3), rngs=rngs)
-        self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.reader = nnx.Conv(8, 8, (3, 3), rngs=rngs)
 
-    def __call__(self, x):
-        return self.reader(nnx.relu(self.norm(self.conv(x))).reshape(*x.shape[:-1], 8))
+class Counting(own.Small):
+    """Its code counts the channels of one map and not those of another."""
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        self.blocks.append(nnx.Conv(16, 16, (3, 3), rngs=rngs))
+        self.other = nnx.BatchNorm(16, rngs=rngs)
+
+    def between(self, x):
+        x = nnx.relu(self.other(self.blocks[1](nnx.relu(x))))
+        return x.reshape(*x.shape[:-1], 16)
 
 
 def test_filters_that_code_counts_on_stay_and_that_is_said():
-    model = Counts(nnx.Rngs(0))
-    model.eval()
-    images = jnp.ones((2, 4, 4, 8))
+    model, images = small(Counting)
     found = find_links(model, images)
-    assert found == {"conv": ("norm", "reader")}
+    assert found == {"blocks/0": ("norm", "blocks/1"), "blocks/1": ("other", "head")}
     dynamic = predict_channels(model, 0.5, found)
-    with pytest.raises(ValueError, match=r"Counts cannot lose filters|filters of conv cannot"):
+    with pytest.raises(ValueError, match="the filters of blocks/1 cannot leave Counting: its code"):
         make_static(dynamic, found, images)
+    dynamic = predict_channels(model, 0.5, found, layers="blocks/0")
+    static = make_static(dynamic, found, images)  # that one can
+    assert static.blocks[0].out_features == static.blocks[1].in_features == 8
+    np.testing.assert_allclose(run(static, images), run(dynamic, images), rtol=1e-4, atol=1e-6)
+
+
+def small(kind):
+    options = {"in_channels": 1, "image_size": 8, "width": 1.0, "dtype": jnp.float32}
+    model = kind(10, **options, rngs=nnx.Rngs(0))
+    model.eval()
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 1))
+    return model, jnp.asarray(images, jnp.float32)
+
+
+def test_a_run_whose_model_keeps_its_filters_says_so(config, tmp_path, capsys):
+    config.model, config.gate.kind = "test_make_static:Counting", "predicted"
+    config.gate.channel_ratio, config.gate.column_ratio = (0.5, 0.5), ()
+    opened = Run.open(config, tmp_path)
+    assert opened.made_static(opened.gated(opened.dense.weights)) is None
+    assert "not made static: the filters of blocks/1 cannot leave" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("symbolic_shapes")
 def test_a_run_reports_and_exports_it(config, tmp_path, monkeypatch):
     config.gate.kind, config.gate.column_ratio = "predicted", ()
     config.benchmark.batch_sizes = (4,)
+    assert not config.prune.recalibration_images
     opened = Run.open(config, tmp_path)
     dense = opened.dense.weights
     opened.claim()

@@ -318,6 +318,17 @@ def test_the_tables_by_hand():
         row("random", 0.5, 0, 0.3),
     ]
     curves, single, controls = tables(rows)
+    static = [dict(one) for one in rows]
+    for one in static[3:5]:
+        one["accuracy_made_static"] = one["accuracy"] - 0.01
+    made = tables(static)
+    assert made[:2] == [curves, single]
+    assert [line.split(" | ")[-1] for line in made[2].splitlines()] == [
+        "made static |",
+        "|---|---|---|---|---|---|---|",
+        "88.00 ± 1.41 |",
+        "not measured |",
+    ]
     assert curves.splitlines() == [
         "| method | dense | 50% cut | 70% cut |",
         "|---|---|---|---|",
@@ -490,6 +501,7 @@ def test_a_row_tells_what_the_report_of_its_run_does(config, tmp_path, monkeypat
         "pruned": result(0.8),
         f"pruned_without_{untrained}": result(0.3),
         "pruned_by_other_criteria": {"random": result(0.2)},
+        "pruned_made_static": result(0.7) if name == "attention" else None,
         "cascade": [{"share": 0.1, "threshold": 0.6, **result(0.85)}],
         **dict.fromkeys(("dense_macs_per_image", "device", "versions", "data", "seconds"), 1),
     }
@@ -499,6 +511,7 @@ def test_a_row_tells_what_the_report_of_its_run_does(config, tmp_path, monkeypat
     row = study_lib._pruned(config, name, 0.5, 3, tmp_path / "dense", tmp_path / "run")
     assert (row["accuracy"], row["accuracy_untrained"]) == (0.8, 0.3)
     assert row["accuracy_by_other_criteria"] == {"random": 0.2}
+    assert row.get("accuracy_made_static") == (0.7 if name == "attention" else None)
     (cascade,) = row["cascade"]
     assert (cascade["share"], cascade["threshold"], cascade["accuracy"]) == (0.1, 0.6, 0.85)
 

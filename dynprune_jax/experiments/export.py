@@ -23,15 +23,14 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     """Exports the network of a finished run for inference.
 
-    Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images; where
-    gates are predicted, and there are no others, `exported_static.bin`, which does too, and has
-    what they want most for good (the report tells what it loses); and
+    Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images, and
     for each of `config.benchmark.batch_sizes` `exported_compact_N.bin`, which skips what the gates
     leave out, on the device at hand; on CPUs it needs this package and a C++ compiler. All take
     uint8 images, `(batch, side, side, channels)` with the side `config.data.image_size`, which they
     normalise, and give logits, `(batch, classes)`. `dynprune_jax.load_exported` reads them. How
     each layer of a compact one is executed is measured, and kept in `plan_batch_N.json`; a plan
-    that is there is followed.
+    that is there is followed. Where all gates are predicted ones, also `exported_static.bin`, which
+    runs where `exported.bin` does: the network of `make_static`, whose accuracy the report tells.
 
     Returns:
       The files.
@@ -51,6 +50,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     shape = run.one_image.shape[1:]
     # A plan that does not fit is found before anything is written.
     compacts = {size: _compact(run, model, size) for size in config.benchmark.batch_sizes}
+    static = run.made_static(values)
     any_number = jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}")
     seen = jax.ShapeDtypeStruct(any_number, jnp.uint8)
     written = [
@@ -60,7 +60,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
             f"any number of images, on {', '.join(_PLATFORMS)}",
         )
     ]
-    if (static := run.made_static(values)) is not None:
+    if static is not None:
         written.append(
             _write(
                 run.workdir / "exported_static.bin",
