@@ -16,8 +16,9 @@ from dynprune_jax import (
     make_static,
     measure,
     predict_channels,
+    recalibrate,
 )
-from dynprune_jax.build import evaluation_images
+from dynprune_jax.build import evaluation_images, training_images
 from dynprune_jax.experiments.export import export
 from dynprune_jax.models.links import links
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
@@ -180,7 +181,6 @@ def test_a_run_whose_model_keeps_its_filters_says_so(config, tmp_path, capsys):
 def test_a_run_reports_and_exports_it(config, tmp_path, monkeypatch):
     config.gate.kind, config.gate.column_ratio = "predicted", ()
     config.benchmark.batch_sizes = (4,)
-    assert not config.prune.recalibration_images
     opened = Run.open(config, tmp_path)
     dense = opened.dense.weights
     opened.claim()
@@ -203,3 +203,27 @@ def test_a_run_reports_and_exports_it(config, tmp_path, monkeypatch):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
     config.gate.column_ratio = (0.0, 0.2)
     assert Run.open(config, tmp_path / "columns").made_static(dense) is None
+
+
+def test_where_statistics_are_made_anew_those_of_what_is_left_are(config, tmp_path):
+    config.gate.kind, config.gate.column_ratio = "predicted", ()
+    config.prune.recalibration_images = 40
+    opened = Run.open(config, tmp_path)
+    values = dict(opened.gated(opened.dense.weights))
+    rng = np.random.default_rng(0)
+    for name, value in values.items():
+        if name.endswith("salience_kernel"):  # so that images differ in what they want
+            values[name] = jnp.asarray(3.0 * rng.normal(size=value.shape), jnp.float32)
+    found = opened.made_static(values)
+    (stored,) = opened._recalibration_batches
+    model = nnx.clone(found)
+    (key,) = jax.random.split(jax.random.key(0), 1)
+    recalibrate(model, [training_images(config, key, jnp.asarray(stored))])
+    dynamic = opened.recalibrated(opened.dynamic, values)
+    expected, made = all_modules(model), all_modules(found)
+    norms = [name for name, layer in made.items() if isinstance(layer, nnx.BatchNorm)]
+    for name in norms:
+        np.testing.assert_allclose(made[name].var[...], expected[name].var[...], rtol=1e-3)
+    # Of the gates' own choices they are others, but in front of the first.
+    of_gates = set(np.asarray(dynamic[f"{norms[-1]}/var"]).tolist())
+    assert not of_gates & set(np.asarray(made[norms[-1]].var[...]).tolist())
