@@ -32,6 +32,7 @@ def base_config() -> Config:
             # Compute dtype; parameters, batch statistics and rankings are always float32.
             "dtype": "float32",
             "batch_size": 128,
+            # Also how many training images decide what predicted gates keep that are made static.
             "eval_batch_size": 250,
             # Training steps run by one call of the compiled step; 0: 1 on CPU, where a
             # convolution inside a loop is slow, and `log_every_steps` elsewhere, which is also the
@@ -116,9 +117,9 @@ def base_config() -> Config:
                 # The dense network's share in the loss, as a teacher, at a temperature.
                 "distillation": 0.0,
                 "temperature": 4.0,
-                # Before a network with gates is evaluated or exported its batch statistics are
-                # made anew, at its ratios, of so many training images, in whole batches of
-                # eval_batch_size; 0: they are what training has left.
+                # Before a network with gates, or one made static of it, is evaluated or exported
+                # its batch statistics are made anew, at its ratios, of so many training images, in
+                # whole batches of eval_batch_size; 0: they are what training has left.
                 "recalibration_images": 0,
             },
             "optim": {"momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0},

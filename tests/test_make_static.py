@@ -135,6 +135,56 @@ def test_a_model_of_ones_own_may_have_programs_within(kind):
     np.testing.assert_allclose(run(static, images), run(dynamic, images), rtol=1e-4, atol=1e-6)
 
 
+class Unscaled(own.Small):
+    """Its norm has neither scale nor bias."""
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        self.norm = nnx.BatchNorm(16, use_scale=False, use_bias=False, rngs=rngs)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_a_norm_may_have_no_scale(scales):
+    model, images = small(Unscaled)
+    found = find_links(model, images)
+    dynamic = predict_channels(model, 0.5, found, salience_scales=scales)
+    static = make_static(dynamic, found, images)
+    assert (static.norm.scale is not None) == scales
+    np.testing.assert_allclose(run(static, images), run(dynamic, images), rtol=1e-4, atol=1e-6)
+
+
+class Twice(own.Small):
+    """One convolution sees two maps of each image."""
+
+    def __call__(self, x):
+        maps = [self.norm(self.blocks[0](self.stem(part))) for part in (x, 3.0 * x[:, ::-1] + 1.0)]
+        return self.head(sum(nnx.relu(part) for part in maps).mean((1, 2)))
+
+
+def test_of_a_layer_that_is_called_twice_both_calls_count():
+    model, images = small(Twice)
+    found = {"blocks/0": ("norm", "head")}
+    dynamic = predict_channels(model, 0.5, found)
+    gate = dynamic.blocks[0]
+    drawn = 3.0 * np.random.default_rng(5).normal(size=gate.salience_kernel.shape)
+    gate.salience_kernel[...] = jnp.asarray(drawn, jnp.float32)
+    calls = [
+        np.where(layer.masks.features, layer.masks.salience, np.nan)
+        for layer in nnx.jit(measure)(dynamic, images)[1].layers
+        if layer.name == "blocks/0"
+    ]
+    assert len(calls) == 2
+    each = np.concatenate(calls)
+    votes = np.sum(~np.isnan(each), axis=0)
+    static = make_static(dynamic, found, images)
+    kernels = np.asarray(gate.kernel[...]).reshape(-1, 16).T.tolist()
+    left = np.asarray(static.blocks[0].kernel[...]).reshape(-1, 8).T.tolist()
+    kept = np.array([kernels.index(kernel) for kernel in left])
+    assert votes[kept].min() >= np.delete(votes, kept).max()
+    expected = dynamic.norm.scale[...][kept] * np.nanmean(each[:, kept], axis=0)
+    np.testing.assert_allclose(static.norm.scale[...], expected, rtol=1e-5)
+
+
 class Counting(own.Small):
     """Its code counts the channels of one map and not those of another."""
 

@@ -29,8 +29,9 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     uint8 images, `(batch, side, side, channels)` with the side `config.data.image_size`, which they
     normalise, and give logits, `(batch, classes)`. `dynprune_jax.load_exported` reads them. How
     each layer of a compact one is executed is measured, and kept in `plan_batch_N.json`; a plan
-    that is there is followed. Where all gates are predicted ones, also `exported_static.bin`, which
-    runs where `exported.bin` does: the network of `make_static`, whose accuracy the report tells.
+    that is there is followed. Where all gates are predicted ones, none of columns, also
+    `exported_static.bin`, which runs where `exported.bin` does: the network of `make_static`, whose
+    accuracy the report tells.
 
     Returns:
       The files.
