@@ -46,6 +46,7 @@ from dynprune_jax.pruning.layers import by_name
 from dynprune_jax.pruning.make_static import make_static, predicted_gates
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.recalibrate import batch_statistics, mean_of
+from dynprune_jax.pruning.removal import FixedFiltersError
 from dynprune_jax.pruning.schedules import RatioSchedule, ratio_ascent
 from dynprune_jax.train_step import TrainState
 from dynprune_jax.workdir import (
@@ -450,7 +451,7 @@ class Run:
         model = self.dynamic.bind(self.recalibrated(self.dynamic, values))
         try:
             network = Network(make_static(model, self.links, images))
-        except ValueError as error:  # filters cannot leave a model of somebody's own
+        except FixedFiltersError as error:  # in a model of somebody's own
             say(f"not made static: {error}")
             return None
         static = network.bind(self._with_new_statistics(network, network.weights))

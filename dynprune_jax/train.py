@@ -27,6 +27,7 @@ from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 from dynprune_jax.stopping import Stopped, StopSignals
 from dynprune_jax.train_step import TrainState
+from dynprune_jax.workdir import trains_alone
 from dynprune_jax.writers import PhaseBar, Writers, read_metrics, resident_memory_mb
 
 
@@ -144,10 +145,12 @@ def run_phase(
       The trained parameters and batch statistics, and where the time went.
 
     Raises:
-      UserError: if the loss is no longer finite, or every checkpoint is damaged.
+      UserError: if the loss is no longer finite, every checkpoint is damaged, or another run
+        trains in the work directory.
       Stopped: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
     with (
+        trains_alone(run.workdir),
         run.checkpoints(name, filters_removed_by) as checkpoints,
         Feed(run, name, network, teacher) as feed,
     ):

@@ -1,8 +1,10 @@
 """Work directories: whose one is, and which fields of a config may differ in it."""
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,33 @@ def keep_config(config: Config, workdir: Path) -> None:
     """Writes what `check_workdir` compares with, config.json, if it is not there."""
     if not (workdir / "config.json").exists():
         write_json(workdir / "config.json", as_json(config))
+
+
+@contextlib.contextmanager
+def trains_alone(workdir: Path) -> Iterator[None]:
+    """Keeps other runs from training in a work directory; all processes of a run enter together.
+
+    By a lock on its config.json, which the system takes back when the process ends, however it
+    does. Where the file system knows no locks, nothing is kept.
+
+    Raises:
+      UserError: if another run trains there.
+    """
+    taken = False
+    with contextlib.ExitStack() as held:
+        if processes.leads():
+            try:
+                file = held.enter_context((workdir / "config.json").open("r+b"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = True
+            except OSError:
+                pass
+        if processes.agree(int(taken)):
+            raise UserError(
+                f"--workdir={workdir}: another run trains there; wait for its end, or give another"
+            )
+        yield
 
 
 def _same(name: str, one: Any, other: Any) -> bool:

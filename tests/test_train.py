@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -43,7 +44,7 @@ from dynprune_jax.sharding import check_batch, data_mesh
 from dynprune_jax.stopping import Stopped
 from dynprune_jax.train import evaluate_workdir, run_phase, train_and_evaluate
 from dynprune_jax.train_step import TrainState
-from dynprune_jax.workdir import check_workdir, keep_config, make_folder
+from dynprune_jax.workdir import check_workdir, keep_config, make_folder, trains_alone
 from dynprune_jax.writers import read_metrics
 
 
@@ -816,6 +817,28 @@ def test_numbers_that_are_not_finite_are_not_saved(config, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"(mean|var) is not finite at step 8 of the dense phase"):
         run_phase(run, "dense", run.dense, run.dense.weights)
     assert not any((tmp_path / "checkpoints" / "dense").iterdir())
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(config, tmp_path):
+    config.prune.epochs = 0
+    run = Run.open(config, tmp_path)
+    run.claim()
+    before = sorted(tmp_path.rglob("*"))
+    with trains_alone(tmp_path), pytest.raises(UserError, match="another run trains there; wait"):
+        train_and_evaluate(config, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    with trains_alone(tmp_path):  # which has ended
+        pass
+
+
+def test_where_files_have_no_locks_runs_train_all_the_same(config, tmp_path, monkeypatch):
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    Run.open(config, tmp_path).claim()
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    with trains_alone(tmp_path), trains_alone(tmp_path):
+        pass
 
 
 def test_a_phase_tells_its_rates_and_the_ratios_of_its_last_step(

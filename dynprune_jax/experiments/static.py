@@ -30,7 +30,14 @@ from dynprune_jax.pruning.calls import intercept
 from dynprune_jax.pruning.layers import all_modules, conv_layers
 from dynprune_jax.pruning.measure import dense_macs
 from dynprune_jax.pruning.readers import Links
-from dynprune_jax.pruning.removal import Scores, allot, removable, remove_filters, try_removal
+from dynprune_jax.pruning.removal import (
+    FixedFiltersError,
+    Scores,
+    allot,
+    removable,
+    remove_filters,
+    try_removal,
+)
 from dynprune_jax.run import Run
 from dynprune_jax.train import run_phase, train_dense
 from dynprune_jax.writers import say, write_json
@@ -219,7 +226,7 @@ def find_removable(config: Config, model: nnx.Module, channels: int, links: Link
         return links
     try:
         found = removable(model, links, one_image(config, channels))
-    except ValueError as error:
+    except FixedFiltersError as error:
         raise UserError(
             f"config.model is {config.model!r}; static pruning has no place in it: {error}"
         ) from error
@@ -236,7 +243,7 @@ def check_removal(
         return
     try:
         try_removal(model, links, ratios, image)
-    except ValueError as error:
+    except FixedFiltersError as error:
         raise UserError(f"config.model is {config.model!r}; {error}") from error
 
 

@@ -15,7 +15,7 @@ from dynprune_jax.pruning.handover import GatedNorm
 from dynprune_jax.pruning.layers import all_modules, dynamic_layers, replaced
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.readers import Links
-from dynprune_jax.pruning.removal import removable, remove_filters
+from dynprune_jax.pruning.removal import FixedFiltersError, removable, remove_filters
 
 # Of the outputs of a convolution: the share of images that want each, and its mean salience there.
 Wanted = tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]
@@ -63,7 +63,7 @@ def make_static(model: Any, links: Links, images: Images) -> Any:
     leave = removable(plain, links, one)
     for name in links:
         if name not in leave:
-            raise ValueError(
+            raise FixedFiltersError(
                 f"the filters of {name} cannot leave {type(model).__name__}: its code or another"
                 " layer counts on all of them, or they are shared, masked or grouped"
             )

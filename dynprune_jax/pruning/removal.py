@@ -25,6 +25,10 @@ _TRIALS = 4  # of which filters leave
 Scores = Mapping[str, Float[np.ndarray, " filters"]]
 
 
+class FixedFiltersError(ValueError):
+    """Filters that cannot leave a model, and why."""
+
+
 def remove_filters(model: Any, links: Links, scores: Scores, ratios: Mapping[str, float]) -> Any:
     """Returns a smaller model without the lowest-scored filters; the given one stays as it is.
 
@@ -114,7 +118,7 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
       Those links, as they are.
 
     Raises:
-      ValueError: if there are none.
+      FixedFiltersError: if there are none.
     """
     convs, layers, around = replaceable_layers(model), all_modules(model), rewritten(model)
     owners = Counter(id(part) for layer in layers.values() for part in _variables(layer))
@@ -145,13 +149,13 @@ def removable(model: nnx.Module, links: Links, image: Any) -> Links:
         else:
             found[name] = link
     if not found:
-        raise ValueError(f"{type(model).__name__} has no filters that can leave alone{why}")
+        raise FixedFiltersError(f"{type(model).__name__} has no filters that can leave alone{why}")
     try:
         try_removal(model, found, dict.fromkeys(found, 0.5), image)
-    except ValueError:
+    except FixedFiltersError:
         together, found = found, {}
         for name, link in together.items():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(FixedFiltersError):
                 try_removal(model, {name: link}, {name: 0.5}, image)
                 found[name] = link
         if not found:
@@ -172,7 +176,7 @@ def try_removal(model: nnx.Module, links: Links, ratios: Mapping[str, float], im
       image: a batch of one, or its shape and dtype, or a pytree that holds one.
 
     Raises:
-      ValueError: if it does not.
+      FixedFiltersError: if it does not.
     """
     said = f"{type(model).__name__} cannot lose filters, for its code counts on all of them"
     rng = np.random.default_rng(0)
@@ -200,10 +204,10 @@ def try_removal(model: nnx.Module, links: Links, ratios: Mapping[str, float], im
             raise
         except Exception as error:  # whatever code of somebody else's raises
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{said}: {reason}") from error
+            raise FixedFiltersError(f"{said}: {reason}") from error
         answers = [jax.tree.leaves(outputs) for outputs in (found, expected)]
         if not all(_near(one, other, close) for one, other in zip(*answers, strict=True)):
-            raise ValueError(f"{said}: without them it answers as another model")
+            raise FixedFiltersError(f"{said}: without them it answers as another model")
 
 
 def _near(found: Any, expected: Any, close: float) -> bool:
