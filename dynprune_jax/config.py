@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 else:
     Config = ConfigDict
 
+# Whether a value is allowed, and which values are, for the message.
+_Rule = tuple[Callable[[Any], bool], str]
+
 FILTER_CRITERIA = ("l1", "geometric_median", "taylor", "random", "none")
 
 
@@ -220,30 +223,28 @@ def imagenet_config() -> Config:
     return config
 
 
-def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
+def _at_least(low: float) -> _Rule:
     return lambda value: low <= value < math.inf, f"it must be a finite number, at least {low}"
 
 
-def _above(low: float, most: float) -> tuple[Callable[[Any], bool], str]:
+def _above(low: float, most: float) -> _Rule:
     return lambda value: low < value <= most, f"it must be in ({low}, {most}]"
 
 
-def _in(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+def _in(low: float, high: float) -> _Rule:
     return lambda value: low <= value < high, f"it must be in [{low}, {high})"
 
 
-def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+def _one_of(*choices: str) -> _Rule:
     return lambda value: value in choices, f"choose one of {', '.join(choices)}"
 
 
-def _key_of(named: Mapping[str, Any]) -> tuple[Callable[[Any], bool], str]:
+def _key_of(named: Mapping[str, Any]) -> _Rule:
     """One of the names; a config's file may have added some."""
     return lambda value: value in named, f"{_one_of(*named)[1]}, or one that your config adds"
 
 
-def _each(
-    rule: tuple[Callable[[Any], bool], str], kind: type | tuple[type, ...] = (int, float)
-) -> tuple[Callable[[Any], bool], str]:
+def _each(rule: _Rule, kind: type | tuple[type, ...] = (int, float)) -> _Rule:
     holds, text = rule
     return (
         lambda value: all(
@@ -265,7 +266,7 @@ _FRACTION = (lambda value: 0 <= value <= 1, "it must be in [0, 1]")
 _PART = (lambda value: 0 < value < 1, "it must be in (0, 1)")
 _METHOD = (bool, "it must be a name of experiments/methods.py")
 _PATH = (lambda value: not os.path.expanduser(value).startswith("~"), "there is no such user")
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_RULES: dict[str, _Rule] = {
     "seed": _SEED,
     "dtype": _one_of("float32", "bfloat16"),
     "batch_size": _at_least(1),
