@@ -84,34 +84,36 @@ def convolve(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
-    if jax.default_backend() == "cpu":
-        # Where `training_options` hold, what is in front of this is not worked out anew.
-        x = lax.optimization_barrier(x)
-        numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
-        if x.ndim == 4 and numbers == _IMAGES and out_sharding is None and kernel.size:
-            dtype = jax.eval_shape(dense, x, kernel).dtype  # refuses what it refuses
-            size = kernel.shape[:2]
-            dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
-            depthwise = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1]
-            single = depthwise and not dilated
-            single &= jnp.issubdtype(x.dtype, jnp.floating) and size[0] * size[1] <= _MOST_TAPS
-            single &= preferred_element_type in (None, x.dtype, jnp.float32)
-            if single:
-                y: Any = _depthwise(*_padded(x, size, window_strides, padding), kernel)
-                return y.astype(dtype)
-            if 1 < feature_group_count <= MOST_GROUPS and not depthwise:
-                of_group = functools.partial(dense, feature_group_count=1)
-                parts = (jnp.split(a, feature_group_count, axis=-1) for a in (x, kernel))
-                return jnp.concatenate(list(map(of_group, *parts)), axis=-1)
-            small = x.shape[1] < size[0] and x.shape[2] < size[1] and not dilated
-            if small and feature_group_count == 1:
-                geometry, padded = _padded(x, size, window_strides, padding)
-                return jnp.matmul(
-                    geometry.patches(padded),
-                    kernel.reshape(-1, kernel.shape[-1]),
-                    precision=precision,
-                    preferred_element_type=preferred_element_type,
-                )
+    if jax.default_backend() != "cpu":
+        return dense(x, kernel)
+    # Where `training_options` hold, what is in front of this is not worked out anew.
+    x = lax.optimization_barrier(x)
+    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    if x.ndim != 4 or numbers != _IMAGES or out_sharding is not None or not kernel.size:
+        return dense(x, kernel)
+    dtype = jax.eval_shape(dense, x, kernel).dtype  # refuses what it refuses
+    size = kernel.shape[:2]
+    dilated = any(step != 1 for by in (lhs_dilation, rhs_dilation) for step in by or ())
+    depthwise = 1 < feature_group_count == x.shape[-1] == kernel.shape[-1]
+    single = depthwise and not dilated
+    single &= jnp.issubdtype(x.dtype, jnp.floating) and size[0] * size[1] <= _MOST_TAPS
+    single &= preferred_element_type in (None, x.dtype, jnp.float32)
+    if single:
+        y: Any = _depthwise(*_padded(x, size, window_strides, padding), kernel)
+        return y.astype(dtype)
+    if 1 < feature_group_count <= MOST_GROUPS and not depthwise:
+        of_group = functools.partial(dense, feature_group_count=1)
+        parts = (jnp.split(a, feature_group_count, axis=-1) for a in (x, kernel))
+        return jnp.concatenate(list(map(of_group, *parts)), axis=-1)
+    small = x.shape[1] < size[0] and x.shape[2] < size[1] and not dilated
+    if small and feature_group_count == 1:
+        geometry, padded = _padded(x, size, window_strides, padding)
+        return jnp.matmul(
+            geometry.patches(padded),
+            kernel.reshape(-1, kernel.shape[-1]),
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
     return dense(x, kernel)
 
 
