@@ -16,32 +16,30 @@ def random_crop(
     key: Key[Array, ""],
     images: UInt8[Array, "batch height width channels"],
     padding: int,
-    size: int = 0,
-) -> UInt8[Array, "batch out_height out_width channels"]:
-    """Cuts a window out of each image at its own random place.
+    size: int,
+) -> UInt8[Array, "batch size size channels"]:
+    """Cuts a square window out of each image at its own random place.
 
     Args:
       key: of the places.
       images: the images.
       padding: pixels of zeros put around each image first.
-      size: height and width of the window in pixels; 0 for those of the images.
+      size: height and width of the window, in pixels.
 
     Raises:
       ValueError: the window is larger than the padded image.
     """
     batch, height, width, channels = images.shape
-    out_height, out_width = size or height, size or width
-    room = (height + 2 * padding - out_height, width + 2 * padding - out_width)
+    room = (height + 2 * padding - size, width + 2 * padding - size)
     if min(room) < 0:
-        raise ValueError(f"cannot cut {out_height}x{out_width} from {height}x{width} + {padding}")
+        raise ValueError(f"cannot cut {size}x{size} from {height}x{width} + {padding}")
     if room == (0, 0):
         return images
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     starts = jax.random.randint(key, (batch, 2), 0, jnp.array([room]) + 1)
 
     def cut(image: Array, start: Array) -> Array:
-        window = (out_height, out_width, channels)
-        return jax.lax.dynamic_slice(image, (start[0], start[1], 0), window)
+        return jax.lax.dynamic_slice(image, (start[0], start[1], 0), (size, size, channels))
 
     return jax.vmap(cut)(padded, starts)
 
