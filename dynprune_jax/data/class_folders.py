@@ -103,13 +103,13 @@ def _list_split(
                 " printed"
             )
         # Not recursive, so a loop of symbolic links has no end to miss.
+        files = _visible(entry.path)
         images = [
             (f"{folder}/{entry.name}/{file.name}", *_size_and_time(file))
-            for file in _visible(entry.path)
+            for file in files
             if file.name.lower().endswith(SUFFIXES)
         ]
-        others = sum(1 for _ in _visible(entry.path)) - len(images)
-        if others:
+        if others := len(files) - len(images):
             print(f"{entry.path}: {others} entries are no image files and are left out.")
         if not images:
             raise UserError(
