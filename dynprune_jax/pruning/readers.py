@@ -89,8 +89,8 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
         raise _out_of_reach(model) from error
     # Other grouped ones can neither choose channels nor hand them on.
     norms = {n: c for c, n in pairs if convs[c].feature_group_count == 1 or is_depthwise(convs[c])}
-    trial = _Trial(model, images, *others)
-    trial.begin({norm: convs[conv].out_features for norm, conv in norms.items()})
+    channels = {norm: convs[conv].out_features for norm, conv in norms.items()}
+    trial = _Trial(channels, model, images, *others)
     rng = np.random.default_rng(0)
     found: dict[str, tuple[str, ...]] = {}
     for norm, conv in norms.items():
@@ -116,7 +116,7 @@ def find_links(model: nnx.Module, images: Images, *others: Any) -> dict[str, tup
 class _Trial:
     """A model as one program, with values drawn anew, in which channels and calls can be held."""
 
-    def __init__(self, model: nnx.Module, *inputs: Any):
+    def __init__(self, channels: Mapping[str, int], model: nnx.Module, *inputs: Any):
         self._model, self._inputs = model, inputs
         _, arrays = as_function(model, *inputs)
         rng = np.random.default_rng(0)
@@ -127,6 +127,19 @@ class _Trial:
         self._answers: Mapping[int, Any] = {}
         self._held: Mapping[int, Any] = {}
         self._clock = itertools.count()
+        # Run once as it is, with all channels of the normalizations that are tried.
+        self._whole = {name: np.ones(n, bool) for name, n in channels.items()}
+        try:
+            _, calls = self._program()(self._arrays, self._whole, {}, {})
+        except (TypeError, ValueError) as error:
+            leaked = isinstance(error, jax.errors.UnexpectedTracerError)
+            if not leaked and not cannot_leave(error):  # the model's own mistake
+                raise
+            raise _out_of_reach(model) from error
+        self._given = {call.order: call.y for call in calls}
+        self._free = dict.fromkeys(self._given, np.bool_(False))
+        self._times = Counter(call.name for call in calls)
+        self._run = self._program()
 
     def _program(self) -> Callable[..., tuple[Any, list[_Seen]]]:
         """The model as a program of its own.
@@ -151,21 +164,6 @@ class _Trial:
             return outputs, of_kind(sown, _Seen)
 
         return jax.jit(run)
-
-    def begin(self, channels: Mapping[str, int]) -> None:
-        """Runs it as it is; these normalizations have so many channels."""
-        self._whole = {name: np.ones(n, bool) for name, n in channels.items()}
-        try:
-            _, calls = self._program()(self._arrays, self._whole, {}, {})
-        except (TypeError, ValueError) as error:
-            leaked = isinstance(error, jax.errors.UnexpectedTracerError)
-            if not leaked and not cannot_leave(error):  # the model's own mistake
-                raise
-            raise _out_of_reach(self._model) from error
-        self._given = {call.order: call.y for call in calls}
-        self._free = dict.fromkeys(self._given, np.bool_(False))
-        self._times = Counter(call.name for call in calls)
-        self._run = self._program()
 
     def reader(self, norm: str, half: Bool[np.ndarray, " channels"]) -> str:
         """The one layer that finds channels zero which a normalization leaves out, or nothing."""
