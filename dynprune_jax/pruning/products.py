@@ -186,10 +186,10 @@ def _taps(
     channels: Any = None,
 ) -> Array:
     """All taps on the output's side: each kept column times the kernel, then shifted adds."""
-    kept = _take(x.reshape(-1, 1, x.shape[-1]), columns)
+    kept = _take(x.reshape(-1, x.shape[-1]), columns)
     x, weights = _kept_part(kept, weights, channels)
     nothing = jnp.zeros((1, x.shape[-1]), x.dtype)  # what a column that is not kept adds
-    y = dot(jnp.concatenate([x[:, 0], nothing]), weights[0])
+    y = dot(jnp.concatenate([x, nothing]), weights[0])
     taps = geometry.kernel[0] * geometry.kernel[1]
     y = y.reshape(-1, y.shape[-1] // taps)
     # The barrier keeps XLA from working places out again for every value that is gathered.
