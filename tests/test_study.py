@@ -142,7 +142,7 @@ def test_only_what_is_missing_is_looked_at_before(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study_lib, "_dense", trained)
     monkeypatch.setattr(study_lib, "_impossible", none)
-    monkeypatch.setattr(Run, "open", lambda *_: None)
+    monkeypatch.setattr(study_lib, "_opened", lambda _: None)
     monkeypatch.setattr(study_lib, "figures", lambda _: {})
     small.study.seeds, small.study.cuts, small.study.ablations = (3, 4), (0.99,), ()
     small.study.methods = ("attention",)

@@ -81,8 +81,7 @@ def study(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={folder} is a run's; give a study a folder of its own")
     read_rows(folder)
-    with tempfile.TemporaryDirectory() as nobodys:
-        opened = Run.open(config, nobodys)  # a mistake leaves nothing behind
+    opened = _opened(config)
     if any(find_method(name).removes for name in (*methods, *ablations)):
         find_removable(config, opened.model, opened.dataset.channels, opened.links)
     make_folder(folder)
@@ -144,8 +143,7 @@ def at_cut(config: Config, cut: float) -> Config:
     for layers in dict.fromkeys((tuple(config.gate.layers), ("*",))):
         changed = copy.deepcopy(config)
         changed.gate.layers = layers
-        with tempfile.TemporaryDirectory() as nobodys:
-            run = Run.open(changed, nobodys)
+        run = _opened(changed)
         if run.dynamic is None:
             break
         targets = {name: float(ratio) for name, ratio in run.dynamic.values(PruneRatio).items()}
@@ -160,6 +158,12 @@ def at_cut(config: Config, cut: float) -> Config:
         f"config.study: no factor on the ratios {config.gate.channel_ratio} and"
         f" {config.gate.column_ratio} cuts {cut:.0%} of the MACs; the highest cut {most:.1%}"
     )
+
+
+def _opened(config: Config) -> Run:
+    """A run to ask, in no folder that is kept: a mistake leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as nobodys:
+        return Run.open(config, nobodys)
 
 
 def _reaches(run: Run, targets: Mapping[str, float], cut: float, factor: float) -> bool:
@@ -200,8 +204,7 @@ def _impossible(
             continue
         try:
             changed = _at_point(config, name, cut, {})
-            with tempfile.TemporaryDirectory() as nobodys:
-                run = Run.open(changed, nobodys)
+            run = _opened(changed)
             if find_method(name).is_static:
                 removed(run)
             else:
