@@ -1,7 +1,6 @@
 """Run a model and count, per input and per layer, what it computed."""
 
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -56,8 +55,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
     if is_compact(model):
         raise ValueError("this model is compact; measure the model that it was made from")
     batch = batch_of(images).shape[:1]
-    clock = itertools.count().__next__
-    called: dict[int, str] = {}  # the layers that are counted, by the order of their calls
+    called: list[str] = []  # the layers that are counted, in the order of their calls
     # A subclass may compute something else: what it does is found in the program.
     known = (nnx.Conv, DynamicConv, nnx.Linear)
     counted = {
@@ -70,8 +68,8 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         """Sows the `LayerUsage` of each call of a layer."""
         if name not in counted:
             return call(inputs, *args, **kwargs)
-        place = {"name": name, "order": clock()}
-        called[place["order"]] = name
+        place = {"name": name, "order": len(called)}
+        called.append(name)
         if isinstance(layer, DynamicConv):
             masks = layer.masks(inputs)
             layer.sow(nnx.Intermediate, "usage", conv_usage(layer, inputs.shape, masks, **place))
@@ -92,7 +90,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
         raise ValueError(_does_not_leave("a layer")) from error
     layers = of_kind(sown, LayerUsage)
     gates = dynamic_layers(model)
-    _check_counted({order: name for order, name in called.items() if name in gates}, layers)
+    _check_counted({i: name for i, name in enumerate(called) if name in gates}, layers)
     for layer in layers:
         if layer.kept_channels.shape != batch:
             raise ValueError(
@@ -101,7 +99,7 @@ def measure(model: nnx.Module, images: Images, *others: Any) -> tuple[Any, Usage
                 " own where several are stacked (as nnx.scan takes them)"
             )
     # A call within a transformation that counts do not leave is found in the program.
-    arrived, calls = Counter(layer.name for layer in layers), Counter(called.values())
+    arrived, calls = Counter(layer.name for layer in layers), Counter(called)
     whole = {name for name in counted if arrived[name] == calls[name]}
     rest = _dense_macs_without(model, counted, whole, images, *others)
     twice = sum(layer.dense_macs for layer in layers if layer.name not in whole)
