@@ -1,5 +1,6 @@
 """A folder of images, `DIR/train|test/<class>/<image>`, as a TFDS builder."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -78,7 +79,9 @@ def list_class_folders(path: str) -> Listing:
         for label, name in enumerate(names):
             images = sorted(classes[name])
             # Archives may tell no times, and images without compression are of one size.
-            digest.update(_content(os.path.join(root, images[0][0])))
+            first = os.path.join(root, images[0][0])
+            with _reading(first), open(first, "rb") as file:
+                digest.update(file.read())
             for relative, size, changed in images:
                 digest.update(os.fsencode(f"{relative}\0{size}\0{changed}\0"))
                 files[split].append((relative, label))
@@ -121,28 +124,23 @@ def _list_split(
     return classes
 
 
-def _visible(folder: str) -> list[os.DirEntry[str]]:
-    """Lists what is not hidden in a folder."""
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
     try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
-
-
-def _content(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def _visible(folder: str) -> list[os.DirEntry[str]]:
+    """Lists what is not hidden in a folder."""
+    with _reading(folder), os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
 def _size_and_time(file: os.DirEntry[str]) -> tuple[int, int]:
-    try:
+    with _reading(file.path):
         found = file.stat()
-    except OSError as error:
-        raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
     if not S_ISREG(found.st_mode):  # from a pipe nothing may ever come
         raise UserError(f"{file.path}: not a readable image: it is no file")
     return found.st_size, found.st_mtime_ns
