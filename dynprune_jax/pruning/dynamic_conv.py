@@ -150,13 +150,12 @@ class DynamicConv(nnx.Conv):
             self.salience_kernel = nnx.Param(jnp.asarray(start))
             kernel = conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask
             self.salience_bias = nnx.Param(_relative_norms(jnp.asarray(kernel)))
-        chooses = (feature_ratio, columns_of, choice_of)
-        if handover is None and any(given is not None for given in chooses):
-            handover = Handover()
-        self.handover: Any = nnx.static(handover)
         self.channels_of: Any = nnx.static(channels_of)
         self.columns_of: Any = nnx.static(columns_of)
         self.choice_of: Any = nnx.static(choice_of)
+        if handover is None and self.chooses_outputs:
+            handover = Handover()
+        self.handover: Any = nnx.static(handover)
         self.channel_group = channel_group
         self.column_patch = column_patch
         self.salience_scales = salience_scales
