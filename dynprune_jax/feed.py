@@ -92,6 +92,12 @@ class Feed:
             state, metrics = jax.lax.scan(body, state, length=count)
             return state, jax.tree.map(jnp.mean, metrics)
 
+        compiled = functools.partial(
+            jax.jit,
+            donate_argnums=0,
+            out_shardings=sharding.whole(mesh),
+            compiler_options=training_options(),
+        )
         self._stream = None
         if run.in_memory:
             # Not past a row of the log, where a dispatch has to end.
@@ -99,13 +105,7 @@ class Feed:
             several = 1 if jax.default_backend() == "cpu" else longest
             self.steps_per_dispatch = min(run.config.steps_per_dispatch or several, longest)
             self._data = sharding.replicate(run.train_arrays, mesh)
-            self._step = jax.jit(
-                learn_from_memory,
-                static_argnames="count",
-                donate_argnums=0,
-                out_shardings=sharding.whole(mesh),
-                compiler_options=training_options(),
-            )
+            self._step = compiled(learn_from_memory, static_argnames="count")
         else:
             self.steps_per_dispatch = 1
             self._stream = stream_batches(
@@ -115,12 +115,7 @@ class Feed:
                 threads=run.config.data.threads,
                 rows=sharding.local_rows(run.config.batch_size, mesh),
             )
-            self._step = jax.jit(
-                learn,
-                donate_argnums=0,
-                out_shardings=sharding.whole(mesh),
-                compiler_options=training_options(),
-            )
+            self._step = compiled(learn)
 
     def __enter__(self) -> "Feed":
         return self
