@@ -17,7 +17,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
-from ml_collections import ConfigDict
 
 from dynprune_jax import config as config_lib
 from dynprune_jax import processes, sharding
@@ -52,10 +51,10 @@ from dynprune_jax.train_step import TrainState
 from dynprune_jax.workdir import (
     FREE_FIELDS,
     PLACES,
-    as_json,
     check_workdir,
     defaults,
     folder_of,
+    json_fields,
     keep_config,
     make_folder,
     refuse_study,
@@ -193,10 +192,9 @@ class Run:
 
     def _identity(self, phase: str, filters_removed_by: str | None = None) -> dict[str, Any]:
         """What tells the checkpoints of a phase of this run from those of any other, as JSON."""
-        fields = config_lib.flatten(ConfigDict(as_json(self.config)))
         told = {
             f"config.{name}": value
-            for name, value in fields.items()
+            for name, value in json_fields(self.config).items()
             if name not in (*FREE_FIELDS, *PLACES)
         }
         # Fields do not tell them where a folder has changed: then labels may mean other classes.

@@ -73,20 +73,20 @@ def make_folder(workdir: Path) -> None:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
-def as_json(config: Config) -> dict[str, Any]:
-    """A config as JSON holds it."""
-    return json.loads(config.to_json())
+def json_fields(config: Config) -> dict[str, Any]:
+    """Every field of a config by its dotted name, as JSON holds it."""
+    return config_lib.flatten(ConfigDict(json.loads(config.to_json())))
 
 
 def defaults() -> dict[str, Any]:
     """Every field's default by its dotted name, as JSON holds it."""
-    return config_lib.flatten(ConfigDict(as_json(config_lib.base_config())))
+    return json_fields(config_lib.base_config())
 
 
 def keep_config(config: Config, workdir: Path) -> None:
     """Writes what `check_workdir` compares with, config.json, if it is not there."""
     if not (workdir / "config.json").exists():
-        write_json(workdir / "config.json", as_json(config))
+        write_json(workdir / "config.json", json.loads(config.to_json()))
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def check_workdir(config: Config, workdir: Path, free: Collection[str] = FREE_FI
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a config; give another --workdir") from error
     stored = defaults() | stored  # it may be older than a field
-    asked = config_lib.flatten(ConfigDict(as_json(config)))
+    asked = json_fields(config)
     for name in sorted(asked.keys() | stored.keys()):
         if name not in free and not _same(name, asked.get(name), stored.get(name)):
             raise UserError(
