@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.box
-import rich.console
 import rich.table
 from flax import nnx
 

@@ -6,7 +6,6 @@ import statistics
 from typing import Any
 
 import jax
-import numpy as np
 import rich.table
 
 from dynprune_jax import sharding
@@ -56,7 +55,7 @@ def step_cost(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
                 "median_ms": 1e3 * statistics.median(times),
                 "quartiles_ms": quartiles_ms(times),
                 "images_per_second": config.batch_size / statistics.median(times),
-                "cost": float(np.median(ratios)),
+                "cost": statistics.median(ratios),
             }
         )
     write_json(run.workdir / "step_cost.json", rows)
