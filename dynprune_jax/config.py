@@ -126,8 +126,8 @@ def base_config() -> Config:
                 "recalibration_images": 0,
             },
             "optim": {"momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0},
-            # --mode=static: filters removed for good, by l1, geometric_median, taylor or random, or
-            # as a control none, and the dense network is trained on for as long.
+            # --mode=static: filters removed for good, by l1, geometric_median, taylor or random;
+            # none is a control: the dense network is trained on for as long, and loses nothing.
             # uniform: every convolution loses the same fraction; gate: as the channel ratios go.
             "static": {"criterion": "l1", "allotment": "uniform"},
             # --mode=study: for each seed, methods at each cut and ablations at one; their names are

@@ -99,8 +99,8 @@ def cascaded(first: Evaluation, second: Evaluation, share: float) -> dict[str, A
 def threshold_of(margins: Float[np.ndarray, " examples"], share: float) -> float:
     """The threshold below which that share of the margins is, rounded down to whole examples.
 
-    It is halfway between two of them, for a margin that is computed in another way, to rounding,
-    to be on the same side.
+    It is halfway between two of them, so that a margin that is computed in another way, and equal
+    but for rounding, is on the same side of it.
 
     Args:
       margins: at least one.

@@ -49,7 +49,7 @@ def write_report(
     assert final is not None  # config.check has seen to it
     whole = cheap = untrained = plain = None
     controls: dict[str, Evaluation] = {}
-    # In an order that all processes have, which a set of strings has not.
+    # A list and no set: all processes must evaluate them in the same order.
     others = [name for name in CRITERIA if name != run.config.gate.criterion]
     with progress_bar("evaluating") as progress:
         if dense is not None:

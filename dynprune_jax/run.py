@@ -102,7 +102,7 @@ class Run:
         check_workdir(config, folder)
         refuse_study(folder)
         # Before a data set is prepared, which can take minutes: does the model fit the config?
-        # Of somebody's own that is not known for other images than it is for.
+        # Somebody's own may be for no images but its own: of that only the factory is looked for.
         if config_lib.is_own(config.model):
             own_factory(config.model)
         else:
@@ -197,7 +197,7 @@ class Run:
             for name, value in json_fields(self.config).items()
             if name not in (*FREE_FIELDS, *PLACES)
         }
-        # Fields do not tell them where a folder has changed: then labels may mean other classes.
+        # A folder of images may have changed though no field has: labels may then mean others.
         names = ", ".join(self.dataset.class_names)
         if len(names) > 200:
             digest = hashlib.sha256(names.encode()).hexdigest()[:12]

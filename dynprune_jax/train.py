@@ -216,7 +216,7 @@ class _Phase:
         self.step = int(self.state.step)
         rows = [row for row in read_metrics(run.workdir) if row["step"] == self.row]
         rows = [row for row in rows if row.get("phase") == name and "test_accuracy" in row]
-        owed = self._due("evaluate") and not rows  # cut off between the save and that
+        owed = self._due("evaluate") and not rows  # cut off after the save and before the row
         self._owed = bool(processes.agree(int(owed)))
 
     @property

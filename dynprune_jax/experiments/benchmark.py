@@ -39,7 +39,7 @@ from dynprune_jax.run import Run
 from dynprune_jax.workdir import check_workdir, folder_of, make_folder, refuse_study
 from dynprune_jax.writers import say, screen, write_json
 
-# Of fresh weights, for data sets that need not be at hand: (classes, channels).
+# (classes, channels) of data sets that need not be at hand where the weights are fresh.
 _SETS = {
     "digits": (10, 1),
     "cifar100": (100, 3),

@@ -77,7 +77,7 @@ METHODS = {
     "distillation": Method("distilled from the dense network", {"prune.distillation": 0.7}),
 }
 
-# Of gates, what tells how many filters of each block they would leave.
+# The fields of gates by which `static.allotment` tells how many filters each block loses.
 _ALLOTTING = tuple(
     f"gate.{field}"
     for field in ("kind", "layers", "channel_ratio", "column_ratio", "block_columns")

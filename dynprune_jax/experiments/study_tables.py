@@ -13,7 +13,7 @@ from dynprune_jax import plots
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.methods import METHODS, find_method
 
-# Of a result.
+# What every result must have.
 _NEEDED = {"method", "cut", "seed", "accuracy", "mac_reduction", "config", "data"}
 _NOT_MEASURED = "not measured"
 
@@ -129,7 +129,7 @@ def _controls(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> li
 def _cascades(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
     """A table of what methods do if the dense network sees what they are least sure of again."""
     having = [(row, row.get("cascade", ())) for row in rows if row["method"] in names]
-    # Two digits: what came out is the share that was asked for but for a part of an image.
+    # Two digits: a share is in whole images, so it may be a little less than was asked for.
     shares = sorted({round(found["share"], 2) for _, cascade in having for found in cascade})
     lines = []
     for name, label in names.items():

@@ -98,7 +98,7 @@ def _links(model: Any) -> Iterator[tuple[nnx.Module, ...]]:
         for unit, reader in zip(units, readers, strict=True):
             yield unit.conv, unit.norm, reader
     elif isinstance(model, MobileNetV2):
-        made: tuple[nnx.Module, ...] | None = (model.stem, model.stem_norm)  # or a sum
+        made: tuple[nnx.Module, ...] | None = (model.stem, model.stem_norm)  # None: a sum
         for unit in layers:
             behind = (unit.depthwise, unit.depthwise_norm, unit.project)
             if made and not unit.adds:

@@ -21,7 +21,7 @@ def take_over(new: nnx.Module, old: nnx.Module) -> None:
 
 
 class Absent(jax.ShapeDtypeStruct):
-    """Where a parameter was of which nobody reads more than its shape and dtype."""
+    """Stands where a parameter was, of which only the shape and dtype are still read."""
 
     @property
     def value(self) -> "Absent":

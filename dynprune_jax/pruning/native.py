@@ -170,7 +170,7 @@ def _why_not() -> str | None:
 
 def _load(compiler: list[str]) -> ctypes.CDLL:
     """Loads the kernel, compiled before by this compiler for this processor and JAX, or now."""
-    # Of this processor all there is; by themselves compilers use half of its widest registers.
+    # All that this processor has; by themselves compilers use half of its widest registers.
     native = ["-march=native", "-mprefer-vector-width=512"]
     if platform.machine() in ("arm64", "aarch64"):
         native = ["-mcpu=native"]

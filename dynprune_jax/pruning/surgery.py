@@ -330,7 +330,7 @@ def _check_kind(
     field: str, modules: Mapping[str, nnx.Module], name: str, kind: type[nnx.Module]
 ) -> None:
     found = modules.get(name)
-    # A gate takes the place of a normalization: a subclass may compute something else.
+    # A `GatedNorm` can take the place of these alone: a subclass may compute something else.
     known = (nnx.BatchNorm, GatedNorm)
     if not (type(found) in known if kind is nnx.BatchNorm else isinstance(found, kind)):
         odd = "a subclass of" if isinstance(found, kind) else "no"
