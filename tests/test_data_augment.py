@@ -52,6 +52,12 @@ def test_a_random_crop_is_a_window_of_the_padded_image(seed, padding_and_size):
         assert any(np.array_equal(crop, window) for window in candidates.values())
 
 
+def test_a_window_as_large_as_the_padded_image_is_all_of_it():
+    images = numbered(2, 4, 4, 1)
+    whole = random_crop(jax.random.key(0), jnp.asarray(images), 2, 8)
+    np.testing.assert_array_equal(whole, np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))))
+
+
 def test_random_crops_reach_every_place_evenly():
     images = np.broadcast_to(numbered(1, 3, 3, 1), (3000, 3, 3, 1))
     crops = np.asarray(

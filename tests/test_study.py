@@ -409,7 +409,7 @@ def test_a_run_without_a_report_has_its_accuracy_in_the_tables():
 
 def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
     config.seed = 3
-    monkeypatch.setattr("sys.argv", ["main.py", "--mode=study", "--config", "configs/x.py"])
+    monkeypatch.setattr("sys.argv", ["main.py", "--mode=study", "--config", "my configs/x.py"])
     more = ["--config.study.seeds=(1, 2)", "-config.prune.epochs=10", "--config.data.path=/here"]
     places = ["--config.data.data_dir=/there", "--config.data.archive=/a.tar"]
     monkeypatch.setattr("sys.argv", [*sys.argv, *more, *places])
@@ -418,7 +418,7 @@ def test_the_command_of_a_run_repeats_it_alone(config, monkeypatch):
     flags = [part for part in shlex.split(line)[3:] if "DIR" not in part]
     assert flags == [
         "--mode=study",
-        "--config=configs/x.py",
+        "--config=my configs/x.py",
         "--config.data.name=digits",
         "--config.data.archive=FILE",
         "--config.prune.epochs=10",

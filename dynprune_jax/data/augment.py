@@ -33,7 +33,7 @@ def random_crop(
     room = (height + 2 * padding - size, width + 2 * padding - size)
     if min(room) < 0:
         raise ValueError(f"cannot cut {size}x{size} from {height}x{width} + {padding}")
-    if room == (0, 0):
+    if padding == 0 and room == (0, 0):
         return images
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     starts = jax.random.randint(key, (batch, 2), 0, jnp.array([room]) + 1)

@@ -291,7 +291,7 @@ def command(name: str, cut: float, config: Config) -> str | None:
     others = [a for a in given if a.startswith("--config.") and not a.startswith(told)]
     methods, cuts = ("()", "()") if name == "dense" else (f"('{name}',)", f"({cut},)")
     return (
-        f"python -m dynprune_jax.main --mode=study {file} --workdir=DIR"
+        f"python -m dynprune_jax.main --mode=study {shlex.quote(file)} --workdir=DIR"
         f" {shlex.join([*data, *others])}"
         f' "--config.study.seeds=({config.seed},)" "--config.study.methods={methods}"'
         f' "--config.study.cuts={cuts}" "--config.study.ablations=()"'

@@ -73,8 +73,9 @@ def kept_count(ratio: float | Float[ArrayLike, ""], n: int) -> Int[Array, ""]:
     """How many of `n` are kept at a prune ratio: `n - floor(ratio * n)`, at least 1.
 
     The product is float32 and may be traced; one that rounding may have put below a whole number
-    counts as that number. There is a single multiplication, so no compiler can contract
-    it differently, and every execution gets the same count.
+    counts as that number (of more than a million, one too many may be pruned). There is a single
+    multiplication, so no compiler can contract it differently, and every execution gets the same
+    count.
 
     Args:
       ratio: fraction to prune, in [0, 1).

@@ -225,7 +225,7 @@ def measure_plan(
         case = _case(layers[name], shape)
         if case not in measured:
             measured[case] = _measure(layers[name], shape, repeats)
-        plan.milliseconds[name] = measured[case]
+        plan.milliseconds[name] = dict(measured[case])  # the plan's own, to change
         plan.forms[name] = min(measured[case], key=measured[case].__getitem__)
         if progress is not None:
             progress(done + 1, len(shapes))
