@@ -10,6 +10,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,20 +50,24 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
     started = time.perf_counter()
     run = Run.open(config, workdir)
     run.check_ratios()
-    dense, timings = train_dense(run)
-    pruned = None
-    if run.dynamic is not None:
-        start = run.dense.weights if config.prune.start == "scratch" else dense
-        assert start is not None  # config.check has seen to it
-        teacher = dense if config.prune.distillation else None
-        pruned, timings["prune"] = run_phase(run, "prune", run.dynamic, run.gated(start), teacher)
-    return write_report(run, dense, pruned, timings, started)
+    with dense_trained(run) as (dense, timings):
+        pruned = None
+        if run.dynamic is not None:
+            start = run.dense.weights if config.prune.start == "scratch" else dense
+            assert start is not None  # config.check has seen to it
+            teacher = dense if config.prune.distillation else None
+            gated = run.gated(start)
+            pruned, timings["prune"] = run_phase(run, "prune", run.dynamic, gated, teacher)
+        return write_report(run, dense, pruned, timings, started)
 
 
-def train_dense(run: Run) -> tuple[Values | None, dict[str, dict[str, float]]]:
+@contextlib.contextmanager
+def dense_trained(run: Run) -> Iterator[tuple[Values | None, dict[str, dict[str, float]]]]:
     """Makes the work directory the run's own, and does phase one or reads what stands for it.
 
-    Returns:
+    Inside, no other run trains in that folder, see `trains_alone`.
+
+    Yields:
       Parameters and batch statistics of the dense network, None where the run has none; and
       where the time went, under `dense` if it was trained here.
 
@@ -70,19 +75,20 @@ def train_dense(run: Run) -> tuple[Values | None, dict[str, dict[str, float]]]:
       UserError: as `train_and_evaluate`.
     """
     sharding.check_batch(run.config.batch_size, run.mesh)
-    if run.config.prune.start == "checkpoint":
-        source = run.start_state()
-        run.claim()
-        step = int(source.step)
-        with run.checkpoints("dense") as checkpoints:
-            # What the source becomes later is its own.
-            checkpoints.save(step, source, {"total": step})
-        return source.values, {}
+    source = run.start_state() if run.config.prune.start == "checkpoint" else None
     run.claim()
-    if not run.phase_steps("dense"):
-        return None, {}
-    values, timing = run_phase(run, "dense", run.dense, run.dense.weights)
-    return values, {"dense": timing}
+    with trains_alone(run.workdir):
+        if source is not None:
+            step = int(source.step)
+            with run.checkpoints("dense") as checkpoints:
+                # What the source becomes later is its own.
+                checkpoints.save(step, source, {"total": step})
+            yield source.values, {}
+        elif run.phase_steps("dense"):
+            values, timing = run_phase(run, "dense", run.dense, run.dense.weights)
+            yield values, {"dense": timing}
+        else:
+            yield None, {}
 
 
 def evaluate_workdir(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -145,12 +151,10 @@ def run_phase(
       The trained parameters and batch statistics, and where the time went.
 
     Raises:
-      UserError: if the loss is no longer finite, every checkpoint is damaged, or another run
-        trains in the work directory.
+      UserError: if the loss is no longer finite, or every checkpoint is damaged.
       Stopped: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
     with (
-        trains_alone(run.workdir),
         run.checkpoints(name, filters_removed_by) as checkpoints,
         Feed(run, name, network, teacher) as feed,
     ):

@@ -93,27 +93,30 @@ def keep_config(config: Config, workdir: Path) -> None:
 def trains_alone(workdir: Path) -> Iterator[None]:
     """Keeps other runs from training in a work directory; all processes of a run enter together.
 
-    By a lock on its config.json, which the system takes back when the process ends, however it
-    does. Where the file system knows no locks, nothing is kept.
+    By a lock on the folder, which the system takes back when the process ends, however it does.
+    Network file systems lock no folders: there nothing is kept, and no lock outlives a machine.
 
     Raises:
       UserError: if another run trains there.
     """
-    taken = False
-    with contextlib.ExitStack() as held:
+    taken, folder = False, None
+    try:
         if processes.leads():
             try:
-                file = held.enter_context((workdir / "config.json").open("r+b"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                folder = os.open(workdir, os.O_RDONLY)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 taken = True
-            except OSError:
+            except OSError:  # no locks here
                 pass
         if processes.agree(int(taken)):
             raise UserError(
                 f"--workdir={workdir}: another run trains there; wait for its end, or give another"
             )
         yield
+    finally:
+        if folder is not None:
+            os.close(folder)
 
 
 def _same(name: str, one: Any, other: Any) -> bool:

@@ -265,7 +265,7 @@ def test_what_is_said_of_memory_is_what_was_measured():
         gains.append(huge / before)
         cells = " | ".join(f"{rate:.0f} ({rate / before:.2f}×)" for rate in (huge, kept))
         assert f"| {row} | {dense[0]['batch_size']} | {before:.0f} | {cells} |" in PAGES
-    assert f"train up to {max(gains):.2f}× as fast with `GLIBC_TUNABLES" in README
+    assert f"can be up to {max(gains):.2f}× as fast with `GLIBC_TUNABLES" in README
 
 
 SPEED = {
@@ -1051,7 +1051,7 @@ def test_the_claims_on_mobilenet_are_what_was_measured():
             *lost
         ),
         "**static pruning is ahead**, by {:.2f}, {:.2f} and {:.2f} points.".format(*behind),
-        "On small images they lose {:.1f} points, static pruning {:.1f} (".format(*lost),
+        "On small images, at a cut of 50 %, they lose {:.1f} points, static pruning {:.1f} (".format(*lost),
         f"leaves the gates at {statistics.mean(shared):.2f} %. The schedule",
         f"takes {alone['dense_ms']['lax.conv']:.1f} ms an image by `lax.conv`",
         f"dense network takes {alone['fastest_dense_ms']:.1f} ms, where PyTorch takes {torch:.1f},"

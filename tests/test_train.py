@@ -27,6 +27,7 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.cascade import cascade
 from dynprune_jax.experiments.export import export
 from dynprune_jax.experiments.sensitivity import sensitivity
+from dynprune_jax.experiments.static import static
 from dynprune_jax.experiments.step_cost import step_cost
 from dynprune_jax.experiments.sweep import sweep
 from dynprune_jax.feed import Feed, ratio_schedule
@@ -820,22 +821,38 @@ def test_numbers_that_are_not_finite_are_not_saved(config, tmp_path, monkeypatch
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(config, tmp_path):
-    config.prune.epochs = 0
-    run = Run.open(config, tmp_path)
-    run.claim()
+    Run.open(config, tmp_path).claim()
     before = sorted(tmp_path.rglob("*"))
-    with trains_alone(tmp_path), pytest.raises(UserError, match="another run trains there; wait"):
-        train_and_evaluate(config, tmp_path)
+    for mode in (train_and_evaluate, static):
+        refused = pytest.raises(UserError, match="another run trains there; wait")
+        with trains_alone(tmp_path), refused:
+            mode(config, tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     with trains_alone(tmp_path):  # which has ended
         pass
 
 
-def test_where_files_have_no_locks_runs_train_all_the_same(config, tmp_path, monkeypatch):
-    def no_lock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+def test_a_run_keeps_its_folder_until_its_report_is_written(config, tmp_path, monkeypatch):
+    seen = []
 
-    Run.open(config, tmp_path).claim()
+    def write_report(run, *_):
+        with pytest.raises(UserError, match="another run trains there"), trains_alone(run.workdir):
+            seen.append("a second run")
+        seen.append("the report")
+        return {}
+
+    monkeypatch.setattr(train_lib, "run_phase", lambda run, *_: (run.dense.weights, {}))
+    monkeypatch.setattr(train_lib, "write_report", write_report)
+    train_and_evaluate(config, tmp_path)
+    assert seen == ["the report"]
+    with trains_alone(tmp_path):
+        pass
+
+
+def test_where_folders_have_no_locks_runs_train_all_the_same(tmp_path, monkeypatch):
+    def no_lock(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as network file systems say
+
     monkeypatch.setattr("fcntl.flock", no_lock)
     with trains_alone(tmp_path), trains_alone(tmp_path):
         pass

@@ -39,7 +39,7 @@ from dynprune_jax.pruning.removal import (
     try_removal,
 )
 from dynprune_jax.run import Run
-from dynprune_jax.train import run_phase, train_dense
+from dynprune_jax.train import dense_trained, run_phase
 from dynprune_jax.writers import say, write_json
 
 _TAYLOR_BATCHES = 8
@@ -143,17 +143,17 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
             " a start from dense or checkpoint"
         )
     score, (links, ratios) = CRITERIA[config.static.criterion], removed(run)
-    dense, timings = train_dense(run)
-    assert dense is not None  # checked above
-    model: Any = run.dense.bind(dense)
-    model.eval()
-    small = remove_filters(model, links, score(model, links, run), ratios)
-    small.train()
-    network = Network(small)
-    teacher = dense if config.prune.distillation else None
-    pruned, timings["prune"] = run_phase(
-        run, "prune", network, network.weights, teacher, config.static.criterion
-    )
+    with dense_trained(run) as (dense, timings):
+        assert dense is not None  # checked above
+        model: Any = run.dense.bind(dense)
+        model.eval()
+        small = remove_filters(model, links, score(model, links, run), ratios)
+        small.train()
+        network = Network(small)
+        teacher = dense if config.prune.distillation else None
+        pruned, timings["prune"] = run_phase(
+            run, "prune", network, network.weights, teacher, config.static.criterion
+        )
     whole, left_over = run.evaluate(run.dense, dense), run.evaluate(network, pruned)
     cascades = config.cascade.shares if any(ratios.values()) else ()
     report = {

@@ -1,6 +1,7 @@
 """Filters that leave a model for good, and with them what reads them: any model with links."""
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -205,12 +206,12 @@ def try_removal(model: nnx.Module, links: Links, ratios: Mapping[str, float], im
         except Exception as error:  # whatever code of somebody else's raises
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise FixedFiltersError(f"{said}: {reason}") from error
-        answers = [jax.tree.leaves(outputs) for outputs in (found, expected)]
-        if not all(_near(one, other, close) for one, other in zip(*answers, strict=True)):
+        ours, other = (jax.tree.leaves(outputs) for outputs in (found, expected))
+        if len(ours) != len(other) or not all(map(functools.partial(_near, close), ours, other)):
             raise FixedFiltersError(f"{said}: without them it answers as another model")
 
 
-def _near(found: Any, expected: Any, close: float) -> bool:
+def _near(close: float, found: Any, expected: Any) -> bool:
     if found.shape != expected.shape:
         return False
     atol = close * np.max(np.abs(expected), initial=0)
