@@ -1051,7 +1051,8 @@ def test_the_claims_on_mobilenet_are_what_was_measured():
             *lost
         ),
         "**static pruning is ahead**, by {:.2f}, {:.2f} and {:.2f} points.".format(*behind),
-        "On small images, at a cut of 50 %, they lose {:.1f} points, static pruning {:.1f} (".format(*lost),
+        "On small images, at a cut of 50 %, they lose"
+        " {:.1f} points, static pruning {:.1f} (".format(*lost),
         f"leaves the gates at {statistics.mean(shared):.2f} %. The schedule",
         f"takes {alone['dense_ms']['lax.conv']:.1f} ms an image by `lax.conv`",
         f"dense network takes {alone['fastest_dense_ms']:.1f} ms, where PyTorch takes {torch:.1f},"
@@ -1299,6 +1300,25 @@ def test_what_is_said_of_gates_made_static_is_what_was_measured():
         "which are {:.2f}, {:.2f} and {:.2f} points ahead of the networks made static in the mean,"
         " in eight of the nine pairs (of the gates {:.2f}, {:.2f} and {:.2f})"
     ).format(*ahead[::2], *ahead[1::2]) in PAGES
+
+    rows = read_rows(ROOT / "docs" / "results" / "made_static" / "resnet18")
+    gates, filters, dense = (
+        [row for row in rows if row["method"] == method]
+        for method in ("predicted+distillation", "l1+as_predicted+distillation", "dense")
+    )
+    assert [row["seed"] for row in gates] == [0, 1]
+    cuts = {f"{100 * row['mac_reduction']:.1f} %" for row in gates}
+    assert cuts == {"55.1 %"}
+    found = [100 * row["accuracy_made_static"] for row in gates]
+    for made, row in zip(found, gates, strict=True):
+        assert abs(made - 100 * row["accuracy"]) < max(changed)
+    of_others = ([100 * row["accuracy"] for row in each] for each in (gates, filters, dense))
+    by_gates, by_norms, before = ("{:.2f} and {:.2f}".format(*each) for each in of_others)
+    assert (
+        f"With predicted gates it reaches {by_gates} %, made static"
+        f" {found[0]:.2f} and {found[1]:.2f}, with filters removed by L1 norms {by_norms}, from"
+        f" {before} dense."
+    ) in PAGES
 
     rows = speed("cifar10_vgg16_predicted")[1]
     for way, said in (
