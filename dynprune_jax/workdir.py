@@ -94,7 +94,8 @@ def trains_alone(workdir: Path) -> Iterator[None]:
     """Keeps other runs from training in a work directory; all processes of a run enter together.
 
     By a lock on the folder, which the system takes back when the process ends, however it does.
-    Network file systems lock no folders: there nothing is kept, and no lock outlives a machine.
+    NFS locks no folder: there nothing is kept, for a lock could outlive its machine and hold up the
+    run that resumes.
 
     Raises:
       UserError: if another run trains there.

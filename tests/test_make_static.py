@@ -227,6 +227,17 @@ def test_a_run_whose_model_keeps_its_filters_says_so(config, tmp_path, capsys):
     assert "not made static: the filters of blocks/1 cannot leave" in capsys.readouterr().out
 
 
+def test_a_defect_is_not_told_as_filters_that_stay(config, tmp_path, monkeypatch):
+    def defect(*_):
+        raise ValueError("a defect")
+
+    config.gate.kind, config.gate.column_ratio = "predicted", ()
+    opened = Run.open(config, tmp_path)
+    monkeypatch.setattr("dynprune_jax.run.make_static", defect)
+    with pytest.raises(ValueError, match="a defect"):
+        opened.made_static(opened.gated(opened.dense.weights))
+
+
 @pytest.mark.usefixtures("symbolic_shapes")
 def test_a_run_reports_and_exports_it(config, tmp_path, monkeypatch):
     config.gate.kind, config.gate.column_ratio = "predicted", ()

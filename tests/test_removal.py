@@ -12,7 +12,13 @@ from dynprune_jax.models.links import links
 from dynprune_jax.pruning.layers import all_modules, conv_layers
 from dynprune_jax.pruning.measure import dense_macs
 from dynprune_jax.pruning.readers import find_links
-from dynprune_jax.pruning.removal import allot, removable, remove_filters, try_removal
+from dynprune_jax.pruning.removal import (
+    FixedFiltersError,
+    allot,
+    removable,
+    remove_filters,
+    try_removal,
+)
 
 MODELS = {
     "vgg_digits": (16, 1),
@@ -135,6 +141,20 @@ def test_filters_leave_a_model_of_several_answers(answers):
     model, images = Several(nnx.Rngs(0)), {"image": jnp.ones((1, 6, 6, 3))}
     links = {"first": ("norm", "second")}
     assert find_links(model, images) == removable(model, links, images) == links
+
+
+def test_filters_of_a_model_with_an_answer_for_each_stay():
+    class Each(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.norm = nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.second = nnx.Conv(8, 4, (3, 3), rngs=rngs)
+
+        def __call__(self, images):
+            x = nnx.relu(self.norm(self.first(images)))
+            return self.second(x), [jnp.float32(i) for i in range(x.shape[-1])]
+
+    with pytest.raises(FixedFiltersError, match="without them it answers as another model"):
+        removable(Each(nnx.Rngs(0)), {"first": ("norm", "second")}, jnp.ones((1, 6, 6, 3)))
 
 
 def test_no_allotment_reaches_everything():

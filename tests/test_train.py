@@ -851,7 +851,7 @@ def test_a_run_keeps_its_folder_until_its_report_is_written(config, tmp_path, mo
 
 def test_where_folders_have_no_locks_runs_train_all_the_same(tmp_path, monkeypatch):
     def no_lock(*_):
-        raise OSError(errno.EBADF, "Bad file descriptor")  # as network file systems say
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS says
 
     monkeypatch.setattr("fcntl.flock", no_lock)
     with trains_alone(tmp_path), trains_alone(tmp_path):
