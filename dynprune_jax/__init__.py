@@ -17,6 +17,7 @@ from dynprune_jax.pruning.readers import find_links
 from dynprune_jax.pruning.recalibrate import recalibrate
 from dynprune_jax.pruning.schedules import elastic, ratio_ascent
 from dynprune_jax.pruning.surgery import make_dynamic, predict_channels
+from dynprune_jax.pruning.time_budget import scale_ratios_to_time
 
 __all__ = [
     "Cascade",
@@ -43,5 +44,6 @@ __all__ = [
     "ratio_ascent",
     "recalibrate",
     "scale_ratios",
+    "scale_ratios_to_time",
     "set_ratios",
 ]

@@ -170,8 +170,14 @@ def base_config() -> Config:
             "sensitivity": {"ratios": (0.0, 0.2, 0.4, 0.6, 0.8)},
             # --mode=benchmark and --mode=step_cost: how often each side, and each form of a layer,
             # is timed. The batch sizes of the benchmark and of --mode=export, and ratios for all
-            # blocks to be measured besides the config's own.
-            "benchmark": {"repeats": 15, "batch_sizes": (1, 8, 64), "ratios": (0.0, 0.5)},
+            # blocks to be measured besides the config's own; the milliseconds that the gates'
+            # ratios are scaled to first, for a batch of the first size (0: they stay as they are).
+            "benchmark": {
+                "repeats": 15,
+                "batch_sizes": (1, 8, 64),
+                "ratios": (0.0, 0.5),
+                "milliseconds": 0.0,
+            },
         }
     )
 
@@ -337,6 +343,7 @@ _RULES: dict[str, _Rule] = {
     "benchmark.repeats": _at_least(3),
     "benchmark.batch_sizes": _each(_in(1, 2**20), int),
     "benchmark.ratios": _each(_RATIO),
+    "benchmark.milliseconds": _at_least(0.0),
 }
 
 

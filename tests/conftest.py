@@ -123,13 +123,14 @@ def few_forms(monkeypatch):
 def plain_plans(monkeypatch):
     """Plans of a benchmark that were not measured, with every layer as XLA has it."""
     from dynprune_jax.experiments import timing  # as above
-    from dynprune_jax.pruning import forms, layers, plan
+    from dynprune_jax.pruning import forms, layers, plan, time_budget
 
     def measure_plan(model, images, **options):
         names, plain = layers.replaceable_layers(model), forms.Form()
         return plan.Plan(dict.fromkeys(names, plain), {name: {plain: 1.0} for name in names})
 
     monkeypatch.setattr(timing, "measure_plan", measure_plan)
+    monkeypatch.setattr(time_budget, "measure_plan", measure_plan)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import functools
 import itertools
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from dynprune_jax.errors import UserError
 from dynprune_jax.experiments.benchmark import _trained_or_fresh, benchmark
 from dynprune_jax.experiments.timing import Compiled, dense_ways, quartiles_ms, summary, timed
 from dynprune_jax.pruning import plan as plan_lib
+from dynprune_jax.pruning import time_budget
 from dynprune_jax.pruning.compact_conv import CompactConv
 from dynprune_jax.pruning.folding import FoldedNorm
 from dynprune_jax.pruning.forms import Form
@@ -188,6 +190,35 @@ def test_of_a_network_of_ones_own(config, tmp_path, capsys, model, removes):
     (row,) = benchmark(config, tmp_path / "b")
     assert ("static_ms" in row) == removes
     assert ("static network left out" in capsys.readouterr().out) != removes
+
+
+def test_ratios_are_first_scaled_to_a_budget_of_time(
+    config, tmp_path, monkeypatch, capsys, plain_plans
+):
+    """As if a convolution took as many milliseconds as the share of the channels that it keeps."""
+
+    def milliseconds(model, images):
+        layers = all_modules(model).values()
+        ratios = [x.channel_ratio or 0.0 for x in layers if isinstance(x, CompactConv)]
+        return len(ratios) - sum(ratios)
+
+    monkeypatch.setattr(time_budget, "_milliseconds", milliseconds)
+    config.gate.channel_ratio, config.gate.column_ratio = (0.2, 0.4), ()
+    config.benchmark.ratios, config.benchmark.batch_sizes = (), (2,)
+    config.benchmark.milliseconds = 3.0
+    (row,) = benchmark(config, tmp_path)
+    low, high = row["channel_ratio"]
+    assert low > 0.2
+    assert high == pytest.approx(2 * low, abs=1e-4)
+    assert f'"--config.gate.channel_ratio=({low}, {high})"' in capsys.readouterr().out
+    for budget, message in (
+        (1e-9, "config.benchmark.milliseconds is 1e-09; the network takes 4 with all ratios at 0"),
+        (5.0, "config.benchmark.milliseconds is 5.0; without pruning the network takes 4"),
+    ):
+        config.benchmark.milliseconds = budget
+        with pytest.raises(UserError, match=re.escape(message)):
+            benchmark(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_allotment_by_ratios_needs_some(config, tmp_path):

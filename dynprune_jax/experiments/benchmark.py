@@ -33,8 +33,10 @@ from dynprune_jax.pruning.forms import Form
 from dynprune_jax.pruning.layers import dynamic_layers
 from dynprune_jax.pruning.measure import dense_macs, measure
 from dynprune_jax.pruning.plan import Plan
+from dynprune_jax.pruning.ratios import Proportions, scaled
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.removal import allot, remove_filters
+from dynprune_jax.pruning.time_budget import Trial, fastest_enough
 from dynprune_jax.run import Run
 from dynprune_jax.workdir import check_workdir, folder_of, make_folder, refuse_study
 from dynprune_jax.writers import say, screen, write_json
@@ -55,7 +57,8 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
     time depends on them. Every batch size is measured at the config's own ratios, and at each of
     `config.benchmark.ratios` on all axes that it gates. All that is compared in a row takes
     turns in one process. Writes `benchmark.json`, the plans, `speedup.png` and, for each batch
-    size, `layer_times_batch_N.png`.
+    size, `layer_times_batch_N.png`. With `config.benchmark.milliseconds` the config's ratios are
+    first scaled, all by one factor, until the compact network takes no more.
 
     Returns:
       Rows with `timing.setting`, the gates' ratios, groups and patches and their `mac_reduction`,
@@ -96,11 +99,17 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
         removable = {}
     if removable:
         shares(config, removable)
+    side, dtype = config.data.image_size, config.dtype
+    batches = [
+        jax.random.normal(jax.random.key(0), (batch_size, side, side, channels)).astype(dtype)
+        for batch_size in config.benchmark.batch_sizes
+    ]
+    if config.benchmark.milliseconds:
+        config = _within_budget(config, build_dynamic(config, model, links), batches[0])
     make_folder(folder)
     rows: list[dict[str, Any]] = []
-    for batch_size in config.benchmark.batch_sizes:
-        shape = (batch_size, config.data.image_size, config.data.image_size, channels)
-        bench = _Bench(config, model, links, removable, shape, folder)
+    for images in batches:
+        bench = _Bench(config, model, links, removable, images, folder)
         rows += [bench.row(each) for each in at_ratios]
         rows.append(bench.row(config, controls=True))
         write_json(folder / "benchmark.json", rows)
@@ -115,6 +124,34 @@ def _at(config: Config, ratio: float) -> Config:
     return with_fields(config, {f"gate.{axis}": float(ratio) for axis in axes})
 
 
+def _within_budget(config: Config, model: nnx.Module, images: jax.Array) -> Config:
+    """The config with its ratios scaled to `config.benchmark.milliseconds`, found by timing."""
+    budget = config.benchmark.milliseconds
+    model = _choosing(model)
+
+    def tell(trial: Trial[nnx.Module]) -> None:
+        say(f"batch {len(images)}: {trial.milliseconds:.3g} ms at a cut of {trial.cut:.1%}")
+
+    say(f"batch {len(images)}: looking for ratios with which it takes {budget} ms")
+    try:
+        proportions = Proportions(model, images[:1])
+        found = fastest_enough(model, proportions, budget, images, progress=tell)
+    except ValueError as error:
+        raise UserError(f"config.benchmark.{error}") from error
+    if not found.factor:
+        raise UserError(
+            f"config.benchmark.milliseconds is {budget}; without pruning the network takes"
+            f" {found.milliseconds:.3g}"
+        )
+    ratios = {
+        f"gate.{axis}": tuple(scaled(ratio, found.factor) for ratio in config.gate[axis])
+        for axis in ("channel_ratio", "column_ratio")
+    }
+    flags = " ".join(f'"--config.{field}={value}"' for field, value in ratios.items() if value)
+    say(f"{found.milliseconds:.3g} ms with {flags}")
+    return with_fields(config, ratios)
+
+
 class _Bench:
     """One batch size: the dense ways, measured once, and rows against them."""
 
@@ -124,13 +161,13 @@ class _Bench:
         model: nnx.Module,
         links: Links,
         removable: Links,
-        shape: tuple[int, int, int, int],
+        images: jax.Array,
         folder: Path,
     ):
         self._config, self._model, self._folder = config, model, folder
         self._links, self._removable = links, removable
         self._known: dict[Any, dict[Form, float]] = {}
-        self._images = jax.random.normal(jax.random.key(0), shape).astype(config.dtype)
+        self._images = images
         self._dense_plan = self._plan("dense", model)
         ways = dense_ways(model, self._images, self._dense_plan)
         self._dense = {name: self._compile(way) for name, way in ways.items()}

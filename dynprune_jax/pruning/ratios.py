@@ -20,7 +20,7 @@ from dynprune_jax.pruning.measure import measure
 # One number; one for each block; or one for each pattern of layer names. All are checked by value.
 Ratios = float | np.generic | np.ndarray | Array | Sequence[Any] | Mapping[str, Any] | None
 
-_HIGHEST = 0.95  # that a ratio is scaled up to
+HIGHEST = 0.95  # that a ratio is scaled up to
 _LOWEST = 1e-4  # that the highest is scaled down to
 _STEPS = 2**16  # that factors are tried in
 
@@ -90,35 +90,63 @@ def scale_ratios(model: nnx.Module, cut: float, images: Images, *others: Any) ->
     _refuse_compact(model)
     if not 0.0 < cut < 1.0:
         raise ValueError(f"cut is {cut!r}; it must be in (0, 1)")
-    trial = nnx.clone(model)
-    trial.eval()
-    graph, ratios, rest = nnx.split(trial, PruneRatio, ...)
-    before = [float(ratio) for ratio in jax.tree.leaves(ratios)]
-    if not any(before):
-        raise ValueError("no gate has a prune ratio above 0: give them proportions to scale")
-
-    @jax.jit
-    def usage(ratios: Any, rest: Any) -> Any:
-        return measure(nnx.merge(graph, ratios, rest), images, *others)[1]
-
-    def at(factor: float) -> Any:
-        return jax.tree.map(lambda ratio: jnp.float32(scaled(float(ratio), factor)), ratios)
-
-    def reduction(factor: float) -> float:
-        return usage(at(factor), rest).mac_reduction
-
-    factor = least_factor(before, lambda factor: reduction(factor) >= cut)
+    proportions = Proportions(model, images, *others)
+    factor = proportions.factor(cut)
     if factor is None:
-        most = reduction(_HIGHEST / min(filter(None, before)))
         raise ValueError(
-            f"cut is {cut}; with all ratios that are not 0 at {_HIGHEST} the gates cut {most:.1%}"
+            f"cut is {cut}; with all ratios that are not 0 at {HIGHEST} the gates cut"
+            f" {proportions.most:.1%}"
         )
-    nnx.update(model, at(factor))
+    nnx.update(model, proportions.times(factor))
+
+
+class Proportions:
+    """The ratios of a dynamic model's gates, to be scaled; the model is left as it is.
+
+    Args:
+      model: from `make_dynamic` or `predict_channels`.
+      images: a batch, as for `measure`.
+      *others: what else the model is called with.
+
+    Raises:
+      ValueError: for ratios that are all 0, and a compact model.
+    """
+
+    def __init__(self, model: nnx.Module, images: Images, *others: Any):
+        _refuse_compact(model)
+        trial = nnx.clone(model)
+        trial.eval()
+        graph, self._ratios, self._rest = nnx.split(trial, PruneRatio, ...)
+        self._numbers = [float(ratio) for ratio in jax.tree.leaves(self._ratios)]
+        if not any(self._numbers):
+            raise ValueError("no gate has a prune ratio above 0: give them proportions to scale")
+
+        def usage(ratios: Any, rest: Any) -> Any:
+            return measure(nnx.merge(graph, ratios, rest), images, *others)[1]
+
+        self._usage = jax.jit(usage)
+
+    def times(self, factor: float) -> Any:
+        """All ratios times a factor, none above 0.95: a state to update the model with."""
+        return jax.tree.map(lambda ratio: jnp.float32(scaled(float(ratio), factor)), self._ratios)
+
+    def cut(self, factor: float) -> float:
+        """The share of the MACs that they remove; at first a program is compiled."""
+        return self._usage(self.times(factor), self._rest).mac_reduction
+
+    def factor(self, cut: float) -> float | None:
+        """The smallest factor with which they remove as much; None if none does."""
+        return least_factor(self._numbers, lambda factor: self.cut(factor) >= cut)
+
+    @property
+    def most(self) -> float:
+        """The share of the MACs that they remove when all that are not 0 are 0.95."""
+        return self.cut(HIGHEST / min(filter(None, self._numbers)))
 
 
 def scaled(ratio: float, factor: float) -> float:
     """A ratio times a factor, at most 0.95, to four places."""
-    return round(min(factor * ratio, _HIGHEST), 4)
+    return round(min(factor * ratio, HIGHEST), 4)
 
 
 def least_factor(ratios: Iterable[float], reaches: Callable[[float], bool]) -> float | None:
@@ -129,7 +157,7 @@ def least_factor(ratios: Iterable[float], reaches: Callable[[float], bool]) -> f
       reaches: whether the ratios, `scaled` by a factor, are high enough; if so, higher ones are.
     """
     above = [ratio for ratio in ratios if ratio]
-    lowest, highest = _LOWEST / max(above), _HIGHEST / min(above)
+    lowest, highest = _LOWEST / max(above), HIGHEST / min(above)
     steps = range(_STEPS + 1)
 
     def at(step: int) -> float:
