@@ -354,6 +354,22 @@ def test_mistakes_in_class_folders(folders, tmp_path, spoil, phrase):
     assert_nothing_half_written(tmp_path / "prepared")
 
 
+@pytest.mark.parametrize("spoiled", [2, 7])
+def test_all_unreadable_images_of_a_split_are_told_at_once(folders, tmp_path, spoiled):
+    root, _ = folders
+    paths = [root / "train" / "cat" / f"{i}.png" for i in range(3, 3 + spoiled)]
+    for path in paths:
+        save(path, random_image())
+        truncate(path)
+    with pytest.raises(UserError) as error:
+        open_folders(root, tmp_path)
+    told = str(error.value)
+    assert [f"{path}: not a readable" in told for path in paths] == [i < 5 for i in range(spoiled)]
+    assert ("; and 2 more like these;" in told) is (spoiled == 7)
+    assert told.endswith("; repair or delete these files")
+    assert_nothing_half_written(tmp_path / "prepared")
+
+
 def test_class_folders_need_a_path(tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.path is empty"):
         load_dataset("class_folders", image_size=8, data_dir=str(tmp_path))

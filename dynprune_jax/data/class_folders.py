@@ -25,6 +25,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Split → the names its folder may have, the first one present wins.
 SPLIT_FOLDERS = (("train", ("train",)), ("test", ("test", "val")))
 THREADS = 4
+_MOST_FAULTS = 5  # that are told of unreadable images; of more their number
 
 
 @dataclass(frozen=True)
@@ -196,27 +197,34 @@ class ClassFolders(RecordBuilder, skip_registration=True):
         self, files: list[tuple[str, int]]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         root = self._listing.root
+        faults: list[str] = []  # all are told at once: to find the next takes as long again
         with ThreadPoolExecutor(THREADS) as pool:
             # In chunks, so that the images that wait to be written stay few.
             for chunk in chunks(len(files), 256):
                 paths = [os.path.join(root, files[i][0]) for i in chunk]
                 for i, data in zip(chunk, pool.map(_rgb_bytes, paths), strict=True):
+                    if isinstance(data, str):
+                        faults.append(data)
+                        continue
                     relative, label = files[i]
                     # A name that is no UTF-8 must not stop a valid image.
                     name = os.fsencode(relative).decode("utf-8", "replace")
                     yield i, {"image": data, "label": label, "file_name": name}
+        if faults:
+            more = len(faults) - _MOST_FAULTS
+            told = faults[:_MOST_FAULTS] + [f"and {more} more like these"] * (more > 0)
+            which = "this file" if len(faults) == 1 else "these files"
+            raise UserError(f"{'; '.join(told)}; repair or delete {which}")
 
 
-def _rgb_bytes(path: str) -> bytes:
-    """Returns an image file's bytes, as they are if they hold 8-bit RGB in PNG or JPEG."""
+def _rgb_bytes(path: str) -> bytes | str:
+    """An image file's bytes, as they are if they hold 8-bit RGB in PNG or JPEG; or its fault."""
     try:
         with open(path, "rb") as file:
             data = file.read()
         image = open_image(data)
     except (OSError, UndecodableImageError) as error:
-        raise UserError(
-            f"{path}: not a readable image ({error}); repair or delete this file"
-        ) from error
+        return f"{path}: not a readable image ({error})"
     if image.format in ("PNG", "JPEG") and image.mode == "RGB":
         return data
     return encode_png(with_channels(image, 3))
