@@ -120,6 +120,14 @@ class Checkpoints:
         names = (entry.name for entry in self.folder.iterdir())
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
+    def told(self) -> dict[str, Any]:
+        """What the newest step tells of its run, see `of`; nothing if it cannot be read."""
+        for step in self.steps():
+            with contextlib.suppress(_DamageError), _reading():
+                return self._restore(step, extra=ocp.args.JsonRestore())["content"]["of"] or {}
+            break
+        return {}
+
     def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
         """Saves in the background; a step that is saved already is left as it is.
 

@@ -405,14 +405,39 @@ class Run:
           Parameters and batch statistics of each phase; None for a phase the run does not have.
 
         Raises:
-          UserError: if the run is not finished.
+          UserError: if the run is not finished, or a static one.
         """
+        if (criterion := self.filters_removed_by) is not None:
+            raise UserError(
+                f"{self.workdir} holds a run of --mode=static ({criterion}), which has no gates:"
+                " --mode=export exports its network, and --mode=static evaluates it again"
+            )
         dense = pruned = None
         if self.phase_steps("dense") or self.config.prune.start == "checkpoint":
             dense = self._read(self.workdir, "dense").values
         if self.dynamic is not None:
             pruned = self._read(self.workdir, "prune").values
         return dense, pruned
+
+    @functools.cached_property
+    def filters_removed_by(self) -> str | None:
+        """The criterion, if the work directory holds a run of `--mode=static`; else None."""
+        folder = _folder(self.workdir, "prune")
+        if not folder.is_dir():
+            return None
+        with Checkpoints(folder, of={}) as checkpoints:
+            return checkpoints.told().get("filters removed by")
+
+    def static_values(self, network: Network) -> Values:
+        """Reads the weights of a finished static run.
+
+        Args:
+          network: with as many filters.
+
+        Raises:
+          UserError: if the run is not finished.
+        """
+        return self._read(self.workdir, "prune", network, self.filters_removed_by).values
 
     def finished_weights(self) -> dict[str, Values]:
         """What a finished run's gates can be tried on: weights of the phases that it has, by name.
@@ -481,11 +506,17 @@ class Run:
         except (UserError, OSError) as error:  # a name too long, for one
             raise UserError(f"config.prune.checkpoint is {checkpoint!r}: {error}") from error
 
-    def _read(self, workdir: Path, phase: str) -> TrainState:
+    def _read(
+        self,
+        workdir: Path,
+        phase: str,
+        network: Network | None = None,
+        filters_removed_by: str | None = None,
+    ) -> TrainState:
         folder = _folder(workdir, phase)
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no trained network: there is no {folder}")
-        of = self._identity(phase)
+        of = self._identity(phase, filters_removed_by)
         if workdir != self.workdir:  # another run's: its classes must be this run's
             told = ["classes of the data"]
             if self.config.data.held_out:  # and it must not have been trained on what is held out
@@ -493,7 +524,7 @@ class Run:
                 told += ["number of training images", *(f"config.data.{field}" for field in fields)]
             of = {name: of[name] for name in told}
         with Checkpoints(folder, of=of, assumed=self._assumed()) as checkpoints:
-            network = self.dynamic if phase == "prune" else self.dense
+            network = network or (self.dynamic if phase == "prune" else self.dense)
             assert network is not None  # `trained_values` has asked
             state = TrainState.create(network.weights, network, self.optimizer(phase))
             state, extra = checkpoints.restore(state)

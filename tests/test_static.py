@@ -8,11 +8,12 @@ from flax import nnx
 from test_removal import build, filters
 
 from dynprune_jax import config as config_lib
-from dynprune_jax import models
+from dynprune_jax import load_exported, models
 from dynprune_jax.build import build_dynamic, build_links, build_model, training_images
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import static as static_lib
+from dynprune_jax.experiments.export import export
 from dynprune_jax.experiments.static import CRITERIA, find_removable, shares, static
 from dynprune_jax.experiments.study import study
 from dynprune_jax.models.links import links
@@ -193,6 +194,7 @@ def test_the_control_needs_no_filters_that_can_leave(config, tmp_path):
     assert (report["pruned"]["mac_reduction"], report["filters"]) == (0, {})
 
 
+@pytest.mark.usefixtures("few_forms", "symbolic_shapes")
 def test_a_static_run_of_a_network_of_ones_own(config, tmp_path, capsys):
     config.model = "own:Own"
     config.static.criterion = "taylor"
@@ -210,6 +212,15 @@ def test_a_static_run_of_a_network_of_ones_own(config, tmp_path, capsys):
     assert report["pruned"]["macs_per_image"]["mean"] == left
     assert [part["kept"] for part in report["filters"].values()] == [13, 13]
     assert report["filters"].keys() == {"blocks/1", "blocks/2"}
+    config.benchmark.batch_sizes = (100,)
+    files = export(config, tmp_path)
+    # Its code asks how many images there are, so there is no file for any number of them.
+    assert [file.name for file in files] == ["exported_100.bin", "exported_compact_100.bin"]
+    assert "exported.bin is left out: own:Own is for a given number" in capsys.readouterr().out
+    images, labels = Run.open(config, tmp_path).dataset.test.read_all()
+    for file in files:
+        logits = load_exported(file.read_bytes())(images)
+        assert np.mean(np.argmax(logits, axis=-1) == labels) == report["pruned"]["accuracy"]
 
 
 @pytest.mark.usefixtures("short_reports")
@@ -219,8 +230,10 @@ def test_the_control_trains_a_whole_dense_network_on(config, tmp_path):
     report = static(config, tmp_path / "whole")
     assert report["pruned"]["mac_reduction"] == report["pruned"]["executed_mac_reduction"] == 0
     assert report["pruned_without_training"]["accuracy"] == report["dense"]["accuracy"]
-    with pytest.raises(UserError, match="filters removed by: 'none' there, None here"):
+    with pytest.raises(UserError, match=r"run of --mode=static \(none\), which has no gates:"):
         evaluate_workdir(config, tmp_path / "whole")
+    with pytest.raises(UserError, match="filters removed by: 'none' there, None here"):
+        train_and_evaluate(config, tmp_path / "whole")
     config.gate.drop_probability = 0.0
     dynamic = train_and_evaluate(config, tmp_path / "dynamic")
     assert report["parameters_digest"] == dynamic["parameters_digest"]

@@ -3,6 +3,7 @@
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from flax import nnx
 
 from dynprune_jax import processes
 from dynprune_jax.build import evaluation_images
-from dynprune_jax.config import Config
+from dynprune_jax.config import Config, is_own
 from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.static import trained as static_trained
+from dynprune_jax.network import Network, Values
 from dynprune_jax.pruning.compact import compact
 from dynprune_jax.pruning.exported import export_model
 from dynprune_jax.run import Run
@@ -23,7 +26,8 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     """Exports the network of a finished run for inference.
 
-    Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images, and
+    Writes `exported.bin`, which runs on CPUs, GPUs and TPUs and takes any number of images (of
+    somebody's own model that does not, `exported_N.bin` for each batch size), and
     for each of `config.benchmark.batch_sizes` `exported_compact_N.bin`, which skips what the gates
     leave out, on the device at hand; on CPUs it needs this package and a C++ compiler. All take
     uint8 images, `(batch, side, side, channels)` with the side `config.data.image_size`, which they
@@ -31,7 +35,8 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     each layer of a compact one is executed is measured, and kept in `plan_batch_N.json`; a plan
     that is there is followed. Where all gates are predicted ones, none of columns, also
     `exported_static.bin`, which runs where `exported.bin` does: the network of `make_static`, whose
-    accuracy the report tells.
+    accuracy the report tells. Of a static run it is the network with fewer filters that is
+    exported.
 
     Returns:
       The files.
@@ -42,35 +47,18 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     """
     processes.check_alone("export")
     run = Run.open(config, workdir)
-    dense, pruned = run.trained_values()
-    network, values = (run.dense, dense) if run.dynamic is None else (run.dynamic, pruned)
-    assert values is not None  # config.check has seen to it
+    network, values = static_trained(run) or _trained(run)
     model = network.bind(run.recalibrated(network, values))
     model.eval()
     prepare = functools.partial(evaluation_images, config)
-    shape = run.one_image.shape[1:]
     # A plan that does not fit is found before anything is written.
     compacts = {size: _compact(run, model, size) for size in config.benchmark.batch_sizes}
-    static = run.made_static(values)
-    any_number = jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}")
-    seen = jax.ShapeDtypeStruct(any_number, jnp.uint8)
-    written = [
-        _write(
-            run.workdir / "exported.bin",
-            export_model(nnx.Sequential(prepare, model), seen, platforms=_PLATFORMS),
-            f"any number of images, on {', '.join(_PLATFORMS)}",
-        )
-    ]
+    static = run.made_static(values) if network is run.dynamic else None
+    written = _for_all_platforms(run, "exported", nnx.Sequential(prepare, model))
     if static is not None:
-        written.append(
-            _write(
-                run.workdir / "exported_static.bin",
-                export_model(nnx.Sequential(prepare, static), seen, platforms=_PLATFORMS),
-                "the same, and the same channels for all inputs",
-            )
-        )
+        written += _for_all_platforms(run, "exported_static", nnx.Sequential(prepare, static))
     for size, fast in compacts.items():
-        stored = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
+        stored = jax.ShapeDtypeStruct((size, *run.one_image.shape[1:]), jnp.uint8)
         written.append(
             _write(
                 run.workdir / f"exported_compact_{size}.bin",
@@ -80,6 +68,38 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
         )
     say("dynprune_jax.load_exported(BYTES_OF_A_FILE) is a function of uint8 images")
     return written
+
+
+def _trained(run: Run) -> tuple[Network, Values]:
+    dense, pruned = run.trained_values()
+    network, values = (run.dense, dense) if run.dynamic is None else (run.dynamic, pruned)
+    assert values is not None  # config.check has seen to it
+    return network, values
+
+
+def _for_all_platforms(run: Run, name: str, model: nnx.Module) -> list[Path]:
+    """Exports a model that is not compact, for any number of images if its code allows that."""
+
+    def exported(batch: Any) -> bytes:
+        images = jax.ShapeDtypeStruct((batch, *run.one_image.shape[1:]), jnp.uint8)
+        return export_model(model, images, platforms=_PLATFORMS)
+
+    place, places = run.workdir, f"on {', '.join(_PLATFORMS)}"
+    try:
+        (any_number,) = jax.export.symbolic_shape("batch")
+        data = exported(any_number)
+    except Exception as error:  # whatever somebody's own code does with a number that is none
+        if not is_own(run.config.model):
+            raise
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+        say(
+            f"{name}.bin is left out: {run.config.model} is for a given number of images ({reason})"
+        )
+        return [
+            _write(place / f"{name}_{size}.bin", exported(size), f"batches of {size}, {places}")
+            for size in run.config.benchmark.batch_sizes
+        ]
+    return [_write(place / f"{name}.bin", data, f"any number of images, {places}")]
 
 
 def _compact(run: Run, model: nnx.Module, size: int) -> nnx.Module:

@@ -182,6 +182,21 @@ def static(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     return report
 
 
+def trained(run: Run) -> tuple[Network, Values] | None:
+    """The network of a finished static run and its weights; None where the run is another.
+
+    Raises:
+      UserError: if the run is not finished.
+    """
+    if run.filters_removed_by is None:
+        return None
+    links, ratios = removed(run)
+    model: Any = run.dense.bind()
+    model.eval()
+    network = Network(remove_filters(model, links, l1(model, links), ratios))  # as many of any
+    return network, run.static_values(network)
+
+
 def removed(run: Run) -> tuple[Links, dict[str, float]]:
     """What `static` removes from the network of a run, whose weights do not matter.
 
