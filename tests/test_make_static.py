@@ -20,10 +20,12 @@ from dynprune_jax import (
 )
 from dynprune_jax.build import evaluation_images, training_images
 from dynprune_jax.experiments.export import export
+from dynprune_jax.experiments.static import l1
 from dynprune_jax.models.links import links
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.handover import GatedNorm
 from dynprune_jax.pruning.layers import all_modules, dynamic_layers
+from dynprune_jax.pruning.removal import remove_filters
 from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 
@@ -63,6 +65,23 @@ def test_gates_that_choose_alike_for_all_inputs_are_not_missed(name, scales):
             assert macs[layer.name] == layer.macs[0], layer.name
     assert left.dense_macs <= usage.macs[0]
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(dynamic, _NUMBERS))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gates_that_are_not_trained_yet_make_static_pruning_by_l1_norms(name):
+    """Two ways to the same network, and so the one that Python has of static pruning."""
+    dynamic, found, images = predicted(name)
+    side, channels = NETWORKS[name]
+    model = trained(name, image_size=side, in_channels=channels, width=0.25)
+    model.eval()
+    ratios = {name: float(dynamic_layers(dynamic)[name].feature_ratio[...]) for name in found}
+    expected = remove_filters(model, found, l1(model, found), ratios)
+    static = make_static(dynamic, found, images)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        nnx.to_pure_dict(nnx.state(static, _NUMBERS)),
+        nnx.to_pure_dict(nnx.state(expected, _NUMBERS)),
+    )
 
 
 def test_what_most_images_want_stays_scaled_by_its_mean_salience():

@@ -31,7 +31,8 @@ def make_static(model: Any, links: Links, images: Images) -> Any:
     the mean salience over the images that want the channel. If the gates choose and scale alike
     for all inputs the answers stay what they were, to rounding; the MACs are no more than before,
     and fewer where a linear layer reads. The model has no gates, is in the mode of the given one,
-    and can be trained on, compacted and exported as any other.
+    and can be trained on, compacted and exported as any other. Of gates that are not trained yet
+    it is what static pruning by L1 norms makes (arXiv 1608.08710).
 
     Args:
       model: from `predict_channels`, with no gates on columns, trained, and called with images
