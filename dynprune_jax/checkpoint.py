@@ -122,10 +122,10 @@ class Checkpoints:
 
     def told(self) -> dict[str, Any]:
         """What the newest step tells of its run, see `of`; nothing if it cannot be read."""
-        for step in self.steps():
+        steps = self.steps()
+        if steps:
             with contextlib.suppress(_DamageError), _reading():
-                return self._restore(step, extra=ocp.args.JsonRestore())["content"]["of"] or {}
-            break
+                return self._restore(steps[0], extra=ocp.args.JsonRestore())["content"]["of"] or {}
         return {}
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
