@@ -131,6 +131,17 @@ def test_stochastic_dropout_only_in_training():
     np.testing.assert_array_equal(gate.masks(x).channels.sum(1), 4)
 
 
+def test_a_view_has_a_mode_of_its_own():
+    gate = dynamic(conv(), channel_ratio=0.5, drop_probability=0.5)
+    gate.train()
+    x = jax.random.normal(jax.random.key(0), (64, 4, 4, 8))
+    view = nnx.view(gate, deterministic=True)
+    np.testing.assert_array_equal(view.masks(x).channels.sum(1), 4)
+    assert not gate.deterministic
+    assert view.kernel is gate.kernel
+    assert nnx.view(view, use_running_average=True, raise_if_not_found=False).deterministic
+
+
 def test_the_gradient_reaches_only_what_is_kept():
     gate = dynamic(conv(), channel_ratio=0.5)
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))

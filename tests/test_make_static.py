@@ -25,7 +25,7 @@ from dynprune_jax.models.links import links
 from dynprune_jax.pruning.dynamic_conv import DynamicConv
 from dynprune_jax.pruning.handover import GatedNorm
 from dynprune_jax.pruning.layers import all_modules, dynamic_layers
-from dynprune_jax.pruning.removal import remove_filters
+from dynprune_jax.pruning.removal import FixedFiltersError, remove_filters
 from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 
@@ -228,6 +228,23 @@ def test_filters_that_code_counts_on_stay_and_that_is_said():
     static = make_static(dynamic, found, images)  # that one can
     assert static.blocks[0].out_features == static.blocks[1].in_features == 8
     np.testing.assert_allclose(run(static, images), run(dynamic, images), rtol=1e-4, atol=1e-6)
+
+
+class Masked(own.Small):
+    """A part of its kernel is masked."""
+
+    def __init__(self, num_classes, *, rngs, **options):
+        super().__init__(num_classes, rngs=rngs, **options)
+        kept = jnp.asarray(np.random.default_rng(1).integers(0, 2, (3, 3, 16, 16)), jnp.float32)
+        self.blocks = nnx.List([nnx.Conv(16, 16, (3, 3), mask=kept, rngs=rngs)])
+
+
+def test_a_masked_kernel_keeps_its_filters_and_that_is_said():
+    model, images = small(Masked)
+    found = find_links(model, images)
+    assert found == {"blocks/0": ("norm", "head")}
+    with pytest.raises(FixedFiltersError, match="those of blocks/0 stay, for blocks/0 has a mask"):
+        make_static(predict_channels(model, 0.5, found), found, images)
 
 
 def small(kind):

@@ -30,7 +30,9 @@ def compact(
     `nnx.WeightNorm` or `nnx.SpectralNorm`, stays as it is, and so does one whose parameters are
     read by more than its calls. A model without gates becomes the fastest dense one. Ratios are
     fixed, but those of layers that stay or that a plan does not name: to change them, set them on
-    the dynamic model and make it compact again. Compile it: `nnx.jit(fast)(images)`.
+    the dynamic model and make it compact again. It has no gradients. Compile it:
+    `nnx.jit(fast)(images)`, or if it has an `nnx.remat` or `nnx.scan` within or sows something, as
+    an argument: `nnx.jit(lambda model, images: model(images))(fast, images)`.
 
     Roundings of bfloat16 decide which of two columns of nearly the same attention is kept: with
     gates on columns folding alone changes some, and with them the answers by more than rounding.

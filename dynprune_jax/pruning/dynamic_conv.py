@@ -59,8 +59,9 @@ class DynamicConv(nnx.Conv):
     `choice_of` a depthwise convolution wants the very channels that were wanted before it: left to
     itself it would make something of nothing, by its bias and its normalization.
 
-    Its mode, `deterministic`, is set with `model.train()` and `model.eval()`: True (the default,
-    and evaluation) drops every target, False (training) each with `drop_probability`.
+    Its mode, `deterministic`, is set with `model.train()` and `model.eval()`, or in an `nnx.view`:
+    True (the default, and evaluation) drops every target, False (training) each with
+    `drop_probability`.
 
     Args:
       conv: the convolution to take over; it must be an `nnx.Conv` with a 2-D kernel.
@@ -164,6 +165,11 @@ class DynamicConv(nnx.Conv):
         self.drop_probability = drop_probability
         self.deterministic = True
         self.rngs = nnx.RngStream(rngs(), tag="gate")
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode in an `nnx.view(model, deterministic=…)`; None leaves it as it is."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def __call__(
         self, inputs: Float[Array, "*batch height width channels"], out_sharding: Any = None

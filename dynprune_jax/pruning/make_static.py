@@ -127,7 +127,8 @@ def _ungated(model: Any) -> Any:
     for name, layer in all_modules(copy).items():
         if isinstance(layer, DynamicConv | GatedNorm):
             plain[name] = nnx.clone(conv if isinstance(layer, DynamicConv) else norm)
-            for part in vars(plain[name]):
+            for part in list(vars(plain[name])):
                 if not part.startswith("_"):  # those belong to NNX's own machinery
+                    delattr(plain[name], part)  # static where this one has none, such as a mask
                     setattr(plain[name], part, getattr(layer, part))
     return replaced(copy, plain)
