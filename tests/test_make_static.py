@@ -1,5 +1,7 @@
 """Predicted gates whose choice is made once for all inputs."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,7 +277,7 @@ def test_a_defect_is_not_told_as_filters_that_stay(config, tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("symbolic_shapes")
-def test_a_run_reports_and_exports_it(config, tmp_path, monkeypatch):
+def test_a_run_reports_and_exports_it(config, tmp_path, monkeypatch, capsys):
     config.gate.kind, config.gate.column_ratio = "predicted", ()
     config.benchmark.batch_sizes = (4,)
     opened = Run.open(config, tmp_path)
@@ -291,8 +293,13 @@ def test_a_run_reports_and_exports_it(config, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "trained_values", lambda run: (dense, run.gated(dense)))
     dynamic = opened.dynamic.bind(opened.gated(dense))
     mixed_plan(dynamic).save(tmp_path / "plan_batch_4.json")
+    monkeypatch.setitem(sys.modules, "torch", None)
     files = {file.name: file for file in export(config, tmp_path)}
     assert list(files) == ["exported.bin", "exported_static.bin", "exported_compact_4.bin"]
+    told = capsys.readouterr().out
+    assert "exported_static.onnx is left out: " in told
+    assert "(pip install torch onnx)" in told
+    assert "exported.onnx" not in told  # that one has gates
     stored, _ = opened.dataset.test.read(np.arange(3))
     dynamic.eval()
     expected = nnx.jit(dynamic)(evaluation_images(config, jnp.asarray(stored)))

@@ -12,7 +12,8 @@ from flax import nnx
 
 import dynprune_jax
 from dynprune_jax import models
-from dynprune_jax.experiments.other_runtimes import other_runtimes
+from dynprune_jax.data.augment import normalise
+from dynprune_jax.experiments.other_runtimes import onnx_network, other_runtimes
 from dynprune_jax.models.vgg import VGG, VGGUnit
 
 RUNTIMES = ["PyTorch", "PyTorch channels last", "ONNX Runtime", "OpenVINO"]
@@ -72,6 +73,19 @@ def assert_same_logits(functions, model, images):
         np.testing.assert_array_equal(function(), logits)
 
 
+def without_the_first_exporter(monkeypatch):
+    import torch
+
+    export = torch.onnx.export
+
+    def without_the_first(*args, dynamo, **kwargs):
+        if not dynamo:
+            raise TypeError("unexpected keyword argument 'dynamo'")
+        return export(*args, dynamo=True, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", without_the_first)
+
+
 @pytest.fixture
 def packages():
     for package in ("torch", "onnx", "onnxruntime", "openvino"):
@@ -114,6 +128,27 @@ def test_read_only_grey_images_of_an_odd_side():
 
 
 @pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("name", ["resnet20", "vgg16_imagenet", "mobilenet_v2"])
+def test_as_onnx_it_takes_any_number_of_stored_images(name, dynamo, monkeypatch):
+    import onnxruntime
+
+    if dynamo:
+        pytest.importorskip("onnxscript")
+        without_the_first_exporter(monkeypatch)
+    model = trained(name, width=0.25, image_size=32)
+    mean, std = (0.2, 0.4, 0.6), (0.3, 0.5, 0.7)
+    stored = np.random.default_rng(3).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(onnx_network(model, stored[:1], mean, std))
+    expected = call(model, normalise(jnp.asarray(stored), mean, std))
+    assert np.ptp(expected, axis=0).max() > 0.01
+    atol = 1e-5 * np.abs(expected).max()
+    for some in (stored[:1], stored):
+        (logits,) = session.run(["logits"], {"images": some})
+        np.testing.assert_allclose(logits, expected[: len(some)], rtol=1e-4, atol=atol)
+
+
+@pytest.mark.usefixtures("packages")
 def test_nobody_is_told_that_openvino_is_imported():
     metadata.version("openvino-telemetry")  # what would tell them is there
     other_runtimes(trained("vgg_digits", width=0.1), batch(16, 1), threads=1)
@@ -131,17 +166,8 @@ def test_of_a_dynamic_model_it_is_the_dense_network():
 
 @pytest.mark.usefixtures("packages")
 def test_the_newer_exporter_serves_when_the_first_fails(monkeypatch):
-    import torch
-
     pytest.importorskip("onnxscript")
-    export = torch.onnx.export
-
-    def without_the_first(*args, dynamo, **kwargs):
-        if not dynamo:
-            raise TypeError("unexpected keyword argument 'dynamo'")
-        return export(*args, dynamo=True, **kwargs)
-
-    monkeypatch.setattr(torch.onnx, "export", without_the_first)
+    without_the_first_exporter(monkeypatch)
     model = trained("resnet20", width=0.25, image_size=8)
     functions, notes = other_runtimes(model, batch(8), threads=1)
     assert notes == []

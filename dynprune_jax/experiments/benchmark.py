@@ -1,7 +1,8 @@
 """Skipped work as time: a compact network against the fastest dense one, in one process."""
 
 import os
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def benchmark(config: Config, workdir: str | os.PathLike) -> list[dict[str, Any]
       config's own ratios also `random_masks_ms` and, where filters can go as far, `static_ms`: of
       filters removed by L1 norms as `config.static.allotment` says, with the
       `static_mac_reduction` that came of it), every dense way's (`dense_ms`) and other runtime's
-      (`other_runtimes_ms`), quartiles,
+      (`other_runtimes_ms`, and of the static network `static_other_runtimes_ms`), quartiles,
       `images_per_second`, `speedup` over the fastest dense way in JAX, `ideal_speedup`,
       `realised` (the share of the ideal), the largest difference between the logits of compact
       and masked execution, and the memory that XLA plans for, in MB (what the kernels take
@@ -179,6 +180,7 @@ class _Bench:
         usage = _usage(dynamic, self._images[:1])
         name = f"{usage.mac_reduction:.3f}"
         plan = self._plan(name, dynamic)
+        static: nnx.Module | None = None
         ways = {
             "masked": self._compile(fold_batch_norms(dynamic, self._images)),
             "compact": self._compile(compact(dynamic, self._images, plan=plan)),
@@ -200,14 +202,24 @@ class _Bench:
         repeats = self._config.benchmark.repeats
         seconds = timed(self._dense | ways, repeats, beside=self._dense)
         apart = jnp.max(jnp.abs(ways["compact"]() - ways["masked"]()))
-        others = self._others() if controls else {}
+        others = self._others(self._model) if controls else {}
+        narrower = {} if static is None or not others else self._others(static)
+        # In turns of their own: their threads spin after their work.
+        elsewhere = timed(
+            others | {f"static, {name}": run for name, run in narrower.items()},
+            repeats,
+            beside=others,
+        )
         row = summary(
             {name: seconds[name] for name in self._dense},
             {name: seconds[name] for name in ways},
             usage.mac_reduction,
-            # In turns of their own: their threads spin after their work.
-            timed(others, repeats, beside=others),
+            {name: elsewhere[name] for name in others},
         )
+        if narrower:
+            extra["static_other_runtimes_ms"] = {
+                name: 1e3 * statistics.median(elsewhere[f"static, {name}"]) for name in narrower
+            }
         return {
             **setting(config, len(self._images)),
             "channel_ratio": list(config.gate.channel_ratio),
@@ -245,11 +257,11 @@ class _Bench:
             return None
         return remove_filters(model, links, l1(model, links), ratios)
 
-    def _others(self) -> Mapping[str, Callable[[], Any]]:
+    def _others(self, model: nnx.Module) -> dict[str, Callable[[], Any]]:
         if self._config.dtype != "float32":
             say("other runtimes left out: they are timed in float32 only")
             return {}
-        functions, notes = other_runtimes(self._model, np.asarray(self._images))
+        functions, notes = other_runtimes(model, np.asarray(self._images))
         for note in notes:
             say(note)
         return functions
@@ -324,4 +336,8 @@ def _print_tables(rows: list[dict[str, Any]]) -> None:
     ):
         if any(key in row for row in own):
             table.add_row(name, *(f"{row[key]:.2f}" if key in row else "" for row in own))
+    static = [row.get("static_other_runtimes_ms", {}) for row in own]
+    for name in dict.fromkeys(name for taken in static for name in taken):
+        times = (f"{taken[name]:.2f}" if name in taken else "" for taken in static)
+        table.add_row(f"static, {name}", *times)
     console.print(table)

@@ -1,4 +1,4 @@
-"""A finished run's network as files for inference, by `jax.export`."""
+"""A finished run's network as files for inference, by `jax.export` and as ONNX."""
 
 import functools
 import os
@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dynprune_jax import processes
 from dynprune_jax.build import evaluation_images
 from dynprune_jax.config import Config, is_own
 from dynprune_jax.errors import UserError
+from dynprune_jax.experiments.other_runtimes import onnx_network
 from dynprune_jax.experiments.static import trained as static_trained
 from dynprune_jax.network import Network, Values
 from dynprune_jax.pruning.compact import compact
@@ -36,7 +38,9 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     that is there is followed. Where all gates are predicted ones, none of columns, also
     `exported_static.bin`, which runs where `exported.bin` does: the network of `make_static`, whose
     accuracy the report tells. Of a static run it is the network with fewer filters that is
-    exported.
+    exported. Networks without gates, of our own architectures, are also written as ONNX
+    (`exported.onnx` or `exported_static.onnx`, with the same images and logits, in float32) if
+    PyTorch and ONNX are installed.
 
     Returns:
       The files.
@@ -55,8 +59,11 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     compacts = {size: _compact(run, model, size) for size in config.benchmark.batch_sizes}
     static = run.made_static(values) if network is run.dynamic else None
     written = _for_all_platforms(run, "exported", nnx.Sequential(prepare, model))
+    if network is not run.dynamic:
+        written += _as_onnx(run, "exported", model)
     if static is not None:
         written += _for_all_platforms(run, "exported_static", nnx.Sequential(prepare, static))
+        written += _as_onnx(run, "exported_static", static)
     for size, fast in compacts.items():
         stored = jax.ShapeDtypeStruct((size, *run.one_image.shape[1:]), jnp.uint8)
         written.append(
@@ -100,6 +107,19 @@ def _for_all_platforms(run: Run, name: str, model: nnx.Module) -> list[Path]:
             for size in run.config.benchmark.batch_sizes
         ]
     return [_write(place / f"{name}.bin", data, f"any number of images, {places}")]
+
+
+def _as_onnx(run: Run, name: str, model: nnx.Module) -> list[Path]:
+    """Exports a model without gates as ONNX, if it can be."""
+    images, data = np.zeros(run.one_image.shape, np.uint8), run.config.data
+    try:
+        written = onnx_network(model, images, data.mean, data.std)
+    except Exception as error:  # PyTorch's exporters raise many kinds
+        cure = " (pip install torch onnx)" if isinstance(error, ImportError) else ""
+        say(f"{name}.onnx is left out: {str(error).partition(chr(10))[0]}{cure}")
+        return []
+    where = "any number of images, for other runtimes, in float32"
+    return [_write(run.workdir / f"{name}.onnx", written, where)]
 
 
 def _compact(run: Run, model: nnx.Module, size: int) -> nnx.Module:

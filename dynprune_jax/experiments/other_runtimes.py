@@ -1,4 +1,4 @@
-"""The same dense network in PyTorch, ONNX Runtime and OpenVINO, to time beside JAX.
+"""A network without gates elsewhere: timed in PyTorch, ONNX Runtime and OpenVINO, or as ONNX.
 
 The packages are an extra, `pip install dynprune_jax[compare]`; without them this file does
 nothing, so they are imported only where they are used.
@@ -12,11 +12,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from dynprune_jax.models import mobilenet, resnet, resnet_cifar, vgg
 from dynprune_jax.pruning.plan import available_cores
@@ -82,6 +83,51 @@ def other_runtimes(
     return functions, [f"{name} left out: {why}" for name, why in notes.items()]
 
 
+def onnx_network(
+    model: nnx.Module,
+    images: UInt8[np.ndarray, "batch height width channels"],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> bytes:
+    """The same network as an ONNX file, from uint8 images to logits.
+
+    It computes what `other_runtimes` does, for any number of `images`, as they are stored,
+    `(batch, height, width, channels)`, and gives `logits`, `(batch, classes)`.
+
+    Args:
+      model: one of the architectures of `dynprune_jax.models`.
+      images: of the size that it is to be called with.
+      mean: of images scaled to [0, 1], by channel or one for all, as for `augment.normalise`.
+      std: likewise.
+
+    Raises:
+      ImportError: without PyTorch and ONNX.
+      NotImplementedError: for a model, a unit or a layer that is not one of the package's own.
+    """
+    for package in _RUNTIMES["ONNX Runtime"][:2]:
+        importlib.import_module(package)
+    import torch  # pyright: ignore[reportMissingImports]  optional
+
+    class Prepared(torch.nn.Module):
+        """Normalises images first."""
+
+        def __init__(self, network: Any):
+            super().__init__()
+            self.network = network
+            for name, values in (("mean", mean), ("std", std)):
+                array = torch.tensor(np.asarray(values, np.float32).reshape(1, -1, 1, 1))
+                self.register_buffer(name, array)
+
+        def forward(self, images: Any) -> Any:
+            planes = images.permute(0, 3, 1, 2).float()
+            return self.network((planes / 255.0 - self.mean) / self.std)
+
+    # Two of them, for PyTorch takes one to mean that there is always one.
+    example = torch.tensor(np.repeat(images[:1], 2, axis=0))
+    with _exported(Prepared(_torch_network(model)).eval(), example, any_number=True) as path:
+        return Path(path).read_bytes()
+
+
 def _absent(packages: Sequence[str]) -> str | None:
     """Why the first of these packages that cannot be imported cannot be."""
     for package in packages:
@@ -145,29 +191,33 @@ def _in_openvino(network: Any, planes: Any, threads: int) -> Callable[[], np.nda
 
 
 @contextlib.contextmanager
-def _exported(network: Any, planes: Any) -> Iterator[str]:
+def _exported(network: Any, images: Any, any_number: bool = False) -> Iterator[str]:
     """The path of the network as ONNX, for images of this shape only; it is deleted after."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # it may be mapped
         path = os.path.join(folder, "network.onnx")
-        _export(network, planes, path)
+        _export(network, images, any_number, path)
         yield path
 
 
-def _export(network: Any, planes: Any, path: str) -> None:
+def _export(network: Any, images: Any, any_number: bool, path: str) -> None:
     """Writes the network as ONNX."""
     import torch  # pyright: ignore[reportMissingImports]  optional
 
-    def export(**kind: Any) -> None:
-        torch.onnx.export(network, (planes,), path, verbose=False, **kind)
+    names: Any = {"input_names": ["images"], "output_names": ["logits"]}
 
+    def export(**kind: Any) -> None:
+        torch.onnx.export(network, (images,), path, verbose=False, **names, **kind)
+
+    axes: Any = {"images": {0: "batch"}, "logits": {0: "batch"}} if any_number else None
+    dims: Any = ({0: torch.export.Dim("batch")},) if any_number else None
     with warnings.catch_warnings():
         # Both exporters announce the end of something, and of that they use themselves.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            export(dynamo=False)  # quicker, and needs no onnxscript
+            export(dynamo=False, dynamic_axes=axes)  # quicker, and needs no onnxscript
         except Exception:  # PyTorch is to drop that exporter, without saying when
-            export(dynamo=True, external_data=False)
+            export(dynamo=True, dynamic_shapes=dims, external_data=False)
 
 
 def _torch_network(model: nnx.Module) -> Any:
