@@ -629,8 +629,15 @@ def test_a_folded_norm_has_no_statistics_of_a_batch():
     x = jnp.ones((2, 6, 6, 8))
     folded = dynprune_jax.fold_batch_norms(Told(), x, False)
     assert folded(x, False).shape == x.shape
-    with pytest.raises(ValueError, match="is folded, with its stored statistics: call the model"):
+    with pytest.raises(ValueError, match="is folded, with its stored statistics: for those of"):
         folded(x, True)
+    plain = dynprune_jax.fold_batch_norms(Conv(), x)
+    before = plain(x)
+    plain.train()
+    with pytest.raises(ValueError, match="is folded, with its stored statistics: for those of"):
+        plain(x)
+    plain.eval()
+    np.testing.assert_array_equal(plain(x), before)
 
 
 @pytest.mark.parametrize(

@@ -540,6 +540,9 @@ def test_a_follower_wants_nothing_that_was_left_out():
     np.testing.assert_array_equal(masks.out_columns[0], present[0])
     gate.deterministic = False
     np.testing.assert_array_equal(gate.masks(x).out_columns, present)
+    gate.deterministic = True
+    gate.column_ratio[...] = jnp.float32(0.01)  # of 16 none: what is zero was not left out
+    assert gate.masks(x).out_columns.all()
 
 
 def test_what_is_not_left_out_is_not_counted_as_left_out():

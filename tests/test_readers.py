@@ -12,6 +12,7 @@ from dynprune_jax.models import mobilenet_v2_cifar
 from dynprune_jax.models.links import column_blocks, has_links, links
 from dynprune_jax.models.resnet_cifar import CifarResNet
 from dynprune_jax.pruning.dynamic_conv import PruneRatio
+from dynprune_jax.pruning.removal import FixedFiltersError, removable
 
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
@@ -151,6 +152,35 @@ def butterfly(y):
 def test_what_mixes_channels_or_is_read_twice_is_no_link(model):
     with pytest.raises(ValueError, match=r"has no convolution with a batch normalization"):
         find_links(model, IMAGES)
+
+
+class Unbiased(nnx.Module):
+    """Nothing but what a mean is below lets a map survive a relu."""
+
+    def __init__(self, by_place=False):
+        rngs = nnx.Rngs(0)
+        self.convs = nnx.List(
+            [nnx.Conv(n, 16, (3, 3), use_bias=False, rngs=rngs) for n in (3, 16, 16, 16)]
+        )
+        self.norms = nnx.List([nnx.BatchNorm(16, use_bias=False, rngs=rngs) for _ in range(4)])
+        self.head = nnx.Linear(16, 5, rngs=rngs)
+        self.by_place = by_place
+
+    def __call__(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.relu(norm(conv(x)))
+            if self.by_place and conv is self.convs[0]:
+                x = x * jnp.linspace(1.0, 3.0, x.shape[-1]).reshape(1, 1, 1, -1)
+        return self.head(x.mean((1, 2)))
+
+
+def test_maps_live_on_in_a_deep_network_without_biases():
+    found = find_links(Unbiased(), IMAGES)
+    readers = ("convs/1", "convs/2", "convs/3", "head")
+    assert found == {f"convs/{i}": (f"norms/{i}", reader) for i, reader in enumerate(readers)}
+    assert removable(Unbiased(), found, IMAGES) == found
+    with pytest.raises(FixedFiltersError, match="without them it answers as another model"):
+        removable(Unbiased(by_place=True), {"convs/0": found["convs/0"]}, IMAGES)
 
 
 def test_where_layers_cannot_be_watched_is_said():

@@ -56,6 +56,17 @@ def test_the_statistics_are_those_of_what_the_gates_keep():
     np.testing.assert_allclose(model.norm.var[...], np.mean(variances, axis=0), rtol=1e-4)
 
 
+def test_statistics_that_are_not_finite_are_made_anew():
+    model = small()
+    recalibrate(model, [images(0)])
+    expected = copied(model)
+    norm = model.blocks[0].layers[0].norm
+    norm.mean[...] = jnp.full_like(norm.mean[...], jnp.nan)
+    norm.var[...] = jnp.full_like(norm.var[...], jnp.inf)
+    recalibrate(model, [images(0)])
+    jax.tree.map(np.testing.assert_array_equal, copied(model), expected)
+
+
 @pytest.mark.parametrize("kind", ["attention", "predicted"])
 def test_with_the_statistics_of_a_batch_evaluation_is_what_training_computes_of_it(kind):
     model = small()

@@ -158,6 +158,22 @@ def test_ratios_are_scaled_to_a_budget(cut, predicted):
     assert dynprune_jax.measure(model, images)[1].mac_reduction < cut
 
 
+@pytest.mark.parametrize("tenths", range(1, 9))
+def test_a_cut_that_can_be_made_exactly_is_not_exceeded(tenths):
+    class One(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(10, 4, (1, 1), rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.conv(x)
+
+    model = make_dynamic(One(), channel_ratio=0.3)
+    images = jnp.ones((1, 4, 4, 10))
+    scale_ratios(model, tenths / 10, images)
+    usage = dynprune_jax.measure(model, images)[1]
+    assert usage.layers[0].kept_channels[0] == 10 - tenths
+
+
 @pytest.mark.parametrize("ratios", [(0.5,), (1e-6, 0.5, 0.0), (0.9, 0.5)])
 def test_the_least_factor_is_found_whatever_the_proportions(ratios):
     assert least_factor(ratios, lambda factor: 0.5 * factor >= 0.3) == pytest.approx(0.6, rel=1e-3)

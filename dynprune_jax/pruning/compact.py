@@ -34,8 +34,8 @@ def compact(
     `nnx.jit(fast)(images)`, or if it has an `nnx.remat` or `nnx.scan` within or sows something, as
     an argument: `nnx.jit(lambda model, images: model(images))(fast, images)`.
 
-    Roundings of bfloat16 decide which of two columns of nearly the same attention is kept: with
-    gates on columns folding alone changes some, and with them the answers by more than rounding.
+    Roundings of bfloat16 decide which of two columns or channels of nearly the same attention is
+    kept: folding alone changes some, and with them the answers by more than rounding.
 
     Args:
       model: any NNX model, usually from `make_dynamic`. It is left as it is.

@@ -203,11 +203,12 @@ class DynamicConv(nnx.Conv):
         """The wanted columns of the output: those of the input that are kept.
 
         To make up its count a follower may keep columns that are all zero, which a gate before
-        it has left out, or not; wanted they are not. At a ratio of 0 no gate leaves any out.
+        it has left out, or not; wanted they are not. Where it keeps all, no gate leaves any out.
         """
         if masks.columns is None or not self.follows_columns:
             return masks.columns
-        nothing_left_out = jnp.asarray(self.column_ratio) == 0
+        n = math.prod(x.shape[-3:-1]) // self.patch_side(*x.shape[-3:-1]) ** 2
+        nothing_left_out = jnp.asarray(self.kept_count(self.column_ratio, n) == n)
         return masks.columns & (jnp.any(x != 0, axis=-1) | nothing_left_out)
 
     def salience(

@@ -48,10 +48,11 @@ class FoldedNorm(nnx.BatchNorm):
           ValueError: if it is asked for the statistics of the batch.
         """
         del mask  # of the statistics, which are stored
-        if use_running_average is not None and not use_running_average:
+        stored = self.use_running_average if use_running_average is None else use_running_average
+        if not stored:
             raise ValueError(
-                "this batch normalization is folded, with its stored statistics: call the model"
-                " that it was made from with use_running_average=False"
+                "this batch normalization is folded, with its stored statistics: for those of a"
+                " batch call the model that it was made from; for these, eval() sets this one back"
             )
         y = x.astype(self.dtype or jnp.result_type(x, *self.dtypes))
         return y if self.handover is None else self.handover.take(x).apply_to_output(y)

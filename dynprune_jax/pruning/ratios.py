@@ -23,6 +23,7 @@ Ratios = float | np.generic | np.ndarray | Array | Sequence[Any] | Mapping[str, 
 HIGHEST = 0.95  # that a ratio is scaled up to
 _LOWEST = 1e-4  # that the highest is scaled down to
 _STEPS = 2**16  # that factors are tried in
+_ROUNDING = 1e-9  # by which a cut may miss what is asked for: 1 - 0.9 is below 0.1
 
 
 def set_ratios(
@@ -136,7 +137,7 @@ class Proportions:
 
     def factor(self, cut: float) -> float | None:
         """The smallest factor with which they remove as much; None if none does."""
-        return least_factor(self._numbers, lambda factor: self.cut(factor) >= cut)
+        return least_factor(self._numbers, lambda factor: self.cut(factor) >= cut - _ROUNDING)
 
     @property
     def most(self) -> float:

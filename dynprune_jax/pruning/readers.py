@@ -120,8 +120,8 @@ class _Trial:
         self._model, self._inputs = model, inputs
         _, arrays = as_function(model, *inputs)
         rng = np.random.default_rng(0)
-        weights = len(jax.tree.leaves(nnx.state(model)))  # they come first
-        self._arrays = [drawn(rng, array, i < weights) for i, array in enumerate(arrays)]
+        weights = jax.tree.leaves(drawn_weights(rng, nnx.state(model)))  # they come first
+        self._arrays = weights + [drawn(rng, array) for array in arrays[len(weights) :]]
         # Of the call under way, for `_call`: what is kept, and what calls answer if held.
         self._kept: Mapping[str, Any] = {}
         self._answers: Mapping[int, Any] = {}
@@ -231,12 +231,24 @@ def _left(old: Any, new: Any, kept: Bool[np.ndarray, " channels"]) -> bool:
     return _same(np.asarray(new).reshape(-1, len(kept)), expected.astype(new.dtype))
 
 
-def drawn(rng: np.random.Generator, leaf: Any, weight: bool) -> Any:
-    """Something like a trained weight, or an image, in place of an array or its shape and dtype."""
+def drawn_weights(rng: np.random.Generator, state: Any) -> Any:
+    """A state with something like trained weights in it."""
+
+    def weight(path: Any, leaf: Any) -> Any:
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return drawn(rng, leaf, str(keys[-1]))
+
+    return jax.tree_util.tree_map_with_path(weight, state)
+
+
+def drawn(rng: np.random.Generator, leaf: Any, weight: str | None = None) -> Any:
+    """Something like an image, or a trained weight of that name, in place of an array or shape."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
     if weight and len(leaf.shape) < 2:  # biases, scales, statistics
         value = rng.uniform(0.5, 1.5, leaf.shape)
+        if weight == "mean":  # above 0, it would leave a relu nothing where no bias is added
+            value *= rng.choice((-1.0, 1.0), leaf.shape)
     else:
         fan_in = np.prod(leaf.shape[:-1]) if weight else 1
         value = rng.normal(size=leaf.shape) / np.sqrt(fan_in)

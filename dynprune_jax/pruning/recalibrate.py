@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dynprune_jax.pruning.calls import Images, batch_of, intercept
@@ -86,7 +87,9 @@ def batch_statistics(model: nnx.Module, images: Images, *others: Any) -> Any:
     copy.eval()
     norms = [norm for norm in all_modules(copy).values() if isinstance(norm, nnx.BatchNorm)]
     for norm in norms:
-        norm.momentum = 0.0  # nothing of what was stored before
+        norm.momentum = 0.0  # nothing of what was stored before, which may not even be finite
+        norm.mean.set_value(jnp.zeros_like(norm.mean[...]))
+        norm.var.set_value(jnp.ones_like(norm.var[...]))
     copy(images, *others)
     own = {id(variable) for norm in norms for variable in (norm.mean, norm.var)}
     return nnx.state(copy, lambda _, variable: id(variable) in own)

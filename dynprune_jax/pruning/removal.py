@@ -18,7 +18,7 @@ from dynprune_jax.pruning.layers import all_modules, replaceable_layers, rewritt
 from dynprune_jax.pruning.masks import plain_kept_count
 from dynprune_jax.pruning.measure import measure
 from dynprune_jax.pruning.ratios import least_factor, scaled
-from dynprune_jax.pruning.readers import Links, drawn
+from dynprune_jax.pruning.readers import Links, drawn, drawn_weights
 
 _TRIALS = 4  # of which filters leave
 
@@ -183,14 +183,14 @@ def try_removal(model: nnx.Module, links: Links, ratios: Mapping[str, float], im
     rng = np.random.default_rng(0)
     whole = nnx.clone(model)
     state = nnx.state(whole, nnx.Any(nnx.Param, nnx.BatchStat))
-    nnx.update(whole, jax.tree.map(lambda array: drawn(rng, array, weight=True), state))
+    nnx.update(whole, drawn_weights(rng, state))
     whole.eval()
     layers = all_modules(whole)
     for layer in layers.values():  # the fewer roundings, the less is hidden by them
         if getattr(layer, "dtype", None) is not None:
             layer.dtype = jnp.float32
     close = 1e-3 if batch_of(image).dtype == jnp.float32 else 1e-2  # code around layers may round
-    image = jax.tree.map(lambda part: drawn(rng, part, weight=False), image)
+    image = jax.tree.map(lambda part: drawn(rng, part), image)
     call = nnx.jit(lambda model, image: model(image))
     for _ in range(_TRIALS):
         scores = {name: rng.random(layers[name].out_features) for name in links}
