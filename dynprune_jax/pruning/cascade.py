@@ -37,7 +37,8 @@ class Cascade(nnx.Module):
     Args:
       first: images to logits, `(batch, classes)`; usually a compact network.
       second: the same; usually the dense network, compact too, for the fastest form of its layers.
-        Both in evaluation mode: they must not depend on the rest of a batch.
+        Both in evaluation mode: they must not depend on the rest of a batch, nor the second one
+        draw, as the criterion `random` does.
       threshold: images whose `margin` is below it are unsure; at 0 none is. Of images that are like
         those to come, `jnp.quantile(margin(first(images)), share)` has that share of them below.
       chunk: how many images the second network takes at once, at least 1.
