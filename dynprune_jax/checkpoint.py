@@ -121,11 +121,10 @@ class Checkpoints:
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def told(self) -> dict[str, Any]:
-        """What the newest step tells of its run, see `of`; nothing if it cannot be read."""
-        steps = self.steps()
-        if steps:
+        """What the newest step that can be read tells of its run, see `of`; nothing if none can."""
+        for step in self.steps():
             with contextlib.suppress(_DamageError), _reading():
-                return self._restore(steps[0], extra=ocp.args.JsonRestore())["content"]["of"] or {}
+                return self._restore(step, extra=ocp.args.JsonRestore())["content"]["of"] or {}
         return {}
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
@@ -212,8 +211,8 @@ class Checkpoints:
                 " copy, or start again in a new workdir"
             )
         raise UserError(
-            f"{where}; put back a copy, let --mode=train in its workdir go on from an older step,"
-            " or start again in a new one"
+            f"{where}; put back a copy, let the mode that trained it (train or static) go on from"
+            " an older step in its workdir, or start again in a new one"
         )
 
     def _set_all_aside(self, damaged: Mapping[int, str], older: int) -> None:

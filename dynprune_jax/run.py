@@ -529,9 +529,10 @@ class Run:
             state = TrainState.create(network.weights, network, self.optimizer(phase))
             state, extra = checkpoints.restore(state)
             if int(state.step) != extra["total"]:
+                mode = "static" if filters_removed_by else "train"
                 raise UserError(
                     f"the run in {workdir} stands at step {state.step} of {extra['total']} of its"
-                    f" {phase} phase; finish it with --mode=train"
+                    f" {phase} phase; finish it with --mode={mode}"
                 )
             return state
 

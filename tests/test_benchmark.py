@@ -210,7 +210,9 @@ def test_ratios_are_first_scaled_to_a_budget_of_time(
     low, high = row["channel_ratio"]
     assert low > 0.2
     assert high == pytest.approx(2 * low, abs=1e-4)
-    assert f'"--config.gate.channel_ratio=({low}, {high})"' in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f'"--config.gate.channel_ratio=({low}, {high})"' in told
+    assert f"beside the others it takes {row['compact_ms']:.3g} ms, of 3.0" in told
     for budget, message in (
         (1e-9, "config.benchmark.milliseconds is 1e-09; the network takes 4 with all ratios at 0"),
         (5.0, "config.benchmark.milliseconds is 5.0; without pruning the network takes 4"),

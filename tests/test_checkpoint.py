@@ -217,12 +217,19 @@ def test_nothing_is_renamed_where_no_step_is_good(copy):
     assert content(copy) == before
 
 
+def test_a_run_is_known_by_its_older_step_if_the_newest_cannot_tell(copy):
+    for step, told in ((2, RUN), (1, {})):
+        (copy / str(step) / RECORD).write_text("{")
+        with Checkpoints(copy, of=RUN) as checkpoints:
+            assert checkpoints.told() == told
+
+
 def test_who_only_reads_renames_nothing(copy):
     flip(copy / "2" / RECORD)
     before = content(copy)
     with (
         Checkpoints(copy, of=RUN) as checkpoints,
-        pytest.raises(UserError, match=r"damaged \(.*--mode=train"),
+        pytest.raises(UserError, match=r"damaged \(.*let the mode that trained it"),
     ):
         checkpoints.restore(state())
     assert content(copy) == before

@@ -54,6 +54,23 @@ def test_ratios_are_scaled_to_a_budget_of_time(images, few_forms, as_slow_as_kep
     assert cut == pytest.approx(next(trial.cut for trial in trials if trial.model is fast))
 
 
+def test_a_lucky_moment_is_not_enough(images, few_forms, monkeypatch):
+    """The second time it takes longer than the first; what does not keep the budget has but one."""
+    model = make_dynamic(trained("small_vgg"), (0.2, 0.4))
+    timed, trials = [], []
+
+    def milliseconds(model, *_):
+        taken = sum(kept(model)) + (0.3 if timed and timed[-1] is model else 0.0)
+        timed.append(model)
+        return taken
+
+    monkeypatch.setattr(time_budget, "_milliseconds", milliseconds)
+    fast = scale_ratios_to_time(model, 2.5, images, progress=trials.append)
+    assert 2.0 < sum(kept(fast)) <= 2.2
+    assert timed.count(fast) == 2
+    assert timed.count(trials[0].model) == 1
+
+
 def test_a_network_that_is_fast_enough_is_not_pruned(images, few_forms):
     model = make_dynamic(trained("small_vgg"), (0.2, 0.4))
     fast = scale_ratios_to_time(model, 1e9, images)
@@ -68,6 +85,7 @@ def test_a_network_that_is_fast_enough_is_not_pruned(images, few_forms):
         (1e-9, r"milliseconds is 1e-09; the network takes [\d.]+ with all ratios at 0, and"),
         (0.0, "milliseconds is 0.0; it must be above 0"),
         (math.nan, "milliseconds is nan; it must be above 0"),
+        (math.inf, "milliseconds is inf; it must be above 0, and finite"),
     ],
 )
 def test_a_budget_of_time_that_cannot_be_kept_changes_nothing(

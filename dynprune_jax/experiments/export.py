@@ -98,7 +98,7 @@ def _for_all_platforms(run: Run, name: str, model: nnx.Module) -> list[Path]:
     except Exception as error:  # whatever somebody's own code does with a number that is none
         if not is_own(run.config.model):
             raise
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         say(
             f"{name}.bin is left out: {run.config.model} is for a given number of images ({reason})"
         )
@@ -116,7 +116,7 @@ def _as_onnx(run: Run, name: str, model: nnx.Module) -> list[Path]:
         written = onnx_network(model, images, data.mean, data.std)
     except Exception as error:  # PyTorch's exporters raise many kinds
         cure = " (pip install torch onnx)" if isinstance(error, ImportError) else ""
-        say(f"{name}.onnx is left out: {str(error).partition(chr(10))[0]}{cure}")
+        say(f"{name}.onnx is left out: {type(error).__name__}: {error}".splitlines()[0] + cure)
         return []
     where = "any number of images, for other runtimes, in float32"
     return [_write(run.workdir / f"{name}.onnx", written, where)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any, Generic
@@ -30,7 +31,7 @@ class Trial(Generic[Model]):
     Attributes:
       factor: that the ratios were multiplied with.
       cut: the share of the MACs that they remove.
-      milliseconds: for a batch, in the median.
+      milliseconds: for a batch, in the median; the longer of two if the first kept the budget.
       model: the network.
     """
 
@@ -50,8 +51,8 @@ def scale_ratios_to_time(
     """Scales the prune ratios of a dynamic model's gates, in place, to a budget of time.
 
     All are multiplied by one factor, up or down, as by `scale_ratios`. It is found by timing the
-    compact network of up to eight factors, which takes minutes if the network is large; nothing
-    else should run meanwhile. Another device, batch size or version of JAX has other times. They do
+    compact network of up to eight factors, which takes some minutes; nothing else should run
+    meanwhile. Another device, batch size or version of JAX has other times. They do
     not depend on the weights, so ratios can be found before training; but predicted gates that
     are not trained choose alike for all inputs, which takes a little less time.
 
@@ -63,12 +64,12 @@ def scale_ratios_to_time(
       progress: called with each network that was timed.
 
     Returns:
-      The compact network with those ratios, which kept the budget when it was timed. If it does
-      with ratios of 0, all are 0 then.
+      The compact network with those ratios, which kept the budget both times it was timed. If
+      it does with ratios of 0, all are 0 then.
 
     Raises:
-      ValueError: for a budget that is not above 0 or that no factor keeps, ratios that are all 0, a
-        compact model, and as `measure` and `compact`. The ratios stay what they were.
+      ValueError: for a budget that is not above 0 and finite or that no factor keeps, ratios that
+        are all 0, a compact model, and as `measure` and `compact`. The ratios stay what they were.
     """
     proportions = Proportions(model, images, *others)
     found = fastest_enough(model, proportions, milliseconds, images, *others, progress=progress)
@@ -85,8 +86,8 @@ def fastest_enough(
     progress: Callable[[Trial[Model]], None] | None = None,
 ) -> Trial[Model]:
     """Finds the factor of `scale_ratios_to_time`; the model is left as it is."""
-    if not milliseconds > 0.0:
-        raise ValueError(f"milliseconds is {milliseconds!r}; it must be above 0")
+    if not 0.0 < milliseconds < math.inf:
+        raise ValueError(f"milliseconds is {milliseconds!r}; it must be above 0, and finite")
     known: dict[Any, dict[Form, float]] = {}
 
     def trial(cut: float) -> Trial[Model]:
@@ -99,6 +100,8 @@ def fastest_enough(
         plan = measure_plan(folded, images, *others, known=known)
         fast = compact(pruned, images, *others, plan=plan)
         taken = _milliseconds(fast, images, *others)
+        if taken <= milliseconds:  # not for a lucky moment
+            taken = max(taken, _milliseconds(fast, images, *others))
         timed = Trial(factor, proportions.cut(factor), taken, fast)
         if progress is not None:
             progress(timed)
