@@ -544,7 +544,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_training_alone(config, workdir, tm
     copy = shutil.copytree(workdir, tmp_path / "copy")
     record = copy / "checkpoints" / "prune" / "16" / "extra" / "metadata"
     record.write_bytes(record.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"prune/16 is damaged \(.*--mode=train"):
+    with pytest.raises(UserError, match=r"prune/16 is damaged \(.*let the mode that trained it"):
         evaluate_workdir(config, copy)
     assert train_and_evaluate(config, copy)["parameters_digest"] == before
     assert "it is now 16.damaged, and the run goes on from step 8" in capfd.readouterr().err
