@@ -10,10 +10,11 @@ from test_removal import build, filters
 from dynprune_jax import config as config_lib
 from dynprune_jax import load_exported, models
 from dynprune_jax.build import build_dynamic, build_links, build_model, training_images
+from dynprune_jax.checkpoint import Checkpoints
 from dynprune_jax.data.batches import stream_batches
 from dynprune_jax.errors import UserError
 from dynprune_jax.experiments import static as static_lib
-from dynprune_jax.experiments.export import export
+from dynprune_jax.experiments.export import _for_all_platforms, export
 from dynprune_jax.experiments.static import CRITERIA, find_removable, shares, static
 from dynprune_jax.experiments.study import study
 from dynprune_jax.models.links import links
@@ -194,8 +195,25 @@ def test_the_control_needs_no_filters_that_can_leave(config, tmp_path):
     assert (report["pruned"]["mac_reduction"], report["filters"]) == (0, {})
 
 
+def without_words(model, images, **options):
+    """Somebody's own code that asserts how many images there are."""
+    if not isinstance(images.shape[0], int):
+        raise AssertionError
+    return b""
+
+
+def stopped_short(restore):
+    """What is read is of a run that had a step more to go."""
+
+    def read(checkpoints, like):
+        state, extra = restore(checkpoints, like)
+        return state, extra | {"total": extra["total"] + 1}
+
+    return read
+
+
 @pytest.mark.usefixtures("few_forms", "symbolic_shapes")
-def test_a_static_run_of_a_network_of_ones_own(config, tmp_path, capsys):
+def test_a_static_run_of_a_network_of_ones_own(config, tmp_path, capsys, monkeypatch):
     config.model = "own:Own"
     config.static.criterion = "taylor"
     config.dense.epochs, config.prune.epochs = 1, 1
@@ -217,6 +235,15 @@ def test_a_static_run_of_a_network_of_ones_own(config, tmp_path, capsys):
     # Its code asks how many images there are, so there is no file for any number of them.
     assert [file.name for file in files] == ["exported_100.bin", "exported_compact_100.bin"]
     assert "exported.bin is left out: own:Own is for a given number" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("dynprune_jax.experiments.export.export_model", without_words)
+        (file,) = _for_all_platforms(Run.open(config, tmp_path), "other", nnx.Module())
+    assert file.name == "other_100.bin"
+    assert "number of images (AssertionError" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "restore", stopped_short(Checkpoints.restore))
+        with pytest.raises(UserError, match="of its prune phase; finish it with --mode=static"):
+            export(config, tmp_path)
     images, labels = Run.open(config, tmp_path).dataset.test.read_all()
     for file in files:
         logits = load_exported(file.read_bytes())(images)

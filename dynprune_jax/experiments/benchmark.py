@@ -37,7 +37,7 @@ from dynprune_jax.pruning.plan import Plan
 from dynprune_jax.pruning.ratios import Proportions, scaled
 from dynprune_jax.pruning.readers import Links
 from dynprune_jax.pruning.removal import allot, remove_filters
-from dynprune_jax.pruning.time_budget import Trial, fastest_enough
+from dynprune_jax.pruning.time_budget import TimeBudgetError, Trial, fastest_enough
 from dynprune_jax.run import Run
 from dynprune_jax.workdir import check_workdir, folder_of, make_folder, refuse_study
 from dynprune_jax.writers import say, screen, write_json
@@ -137,12 +137,11 @@ def _within_budget(config: Config, model: nnx.Module, images: jax.Array) -> Conf
         say(f"batch {len(images)}: {trial.milliseconds:.3g} ms at a cut of {trial.cut:.1%}")
 
     say(f"batch {len(images)}: looking for ratios with which it takes {budget} ms")
+    proportions = Proportions(model, images[:1])
     try:
-        proportions = Proportions(model, images[:1])
         found = fastest_enough(model, proportions, budget, images, progress=tell)
-    except ValueError as error:
-        field = "config.benchmark." if str(error).startswith("milliseconds is ") else ""
-        raise UserError(f"{field}{error}") from error
+    except TimeBudgetError as error:
+        raise UserError(f"config.benchmark.{error}") from error
     if not found.factor:
         raise UserError(
             f"config.benchmark.milliseconds is {budget}; without pruning the network takes"

@@ -1,7 +1,7 @@
 """A network without gates elsewhere: timed in PyTorch, ONNX Runtime and OpenVINO, or as ONNX.
 
-The packages are an extra, `pip install dynprune_jax[compare]`; without them this file does
-nothing, so they are imported only where they are used.
+The packages are an extra, `pip install dynprune_jax[compare]`; without them nothing is
+timed and nothing written, so they are imported only where they are used.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ def onnx_network(
       ImportError: without PyTorch and ONNX.
       NotImplementedError: for a model, a unit or a layer that is not one of the package's own.
     """
-    for package in _RUNTIMES["ONNX Runtime"][:2]:
+    for package in ("torch", "onnx"):
         importlib.import_module(package)
     import torch  # pyright: ignore[reportMissingImports]  optional
 
@@ -192,7 +192,7 @@ def _in_openvino(network: Any, planes: Any, threads: int) -> Callable[[], np.nda
 
 @contextlib.contextmanager
 def _exported(network: Any, images: Any, any_number: bool = False) -> Iterator[str]:
-    """The path of the network as ONNX, for images of this shape only; it is deleted after."""
+    """The path of the network as ONNX, for images like these or any number; it is deleted after."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # it may be mapped
         path = os.path.join(folder, "network.onnx")
         _export(network, images, any_number, path)

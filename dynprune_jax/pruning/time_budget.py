@@ -24,6 +24,10 @@ _NEAR, _CLOSE = 0.95, 0.01
 _REPEATS, _TURN = 15, 0.03  # turns of a network, and the seconds of one
 
 
+class TimeBudgetError(ValueError):
+    """A budget of time that is none, or that no ratios keep."""
+
+
 @dataclasses.dataclass
 class Trial(Generic[Model]):
     """A compact network that was timed.
@@ -68,8 +72,9 @@ def scale_ratios_to_time(
       it does with ratios of 0, all are 0 then.
 
     Raises:
-      ValueError: for a budget that is not above 0 and finite or that no factor keeps, ratios that
-        are all 0, a compact model, and as `measure` and `compact`. The ratios stay what they were.
+      TimeBudgetError: for a budget that is not above 0 and finite, or that no factor keeps.
+      ValueError: for ratios that are all 0, a compact model, and as `measure` and `compact`.
+        The ratios stay what they were.
     """
     proportions = Proportions(model, images, *others)
     found = fastest_enough(model, proportions, milliseconds, images, *others, progress=progress)
@@ -87,7 +92,7 @@ def fastest_enough(
 ) -> Trial[Model]:
     """Finds the factor of `scale_ratios_to_time`; the model is left as it is."""
     if not 0.0 < milliseconds < math.inf:
-        raise ValueError(f"milliseconds is {milliseconds!r}; it must be above 0, and finite")
+        raise TimeBudgetError(f"milliseconds is {milliseconds!r}; it must be above 0, and finite")
     known: dict[Any, dict[Form, float]] = {}
 
     def trial(cut: float) -> Trial[Model]:
@@ -119,7 +124,7 @@ def _search(
         return slow
     fast = trial(most())
     if fast.milliseconds > milliseconds:
-        raise ValueError(
+        raise TimeBudgetError(
             f"milliseconds is {milliseconds}; the network takes {slow.milliseconds:.3g} with all"
             f" ratios at 0, and {fast.milliseconds:.3g} with those that are not 0 at {HIGHEST}"
         )
