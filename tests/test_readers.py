@@ -36,7 +36,7 @@ def test_the_links_of_our_models_are_found(name, side):
 def test_what_leaves_the_last_unit_of_a_mobilenet_is_no_part_of_a_sum():
     model = nnx.eval_shape(lambda: mobilenet_v2_cifar(10, width=0.1, rngs=nnx.Rngs(0)))
     unit = "blocks/4/layers/3/project"
-    assert links(model)[unit] == (f"{unit}_norm", "last")
+    assert links(model)[unit] == (f"{unit}_norm", "blocks/4/layers/4/conv")
 
 
 def test_of_a_subclass_nothing_is_known():

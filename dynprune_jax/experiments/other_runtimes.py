@@ -345,11 +345,11 @@ def _torch_network(model: nnx.Module) -> Any:
         mobilenet.MobileNetV2: lambda m: nn.Sequential(
             relu6(m.stem, m.stem_norm),
             chain(*m.blocks),
-            relu6(m.last, m.last_norm),
             mean(),
             linear(m.head),
         ),
         mobilenet.InvertedUnit: inverted,
+        mobilenet.LastUnit: lambda m: relu6(m.conv, m.norm),
         vgg.VGGUnit: lambda m: relu(convolution(m.conv, m.norm)),
         resnet_cifar.CifarUnit: lambda m: Residual(two_convolutions(m), option_a(m)),
         resnet.BasicUnit: lambda m: Residual(two_convolutions(m), projection(m)),

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from dynprune_jax.models.mobilenet import InvertedUnit, MobileNetV2
+from dynprune_jax.models.mobilenet import InvertedUnit, LastUnit, MobileNetV2
 from dynprune_jax.models.resnet import ResNet
 from dynprune_jax.models.resnet_cifar import CifarResNet
 from dynprune_jax.models.vgg import VGG, VGGUnit, flatten, global_mean
@@ -79,6 +79,8 @@ def _first_of_head(model: VGG) -> Any:
 
 def _unit(unit: Any) -> list[tuple[nnx.Conv, nnx.BatchNorm]]:
     """A residual unit's convolutions behind the last that has a stride, with their norms."""
+    if isinstance(unit, LastUnit):
+        return [(unit.conv, unit.norm)]
     if isinstance(unit, InvertedUnit):
         named = [(name, f"{name}_norm") for name in ("expand", "depthwise", "project")]
     else:
@@ -99,7 +101,8 @@ def _links(model: Any) -> Iterator[tuple[nnx.Module, ...]]:
             yield unit.conv, unit.norm, reader
     elif isinstance(model, MobileNetV2):
         made: tuple[nnx.Module, ...] | None = (model.stem, model.stem_norm)  # None: a sum
-        for unit in layers:
+        *units, last = layers
+        for unit in units:
             behind = (unit.depthwise, unit.depthwise_norm, unit.project)
             if made and not unit.adds:
                 yield *made, *([unit.expand] if unit.expands else behind)
@@ -107,8 +110,8 @@ def _links(model: Any) -> Iterator[tuple[nnx.Module, ...]]:
                 yield unit.expand, unit.expand_norm, *behind
             made = None if unit.adds else (unit.project, unit.project_norm)
         if made:
-            yield *made, model.last
-        yield model.last, model.last_norm, model.head
+            yield *made, last.conv
+        yield last.conv, last.norm, model.head
     else:
         for unit in layers:
             for i in (1, 2):

@@ -59,13 +59,28 @@ class InvertedUnit(nnx.Module):
         return (x.astype(y.dtype) + y if self.adds else y).astype(x.dtype)
 
 
+class LastUnit(nnx.Module):
+    """The 1x1 convolution to the many channels that the head reads, normalization and relu6."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv = conv(in_channels, out_channels, kernel_size=1, dtype=dtype, rngs=rngs)
+        self.norm = norm(out_channels, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width out_channels"]:
+        """Maps a feature map to the last one, of the same resolution."""
+        y = self.conv(x)
+        return nnx.relu6(self.norm(y)).astype(y.dtype)
+
+
 class MobileNetV2(nnx.Module):
     """A 3x3 stem, five stages of inverted units, a 1x1 convolution to 1280 channels, a linear head.
 
     Attributes:
       stem, stem_norm: the first convolution and its normalization.
       blocks: one `nnx.Sequential` of units per stage; at 224x224 each has a resolution of its own.
-      last, last_norm: the last convolution and its normalization.
+        The last convolution is the last unit of the last.
       head: the linear layer on the mean of the last map.
 
     Args:
@@ -113,11 +128,10 @@ class MobileNetV2(nnx.Module):
                         )
                     )
                     inputs = outputs
-            blocks.append(nnx.Sequential(*units))
-        self.blocks = nnx.List(blocks)
+            blocks.append(units)
         outputs = scaled(1280, max(width, 1.0))
-        self.last = conv(inputs, outputs, kernel_size=1, dtype=dtype, rngs=rngs)
-        self.last_norm = norm(outputs, rngs=rngs)
+        blocks[-1].append(LastUnit(inputs, outputs, dtype=dtype, rngs=rngs))
+        self.blocks = nnx.List([nnx.Sequential(*units) for units in blocks])
         self.head = classifier(outputs, num_classes, rngs=rngs)
 
     def __call__(
@@ -128,7 +142,6 @@ class MobileNetV2(nnx.Module):
         x = nnx.relu6(self.stem_norm(x)).astype(x.dtype)
         for block in self.blocks:
             x = block(x)
-        x = nnx.relu6(self.last_norm(self.last(x)))
         return self.head(jnp.mean(x, axis=(1, 2)))
 
 
