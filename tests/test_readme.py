@@ -617,6 +617,7 @@ def test_the_price_of_choosing_anew_is_what_was_measured():
         ("cifar10_vgg_small_control", 2),
         ("cifar100_vgg_small", 2),
         ("cifar10_mobilenet_small", 2),
+        ("cifar10_mobilenet_small/last_pruned", 2),
         ("cascade", 2),
         ("digits_kinds", 2),
         ("imagenette_resnet18_small", 3),
@@ -1114,6 +1115,36 @@ def test_the_claims_on_mobilenet_are_what_was_measured():
     assert other["ONNX Runtime"] < alone["fastest_dense_ms"] < min(torch, other["OpenVINO"])
     assert alone["fastest_dense_ms"] < alone["dense_ms"]["lax.conv"]
     assert max(torch_8, other_8["OpenVINO"], other_8["ONNX Runtime"]) < eight["fastest_dense_ms"]
+
+
+def test_the_claims_on_mobilenet_s_last_convolution_are_what_was_measured():
+    name = "cifar10_mobilenet_small/last_pruned"
+    taught = ("predicted", "l1+as_predicted", "l1")
+    gates, own, equal = (accuracies(name, f"{method}+distillation", 0.5) for method in taught)
+    dense = accuracies(name, "dense")
+    assert list(dense) == list(gates) == list(own) == list(equal) == [0, 1]
+    rows = read_rows(ROOT / "docs" / "results" / name)
+    made = [100 * row["accuracy_made_static"] for row in rows if "accuracy_made_static" in row]
+    whole, before = "made_static/mobilenet", "l1+as_predicted+distillation"
+    (first, *_) = [row for row in rows if row["method"] == "predicted+distillation"]
+    choosing, macs = first["gate_operations_per_image"], first["dense_macs_per_image"]
+    lost = [
+        statistics.mean(dense.values()) - statistics.mean(of.values()) for of in (own, equal, gates)
+    ]
+    assert f"{lost[0]:.1f}" == f"{lost[1]:.1f}"
+    for claim in (
+        f"the gates are {own[0] - gates[0]:.2f} points behind L1 norms with their allotment in"
+        f" one, and {gates[1] - own[1]:.2f} ahead in the other. Made static they have"
+        f" {made[0]:.2f} and {made[1]:.2f} %.",
+        f"({abs(own[0] - equal[0]):.2f} and {abs(own[1] - equal[1]):.2f} points)",
+        "their allotment cost L1 norms"
+        f" {accuracy(whole, 'dense') - accuracy(whole, before, 0.5):.1f} points",
+        f"Choosing costs {choosing:,} operations an image, {100 * choosing / macs:.0f} % of the",
+        f"It makes {100 * 112 * 1280 * 2 * 2 / macs:.0f} % of the MACs",  # of 2x2 columns
+        f"L1 norms lose {lost[0]:.1f} points by the gates' allotment and by equal shares alike, and"
+        f" the gates {lost[2]:.1f} ([its section]",
+    ):
+        assert claim in PAGES, claim
 
 
 def test_the_claims_on_imagenette_are_what_its_runs_say():
