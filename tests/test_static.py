@@ -24,12 +24,13 @@ from dynprune_jax.train import evaluate_workdir, train_and_evaluate
 
 
 @pytest.mark.parametrize("kind", ["predicted", "attention"])
-@pytest.mark.parametrize("name", ["vgg_digits", "resnet20"])
+@pytest.mark.parametrize("name", ["small_vgg", "small_resnet20"])
 def test_filters_are_allotted_as_the_gates_that_skip_them(config, kind, name):
     config.static.allotment = "gate"
     config.gate.kind, config.model, config.gate.layers = kind, name, ("*",)
-    config.gate.channel_ratio, config.gate.column_ratio = (0.25, 0.5, 0.75), ()
     model, _ = build(name, width=1.0)
+    blocks = len(model.blocks)
+    config.gate.channel_ratio, config.gate.column_ratio = (0.25, 0.5, 0.75)[-blocks:], ()
     gates = dynamic_layers(build_dynamic(config, model, build_links(config, model, 3)))
     given = shares(config, links(model))
     for name, (_, reader) in links(model).items():
@@ -80,7 +81,7 @@ def test_a_known_architecture_with_another_head_is_tried_as_any_other(config):
 
 def conv_with(rows):
     """A two-layer network whose first convolution has these 1x1 filters."""
-    model, _ = build("resnet20")
+    model, _ = build("small_resnet20")
     name = next(iter(links(model)))
     conv = conv_layers(model)[name]
     kernel = np.zeros(conv.kernel.shape, np.float32)
@@ -103,7 +104,7 @@ def test_l1_and_the_geometric_median_by_hand(run):
 
 
 def test_the_geometric_median_is_the_slow_sum_of_distances(run):
-    model, _ = build("vgg_digits")
+    model, _ = build("small_vgg")
     fast = static_lib.geometric_median(model, links(model), run)
     for name, n in filters(model).items():
         rows = np.asarray(conv_layers(model)[name].kernel[...]).reshape(-1, n).T
@@ -299,7 +300,7 @@ def test_a_reduction_out_of_reach_is_said_before_anything_is_trained(config, tmp
 
 
 def test_a_random_draw_is_that_of_the_seed(config, tmp_path):
-    model, _ = build("vgg_digits")
+    model, _ = build("small_vgg")
     drawn = []
     for seed in (0, 1, 0):
         config.seed = seed
