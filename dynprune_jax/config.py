@@ -252,11 +252,12 @@ def _key_of(named: Mapping[str, Any]) -> _Rule:
 
 def _each(rule: _Rule, kind: type | tuple[type, ...] = (int, float)) -> _Rule:
     holds, text = rule
+    whole = " (whole numbers)" if kind is int else ""
     return (
         lambda value: all(
             isinstance(x, kind) and not isinstance(x, bool) and holds(x) for x in value
         ),
-        f"for each of its values, {text}",
+        f"for each of its values{whole}, {text}",
     )
 
 

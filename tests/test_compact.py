@@ -342,6 +342,26 @@ def test_gates_that_draw_are_measured_and_draw_no_number():
         assert one == other
 
 
+@pytest.mark.parametrize("ratios", [(None, 0.5), (0.0, 0.5), (0.25, 0.5), (0.5, 0.0)])
+@pytest.mark.parametrize("form", [Form(), Form("taps", columns=True)])
+def test_an_axis_that_keeps_all_draws_its_numbers_too(ratios, form):
+    """Or the axis behind it would get them, and choose otherwise than in masked execution."""
+    model = nnx.Sequential(nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)))
+    dynamic = dynprune_jax.make_dynamic(model, *ratios, criterion=random, rngs=nnx.Rngs(3))
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 8))
+    fast = dynprune_jax.compact(dynamic, x, plan=Plan({"layers/0": form}))
+    np.testing.assert_allclose(nnx.clone(fast)(x), nnx.clone(dynamic)(x), atol=1e-5)
+
+
+def test_outputs_behind_columns_that_are_all_kept_draw_their_own_numbers():
+    model = trained("small_vgg", image_size=8, in_channels=1, width=0.25)
+    dynamic = dynprune_jax.predict_channels(model, 0.5, links(model), 0.0, criterion=random)
+    dynamic.eval()
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    fast = dynprune_jax.compact(dynamic, x, plan=mixed_plan(dynamic))
+    np.testing.assert_allclose(nnx.clone(fast)(x), nnx.clone(dynamic)(x), rtol=1e-4, atol=1e-5)
+
+
 def test_padding_that_crops_has_one_form():
     conv = nnx.Conv(5, 8, (3, 3), padding=((-1, 0), (2, 0)), rngs=nnx.Rngs(0))
     model = dynprune_jax.make_dynamic(nnx.Sequential(conv), 0.5)

@@ -217,6 +217,10 @@ MISTAKES = {
         ["--config.benchmark.batch_sizes=(0,)"],
         r"batch_sizes is \(0,\).*\[1, 1048576\)",
     ),
+    "half an image": (
+        ["--config.benchmark.batch_sizes=(1.5,)"],
+        r"for each of its values \(whole numbers\), it must be in \[1, 1048576\)",
+    ),
     "no seeds": (["--config.study.seeds=()"], r"study\.seeds is \(\); give at least one"),
     "no batch size": (["--config.benchmark.batch_sizes=()"], r"batch_sizes is \(\); give"),
     "timed ratio of 1": (["--config.benchmark.ratios=(1.0,)"], r"benchmark.ratios.*\[0, 0.999\]"),

@@ -42,8 +42,8 @@ class CompactConv(DynamicConv):
         if isinstance(conv, DynamicConv):
             take_over(self, conv)
             self.drop_probability = 1.0
-            self.channel_ratio = nnx.static(plain_ratio(conv.channel_ratio))
-            self.column_ratio = nnx.static(plain_ratio(conv.column_ratio))
+            self.channel_ratio = nnx.static(plain_ratio(conv, "channel"))
+            self.column_ratio = nnx.static(plain_ratio(conv, "column"))
             self.feature_ratio = nnx.static(
                 None if conv.feature_ratio is None else float(conv.feature_ratio[...])
             )
@@ -164,6 +164,12 @@ def is_compact(model: nnx.Module) -> bool:
     return any(isinstance(layer, CompactConv) for _, layer in nnx.iter_modules(model))
 
 
-def plain_ratio(ratio: Any) -> float | None:
-    """A ratio as a plain number; None for a gate that keeps everything."""
-    return None if ratio is None else float(ratio[...]) or None
+def plain_ratio(conv: DynamicConv, axis: str) -> float | None:
+    """A gate's ratio over channels or columns as a plain number; None if it keeps everything.
+
+    Where a criterion may draw, 0 stays a ratio: the axis behind it draws the number after its own.
+    """
+    ratio = getattr(conv, f"{axis}_ratio")
+    if ratio is None:
+        return None
+    return float(ratio[...]) or (None if conv.criterion is attention else 0.0)

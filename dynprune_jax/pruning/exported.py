@@ -31,7 +31,7 @@ def export_model(
         for platforms without compact forms. It is exported in the mode of evaluation.
       images: an example batch, `(batch, height, width, channels)`, or its shape and dtype, which
         the batches to come must have; or a pytree, as for `measure`. A model that is not compact
-        takes any number of images, with a symbolic shape:
+        takes any number of images, at least one, with a symbolic shape:
         `jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 32, 32, 3"), "float32")`.
       *others: what else the model is called with; it becomes part of the program.
       platforms: such as `("cpu", "cuda", "tpu")`; by default, and always of a compact model, the

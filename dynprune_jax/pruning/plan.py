@@ -306,7 +306,7 @@ def _case(conv: nnx.Conv, shape: jax.ShapeDtypeStruct) -> Any:
     gates = ()
     if isinstance(conv, DynamicConv):
         wanted = None if conv.feature_ratio is None else float(conv.feature_ratio[...])
-        gates = (plain_ratio(conv.channel_ratio), plain_ratio(conv.column_ratio), wanted)
+        gates = (plain_ratio(conv, "channel"), plain_ratio(conv, "column"), wanted)
         gates += (conv.channel_group, conv.column_patch, conv.columns_of is not None)
     return (
         (shape.shape, str(shape.dtype), str(conv.dtype)),
